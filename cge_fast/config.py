@@ -1,0 +1,182 @@
+"""Every setting of the programs, typed; the defaults are the recipe pedestrians_cge."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from cge_fast.backbones import Backbone
+from cge_fast.head import Alpha, Pooling
+
+RECIPES = Path(__file__).parent / "recipes"
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+@dataclass
+class DataConfig:
+    """The data set and how its images become batches."""
+
+    name: Literal["pedestrians", "pedestrians-trap", "market1501", "folder"] = "pedestrians"
+    """Data set; the pedestrians are drawn on first use, the others are read from data.root."""
+    root: Path | None = None
+    """Folder of the data set market1501 or folder."""
+    height: int = 96
+    """Image height after resizing, pixels."""
+    width: int = 48
+    """Image width after resizing, pixels."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    pad: int = 4
+    """Zeros padded on each side before a random crop back to size, pixels; 0 for none."""
+    erasing: float = 0.5
+    """Probability of random erasing (area 0.02 to 0.4, aspect 0.3 to 3.33, filled with the mean colour)."""
+    identities: int = 16
+    """P: identities in a batch, over all ranks."""
+    instances: int = 4
+    """K: images of each identity in a batch."""
+    workers: int = 2
+    """Processes that load images; 0 loads in the training process. The batches are the same for any number."""
+    skip_corrupt: bool = False
+    """Leave out images that cannot be read, and say how many, instead of ending with an error."""
+
+
+@dataclass
+class ModelConfig:
+    """Backbone and head."""
+
+    backbone: Backbone = "compact"
+    """Network below the head."""
+    pretrained: bool = False
+    """Start from torchvision's ImageNet weights."""
+    pooling: Pooling = "average"
+    """Pooling of the global and the local features."""
+    cge: bool = True
+    """Comprehensive Global Embedding; false is the BagTricks baseline."""
+    stripes: int = 3
+    """n: horizontal stripes, each a local classifier."""
+    alpha: Alpha = "linear"
+    """How much of a memory row stays at a write, by epoch."""
+    local_gradient: bool = True
+    """Let the gradient flow through the revision's weights to the backbone."""
+    logit_scale: float = 1.0
+    """Factor of the logits; revision alone multiplies them by about 0.7, so compare with baselines scaled alike."""
+
+
+@dataclass
+class LossConfig:
+    """l1 * cross entropy + l2 * batch-hard triplet."""
+
+    label_smoothing: float = 0.1
+    """e: the target is (1-e) * onehot + e/N."""
+    margin: float | Literal["soft"] = 0.3
+    """Triplet margin (hinge), or soft: log(1 + exp(d_ap - d_an))."""
+    l1: float = 1.0
+    """Weight of the cross entropy."""
+    l2: float = 1.0
+    """Weight of the triplet loss."""
+
+
+@dataclass
+class OptimConfig:
+    """Adam, warm-up and steps."""
+
+    epochs: int = 30
+    """Epochs; one is floor(train images / (P*K)) batches."""
+    lr: float = 2e-3
+    """Learning rate after warm-up."""
+    weight_decay: float = 5e-4
+    """Weight decay (coupled L2, on every parameter)."""
+    warmup: float = 0.1
+    """Length of the linear warm-up: epochs, or below 1 a share of all epochs."""
+    warmup_factor: float = 0.1
+    """Learning rate at the start of the warm-up, as a factor."""
+    milestones: list[float] = field(default_factory=lambda: [0.6, 0.85])
+    """When the learning rate falls: epochs done, or below 1 shares of all epochs."""
+    gamma: float = 0.1
+    """Factor at each milestone."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Backbone's arithmetic; auto: bfloat16 where the device has it in hardware, else float32."""
+    accumulate: int = 1
+    """Micro-batches that a batch is cut into (P / ranks divisible by it), to train with less device memory."""
+
+
+@dataclass
+class EvaluationConfig:
+    """How query and gallery are compared."""
+
+    every: int = 5
+    """Evaluate after every so many epochs (and always after the last); 0: only after the last."""
+    untrained: bool = True
+    """Evaluate the untrained network too, as a floor for the figures."""
+    metric: Literal["cosine", "euclidean"] = "cosine"
+    """Distance of two features."""
+    neck: Literal["after", "before"] = "after"
+    """Take the feature after BNNeck or before it."""
+    flip_test: bool = False
+    """Average the features of an image and its mirror image."""
+    batch: int = 128
+    """Images per forward pass."""
+
+
+@dataclass
+class TrainConfig:
+    """Settings of a training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = 0
+    """Seed of initialisation, sampling and augmentation."""
+    output: Path | None = None
+    """Folder of the run; without it runs/<date>-<time>."""
+
+
+def program_parser(program: str, description: str) -> ArgumentParser:
+    """A typed command line with --config and --print_config, whose errors are exceptions."""
+    parser = ArgumentParser(prog=program, description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file, or name of a recipe: " + ", ".join(recipes()))
+    return parser
+
+
+def recipes() -> list[str]:
+    """Names of the recipes in the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def with_recipe_paths(arguments: Sequence[str]) -> list[str]:
+    """The command line with `--config NAME` turned into the path of the recipe called so."""
+    found = list(arguments)
+    for index, argument in enumerate(found):
+        option, equals, value = argument.partition("=")
+        if option == "--config" and equals and value in recipes():
+            found[index] = f"--config={RECIPES / value}.yaml"
+        elif index and found[index - 1] == "--config" and argument in recipes():
+            found[index] = str(RECIPES / f"{argument}.yaml")
+    return found
+
+
+def as_dataclass(parser: ArgumentParser, parsed: Namespace, kind: type) -> object:
+    """The parsed settings as an instance of the dataclass whose fields the parser was given."""
+    values = parser.instantiate(parsed)
+    return kind(**{name: values[name] for name in kind.__dataclass_fields__})
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The settings as YAML that --config reads back."""
+    values = asdict(config)
+    for section, key in ((values, "output"), (values["data"], "root")):
+        section[key] = None if section[key] is None else str(section[key])
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def read_settings(file: Path) -> TrainConfig:
+    """The settings that `to_yaml` wrote."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainConfig)
+    return as_dataclass(parser, parser.parse_path(file), TrainConfig)

@@ -1,0 +1,49 @@
+"""Writes data sets in Market-1501's folder format: python -m cge_fast.data --help"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from cge_fast import errors
+from cge_fast.data.omniglot import export_omniglot
+from cge_fast.data.pedestrians import contact_sheet, draw
+from cge_fast.errors import UserError
+
+PROGRAM = "cge_fast.data"
+CONTACT_SHEET = "contact_sheet.png"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The program; `arguments` default to the command line's."""
+    parser = ArgumentParser(
+        prog=PROGRAM, description="Writes data sets in Market-1501's folder format.", exit_on_error=False
+    )
+    commands = parser.add_subcommands()
+    for name, help_ in (
+        ("pedestrians", "the embedded set"),
+        ("pedestrians-trap", "the embedded set whose upper bodies tempt the global feature"),
+        ("omniglot", "Omniglot's two small background archives: characters as identities, drawers as cameras"),
+    ):
+        command = ArgumentParser(prog=f"{PROGRAM} {name}", exit_on_error=False, description=f"Writes {help_}.")
+        command.add_argument("--export", type=Path, required=True, help="folder to write to; new or empty")
+        if name == "omniglot":
+            command.add_argument("--source", type=Path, required=True, help="folder with the archives, unzipped")
+        commands.add_subcommand(name, command, help=help_)
+    parsed = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+    options = parsed[parsed.subcommand]
+    if parsed.subcommand == "omniglot":
+        export_omniglot(options.source, options.export)
+    else:
+        try:
+            draw(options.export, trap=parsed.subcommand == "pedestrians-trap")
+        except FileExistsError as error:
+            raise UserError(f"export: {error}") from error
+    sheet = options.export / CONTACT_SHEET
+    contact_sheet(options.export, sheet)
+    print(f"{options.export} written; a look at it: {sheet}")
+
+
+if __name__ == "__main__":
+    errors.run(main, PROGRAM)

@@ -1,0 +1,42 @@
+"""A user's own crops: root/split/identity/camera_anything.jpg."""
+
+from pathlib import Path
+
+from cge_fast.data.images import Image, ReidSet, image_files
+from cge_fast.errors import UserError
+
+
+def read_folder(root: Path) -> ReidSet:
+    """Reads root/train, root/query and root/gallery; in each a folder for each identity, named as you like.
+
+    The camera is what stands before the first underscore of a file's name, any text. Identities and cameras with the
+    same name are the same in every split.
+
+    Raises:
+        UserError: a split is missing or has no image, or a file is not where it must be or names no camera.
+    """
+    found = [
+        (split, *described(path, root / split))
+        for split in ("train", "query", "gallery")
+        for path in files(root, split)
+    ]
+    identities = {name: number for number, name in enumerate(sorted({identity for _, _, identity, _ in found}))}
+    cameras = {name: number for number, name in enumerate(sorted({camera for *_, camera in found}))}
+    images = {"train": [], "query": [], "gallery": []}
+    for split, path, identity, camera in found:
+        images[split].append(Image(path, identities[identity], cameras[camera]))
+    return ReidSet(**images)
+
+
+def files(root: Path, split: str) -> list[Path]:
+    """The images of one split."""
+    return image_files(root / split)
+
+
+def described(path: Path, folder: Path) -> tuple[Path, str, str]:
+    """(path, identity, camera) of one image below a split's folder."""
+    parts = path.relative_to(folder).parts
+    camera, underscore, _ = path.name.partition("_")
+    if len(parts) != 2 or not underscore or not camera:
+        raise UserError(f"image {path} must lie at {folder}/<identity>/<camera>_<anything>{path.suffix}")
+    return path, parts[0], camera

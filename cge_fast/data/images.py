@@ -1,0 +1,85 @@
+"""What a re-identification data set is, and how one of its images is read."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import PIL.Image
+from tqdm import tqdm
+
+from cge_fast.errors import UserError
+
+SUFFIXES = {".jpg", ".jpeg", ".png"}
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image file, who is in it and which camera took it."""
+
+    path: Path
+    identity: int
+    camera: int
+
+
+@dataclass(frozen=True)
+class ReidSet:
+    """Training images; queries, and the gallery that they are looked for in. Test identities are other people."""
+
+    train: list[Image]
+    query: list[Image]
+    gallery: list[Image]
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The jpg and png files below a folder, at any depth, sorted.
+
+    Raises:
+        UserError: there is no such folder, or it holds no image.
+    """
+    if not folder.is_dir():
+        raise UserError(f"data.root: there is no folder {folder}")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UserError(f"data.root: {folder} holds no jpg or png image")
+    return files
+
+
+def open_rgb(path: Path) -> PIL.Image.Image:
+    """Reads an image whole, as RGB.
+
+    Raises:
+        UserError: the file is missing, empty or corrupt.
+    """
+    try:
+        with warnings.catch_warnings(), PIL.Image.open(path) as image:
+            warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombWarning) as error:
+        raise UserError(
+            f"image {path} cannot be read ({error}); mend or remove it, or leave out such images with "
+            "--data.skip_corrupt true"
+        ) from error
+
+
+def without_corrupt(reid_set: ReidSet) -> tuple[ReidSet, list[Path]]:
+    """The set without the images that cannot be read, and those images' paths. Reads every file."""
+    corrupt: list[Path] = []
+
+    def readable(image: Image) -> bool:
+        try:
+            open_rgb(image.path)
+        except UserError:
+            corrupt.append(image.path)
+            return False
+        return True
+
+    parts = [reid_set.train, reid_set.query, reid_set.gallery]
+    with tqdm(total=sum(map(len, parts)), desc="checking images", unit=" image") as bar:
+        kept = []
+        for part in parts:
+            kept.append([])
+            for image in part:
+                if readable(image):
+                    kept[-1].append(image)
+                bar.update()
+    return ReidSet(*kept), corrupt

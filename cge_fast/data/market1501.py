@@ -1,0 +1,34 @@
+"""The folder format of Market-1501 (Zheng et al. 2015)."""
+
+import re
+from pathlib import Path
+
+from cge_fast.data.images import Image, ReidSet, image_files
+from cge_fast.errors import UserError
+
+NAME = re.compile(r"(?P<identity>-?\d+)_c(?P<camera>\d+)")  # 0002_c1s1_000451_03.jpg
+JUNK = -1  # boxes without a person; 0 are distractors: people who are nobody's match, kept in the gallery
+
+
+def read_market1501(root: Path) -> ReidSet:
+    """Reads bounding_box_train, query and bounding_box_test below `root`, jpg or png; junk images (-1) are dropped.
+
+    Raises:
+        UserError: a folder is missing or has no image, or a file name does not say identity and camera.
+    """
+    train = read_split(root / "bounding_box_train")
+    return ReidSet(train, read_split(root / "query"), read_split(root / "bounding_box_test"))
+
+
+def read_split(folder: Path) -> list[Image]:
+    """The images of one folder, sorted by name, without junk."""
+    images = []
+    for path in image_files(folder):
+        name = NAME.match(path.name)
+        if name is None:
+            raise UserError(f"image {path} must be named like 0002_c1s1_000451_03.jpg (identity, camera)")
+        images.append(Image(path, int(name["identity"]), int(name["camera"])))
+    kept = [image for image in images if image.identity != JUNK]
+    if not kept:
+        raise UserError(f"data.root: {folder} holds only junk images (identity -1)")
+    return kept

@@ -1,0 +1,53 @@
+"""Omniglot (Lake, Salakhutdinov, Tenenbaum 2015) laid out as a re-identification set in Market-1501's format.
+
+Handwritten characters are identities and their drawers are cameras: the training split is images_background_small1,
+the test split images_background_small2, with drawers 1-4 as queries and the others as gallery.
+"""
+
+from pathlib import Path
+
+import PIL.Image
+from tqdm import tqdm
+
+from cge_fast.data.images import image_files, open_rgb
+from cge_fast.errors import UserError
+
+ARCHIVES = ("images_background_small1", "images_background_small2")
+SIZE = 64  # pixels; the drawings have 105
+CAMERAS = 6
+QUERY_DRAWERS = range(1, 5)
+JPEG_QUALITY = 90
+
+
+def export_omniglot(source: Path, folder: Path) -> None:
+    """Writes bounding_box_train, query and bounding_box_test below `folder` as 64x64 jpg, with a progress bar.
+
+    Characters are numbered from 1 in the order of alphabet and character, the training archive first; drawer d is
+    camera d modulo 6, plus 1.
+
+    Args:
+        source: folder with the two archives, unzipped: source/images_background_small1/<alphabet>/<character>/*.png.
+        folder: where to write; it must not exist or be empty.
+
+    Raises:
+        UserError: an archive is missing, a file is not named like 0394_01.png, or `folder` holds something.
+    """
+    characters = [sorted({path.parent for path in image_files(source / archive)}) for archive in ARCHIVES]
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"export: {folder} is not empty")
+    for split in ("bounding_box_train", "query", "bounding_box_test"):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+    of_train = len(characters[0])
+    numbered = list(enumerate([*characters[0], *characters[1]], start=1))
+    for identity, character in tqdm(numbered, desc="writing characters", unit=" character"):
+        for path in sorted(character.glob("*.png")):
+            drawer = path.stem.rpartition("_")[2]
+            if not drawer.isdecimal():
+                raise UserError(f"image {path} must be named like 0394_01.png: the drawer stands last")
+            split = "bounding_box_train"
+            if identity > of_train:
+                split = "query" if int(drawer) in QUERY_DRAWERS else "bounding_box_test"
+            camera = int(drawer) % CAMERAS + 1
+            picture = open_rgb(path).resize((SIZE, SIZE), PIL.Image.Resampling.BILINEAR)
+            name = f"{identity:04d}_c{camera}s1_{int(drawer):06d}_01.jpg"
+            picture.save(folder / split / name, quality=JPEG_QUALITY)

@@ -1,0 +1,45 @@
+"""From the name of a data set to its images."""
+
+import os
+import sys
+from pathlib import Path
+
+from cge_fast.config import DataConfig
+from cge_fast.data.folder import read_folder
+from cge_fast.data.images import ReidSet, without_corrupt
+from cge_fast.data.market1501 import read_market1501
+from cge_fast.data.pedestrians import draw
+from cge_fast.errors import UserError
+
+DRAWING = 1  # number of the embedded sets' present drawing: a change of the pixels takes the next
+
+
+def read(config: DataConfig) -> ReidSet:
+    """The images of the data set that `config` names.
+
+    Raises:
+        UserError: the root is missing or does not hold such a set.
+    """
+    if config.name in ("pedestrians", "pedestrians-trap"):
+        reid_set = read_market1501(pedestrians(trap=config.name == "pedestrians-trap"))
+    elif config.root is None:
+        raise UserError(f"data.root: the data set {config.name} needs the folder where it lies")
+    else:
+        reid_set = {"market1501": read_market1501, "folder": read_folder}[config.name](config.root)
+    if config.skip_corrupt:
+        reid_set, corrupt = without_corrupt(reid_set)
+        print(f"left out {len(corrupt)} corrupt images" + "".join(f"\n  {path}" for path in corrupt), file=sys.stderr)
+        for split in ("train", "query", "gallery"):
+            if not getattr(reid_set, split):
+                raise UserError(f"data.root: the {split} split of {config.name} holds no readable image")
+    return reid_set
+
+
+def pedestrians(trap: bool) -> Path:
+    """The folder of an embedded set, drawn now if it is not in the cache ($CGE_CACHE, or ~/.cache/cge-fast)."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    cache = Path(os.environ.get("CGE_CACHE", home / "cge-fast"))
+    folder = cache / f"pedestrians{'-trap' if trap else ''}-{DRAWING}"
+    if not folder.is_dir():
+        draw(folder, trap)
+    return folder

@@ -1,0 +1,71 @@
+"""What the ranks of a torch.distributed run tell each other; with one process everything here is the identity."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """This process's number, 0 without torch.distributed."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together, 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Concatenates the ranks' tensors along dimension 0, in rank order; their lengths may differ. No gradient."""
+    if world_size() == 1:
+        return tensor
+    length = torch.tensor([len(tensor)], device=tensor.device)
+    lengths = [torch.empty_like(length) for _ in range(world_size())]
+    dist.all_gather(lengths, length)
+    lengths = torch.cat(lengths).tolist()
+    padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    """All-gather of equal lengths whose backward sums over ranks what each of them sends back to this rank's part."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(world_size())[rank()]
+
+
+def gather_with_gradient(tensor: Tensor) -> Tensor:
+    """Concatenates the ranks' tensors of equal length along dimension 0, differentiably.
+
+    With DistributedDataParallel, which averages gradients over ranks, a loss of the gathered batch that every rank
+    computes whole has the gradient that one process would have had.
+    """
+    return tensor if world_size() == 1 else _GatherWithGradient.apply(tensor)
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of the ranks' tensors, on every rank."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def copy_from_first_rank(tensors: Iterable[Tensor]) -> None:
+    """Overwrites every rank's tensors with those of rank 0."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)

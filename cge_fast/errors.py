@@ -1,0 +1,30 @@
+"""Errors that the person at the keyboard can mend: one line on stderr, exit status 2."""
+
+import sys
+from collections.abc import Callable
+
+from jsonargparse import ArgumentError
+
+
+class UserError(Exception):
+    """Wrong input from outside (a file, a folder, an option): the message names it and says what is wanted."""
+
+
+def one_line(error: Exception) -> str:
+    """The error's message on one line, without the traceback that a data loader's worker process puts around it."""
+    message = str(error)
+    if "Original Traceback" in message:
+        message = message.strip().splitlines()[-1].partition(": ")[2]
+    return " ".join(message.split())
+
+
+def run(main: Callable[[], None], program: str) -> None:
+    """Runs a program: a UserError or a wrong option ends it with one line and status 2, Ctrl-C with status 130."""
+    try:
+        main()
+    except (UserError, ArgumentError) as error:
+        print(f"{program}: error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,94 @@
+"""Trains a re-identification network: python -m cge_fast.train --help"""
+
+import os
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from cge_fast import checkpoint, errors
+from cge_fast.config import TrainConfig, as_dataclass, program_parser, with_recipe_paths
+from cge_fast.distributed import rank
+from cge_fast.errors import UserError
+from cge_fast.training import Training, holds_run
+
+PROGRAM = "cge_fast.train"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The program; `arguments` default to the command line's."""
+    config, resume, profile = parse(sys.argv[1:] if arguments is None else arguments)
+    if not resume and holds_run(config.output):
+        raise UserError(f"output: {config.output} holds a run already; continue it with --resume or choose another")
+    device = start_ranks()
+    try:
+        training = Training(config, device, profile)
+        if resume:
+            training.resume()
+        if rank() == 0:
+            print(description(training), file=sys.stderr)
+        training.run()
+        if rank() == 0:
+            if training.stopwatch:
+                print(training.stopwatch.table())
+            print(final_line(training))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def parse(arguments: Sequence[str]) -> tuple[TrainConfig, bool, bool]:
+    """Settings, --resume and --profile; a resumed run's own settings come first, then the command line's."""
+    parser = program_parser(PROGRAM, "Trains a re-identification network; without options, on the embedded data set.")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --output, with its settings")
+    parser.add_argument("--profile", action="store_true", help="print where the time of a training step goes")
+    parser.add_class_arguments(TrainConfig)
+    arguments = with_recipe_paths(arguments)
+    parsed = parser.parse_args(arguments)
+    if parsed.resume:
+        if parsed.output is None:
+            raise UserError("output: --resume needs the folder of the run that it continues")
+        settings = checkpoint.config_file(Path(parsed.output) / "checkpoints" / "last")
+        parsed = parser.parse_args([f"--config={settings}", *arguments])
+    config = as_dataclass(parser, parsed, TrainConfig)
+    config.output = config.output or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    return config, parsed.resume, parsed.profile
+
+
+def start_ranks() -> torch.device:
+    """Joins the other processes if torchrun started this one; returns this process's device."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+    return device
+
+
+def description(training: Training) -> str:
+    """What is about to be trained, in two lines."""
+    reid_set, config, head = training.reid_set, training.config, training.network.head
+    identities = head.classifier.out_features
+    kind = f"CGE, {head.stripes} stripes" if head.cge else "without CGE"
+    return (
+        f"{config.data.name}: {len(reid_set.train)} images of {identities} identities to train on, "
+        f"{len(reid_set.query)} queries, {len(reid_set.gallery)} gallery images\n"
+        f"{config.model.backbone}, {kind}; {training.device}, {str(training.precision).removeprefix('torch.')}; "
+        f"epochs {training.epochs_done + 1} to {config.optim.epochs}, {config.output}"
+    )
+
+
+def final_line(training: Training) -> str:
+    """mAP and rank-1 of the last epoch, of the untrained network beside it, and where the checkpoint lies."""
+    result, untrained = training.result, training.untrained
+    floor = f" (untrained: mAP {untrained['mAP']:.1%}, rank-1 {untrained['rank1']:.1%})" if untrained else ""
+    return f"mAP {result['mAP']:.1%}, rank-1 {result['rank1']:.1%}{floor}, checkpoint {training.checkpoints / 'last'}"
+
+
+if __name__ == "__main__":
+    errors.run(main, PROGRAM)

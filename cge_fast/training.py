@@ -1,0 +1,277 @@
+"""A training run: steps, epochs, figures and checkpoints."""
+
+import math
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from cge_fast import checkpoint, data, model
+from cge_fast.config import TrainConfig, to_yaml
+from cge_fast.data.batches import train_labels, train_loader
+from cge_fast.data.sampler import PKSampler
+from cge_fast.distributed import copy_from_first_rank, gather_with_gradient, rank, sum_over_ranks, world_size
+from cge_fast.errors import UserError
+from cge_fast.head import memory_alpha
+from cge_fast.log import Log
+from cge_fast.losses import batch_hard_triplet
+from cge_fast.profile import Stopwatch
+from cge_fast.schedule import learning_rate
+
+STEPS_BETWEEN_LOOKS = 10  # how often losses are fetched from the device, shown and checked
+RETRIEVAL = ("mAP", "rank1", "rank5", "rank10", "mINP")
+
+
+class EpochSums(NamedTuple):
+    """What an epoch adds up, on the device."""
+
+    losses: Tensor  # (2,): cross entropy and triplet loss, times samples
+    samples: Tensor  # 0-d
+    hits: Tensor  # 0-d
+    stripe_hits: Tensor  # (n,)
+    levels: Tensor  # (n+1,): samples of which 0..n stripes are right, the hardest first
+
+
+class Training:
+    """Everything that a run consists of.
+
+    Args:
+        config: the settings; `config.output` is set.
+        device: where to compute.
+        profile: time the parts of every step.
+
+    Raises:
+        UserError: data and settings do not fit.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device, profile: bool = False):
+        self.config, self.device = config, device
+        self.checkpoints = config.output / "checkpoints"
+        torch.manual_seed(config.seed)
+        self.reid_set = data.read(config.data)
+        labels = train_labels(self.reid_set.train)
+        self.sampler = PKSampler(
+            labels, config.data.identities, config.data.instances, config.seed, rank(), world_size()
+        )
+        share = config.data.identities // world_size()
+        if config.optim.accumulate < 1 or share % config.optim.accumulate:
+            raise UserError(f"optim.accumulate: {share} identities cannot be cut evenly into {config.optim.accumulate}")
+        pin_memory = device.type == "cuda"
+        self.loader = train_loader(self.reid_set.train, self.sampler, config.data, pin_memory)
+        self.precision = model.compute_precision(config.optim.precision, device)
+        network = model.build(
+            config.model, config.loss, config.data, max(labels) + 1, config.optim.epochs, self.precision
+        )
+        if world_size() > 1 and device.type == "cuda":  # SyncBatchNorm exists on GPUs only
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        self.network = network.to(device)
+        self.optimizer = torch.optim.Adam(
+            self.network.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay, fused=True
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        self.stopwatch = Stopwatch(device) if profile else None
+        if self.stopwatch:
+            self.stopwatch.watch(self.network.backbone)
+        self.epochs_done = 0
+        self.best_map = -math.inf
+        self.untrained: dict[str, float] | None = None
+        self.result: dict[str, float] | None = None
+
+    def resume(self) -> None:
+        """Takes up the run's last checkpoint: the epochs that follow are those of an uninterrupted run, bit for bit.
+
+        Raises:
+            UserError: there is no checkpoint, or it does not fit the settings.
+        """
+        last = self.checkpoints / "last"
+        checkpoint.fit(self.network, checkpoint.load_weights(last), last)
+        state = checkpoint.load_training(last)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        set_random_state(state["random"])
+        self.epochs_done, self.best_map = state["epoch"], state["best_map"]
+        self.untrained, self.result = state["untrained"], state["result"]
+
+    def run(self) -> None:
+        """Trains the epochs that remain, with a progress bar; afterwards `result` has the last epoch's figures.
+
+        Raises:
+            UserError: an image cannot be read, or the loss is not finite.
+        """
+        config, epochs, steps = self.config, self.config.optim.epochs, len(self.loader)
+        log = None
+        if self.epochs_done == 0 and config.evaluation.untrained:
+            self.untrained = self.evaluate()
+        if rank() == 0:
+            log = Log(config.output, self.epochs_done or None)
+            (config.output / checkpoint.CONFIG).write_text(to_yaml(config))
+            if self.epochs_done == 0 and self.untrained:
+                log.write({"epoch": 0, **self.untrained})
+        wrapped: nn.Module = self.network
+        if world_size() > 1:
+            device_ids = [self.device.index] if self.device.type == "cuda" else None
+            # No broadcast of buffers at every step: the memory is equal anyway, statistics are shared once an epoch.
+            wrapped = DistributedDataParallel(self.network, device_ids=device_ids, broadcast_buffers=False)
+        bar = tqdm(total=epochs * steps, initial=self.epochs_done * steps, unit=" step", disable=rank() > 0)
+        with bar:
+            for epoch in range(self.epochs_done + 1, epochs + 1):
+                bar.set_description(f"epoch {epoch}/{epochs}")
+                start = time.perf_counter()
+                sums = self.train_epoch(wrapped, epoch, bar)
+                seconds = time.perf_counter() - start
+                every = config.evaluation.every
+                measured = self.evaluate() if epoch == epochs or (every and epoch % every == 0) else None
+                self.epochs_done, self.result = epoch, measured or self.result
+                is_best = measured is not None and measured["mAP"] > self.best_map
+                self.best_map = measured["mAP"] if is_best else self.best_map
+                if log:
+                    row = self.figures(epoch, sums, seconds) | (measured or dict.fromkeys(RETRIEVAL))
+                    log.write(row)
+                    self.save(is_best)
+        if log:
+            log.close()
+
+    def train_epoch(self, wrapped: nn.Module, epoch: int, bar: tqdm) -> EpochSums:
+        """One epoch of optimiser steps, each followed by a memory write; checks that all stays finite."""
+        wrapped.train()
+        self.sampler.epoch = epoch
+        stripes = self.network.head.stripes
+        sums = EpochSums(*(torch.zeros(shape, device=self.device) for shape in (2, (), (), stripes, stripes + 1)))
+        unseen: list[Tensor] = []
+        if self.stopwatch:
+            self.stopwatch.start()
+        for step, (images, labels) in enumerate(self.loader):
+            images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
+            self.lap("waiting for data")
+            rate = learning_rate(self.config.optim, epoch - 1 + step / len(self.loader))
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            unseen.append(self.step(wrapped, images, labels, epoch, sums))
+            bar.update()
+            if len(unseen) == STEPS_BETWEEN_LOOKS or step == len(self.loader) - 1:
+                losses = torch.stack(unseen).sum(dim=1).tolist()
+                for number, loss in enumerate(losses, start=step + 2 - len(losses)):
+                    if not math.isfinite(loss):
+                        raise self.not_finite(f"the loss of step {number} of epoch {epoch}")
+                self.show(bar, losses[-1], sums)
+                unseen.clear()
+            self.lap("bookkeeping")
+        if not all(tensor.isfinite().all() for tensor in self.network.state_dict().values()):
+            raise self.not_finite(f"a parameter or buffer after epoch {epoch}")
+        for tensor in sums:
+            sum_over_ranks(tensor)
+        copy_from_first_rank(self.network.buffers())
+        return sums
+
+    def step(self, wrapped: nn.Module, images: Tensor, labels: Tensor, epoch: int, sums: EpochSums) -> Tensor:
+        """One optimiser step and memory write; returns cross entropy and triplet loss (2,), detached."""
+        config, pieces = self.config.loss, self.config.optim.accumulate
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = torch.zeros(2, device=self.device)
+        local_features = []
+        for number, (piece, piece_labels) in enumerate(
+            zip(images.chunk(pieces), labels.chunk(pieces), strict=True), start=1
+        ):
+            waits = isinstance(wrapped, DistributedDataParallel) and number < pieces
+            with wrapped.no_sync() if waits else nullcontext():
+                out = wrapped(piece, piece_labels)
+                all_features, all_labels = gather_with_gradient(out.global_feature), gather_with_gradient(piece_labels)
+                triplet = batch_hard_triplet(all_features, all_labels, config.margin)
+                loss = config.l1 * out.loss + config.l2 * triplet
+                self.lap("head forward and losses")
+                self.scaler.scale(loss / pieces).backward()
+                self.lap("backbone backward")
+            losses += torch.stack([out.loss.detach(), triplet.detach()]) / pieces
+            local_features.append(out.local_features)
+            sums.hits.add_(out.hit.sum())
+            if out.local_hit is not None:
+                sums.stripe_hits.add_(out.local_hit.sum(dim=0))
+                sums.levels.add_(out.local_hit.sum(dim=1).bincount(minlength=out.local_hit.shape[1] + 1))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.lap("optimiser")
+        if self.network.head.cge:
+            self.network.head.write_memory(torch.cat(local_features), labels, epoch)
+        self.lap("memory write")
+        sums.losses.add_(losses * len(labels))
+        sums.samples.add_(len(labels))
+        return losses
+
+    def evaluate(self) -> dict[str, float]:
+        """The network's figures on the query and gallery of the set."""
+        found = model.evaluate(self.network, self.reid_set, self.config.data, self.config.evaluation)
+        return dict(zip(RETRIEVAL, (found.mAP, found.rank(1), found.rank(5), found.rank(10), found.mINP), strict=True))
+
+    def figures(self, epoch: int, sums: EpochSums, seconds: float) -> dict[str, Any]:
+        """An epoch's row of metrics.jsonl, but for the evaluation."""
+        samples = sums.samples.item()
+        entropy, triplet = (sums.losses / samples).tolist()
+        cge = self.config.model.cge
+        return {
+            "epoch": epoch,
+            "loss": self.config.loss.l1 * entropy + self.config.loss.l2 * triplet,
+            "cross_entropy": entropy,
+            "triplet": triplet,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "alpha": memory_alpha(self.config.model.alpha, epoch, self.config.optim.epochs) if cge else None,
+            "train_accuracy": sums.hits.item() / samples,
+            "stripe_precision": (sums.stripe_hits / samples).tolist() if cge else None,
+            "levels": (sums.levels / samples).tolist() if cge else None,
+            "images_per_second": samples / seconds,
+            "seconds": seconds,
+        }
+
+    def save(self, is_best: bool) -> None:
+        """Writes a checkpoint of the run as it stands."""
+        state = {
+            "epoch": self.epochs_done,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": random_state(),
+            "best_map": self.best_map,
+            "untrained": self.untrained,
+            "result": self.result,
+        }
+        checkpoint.save(self.checkpoints, self.network, state, to_yaml(self.config), self.epochs_done, is_best)
+
+    def lap(self, part: str) -> None:
+        """Ends a part of the step for the profile, if one is taken."""
+        if self.stopwatch:
+            self.stopwatch.lap(part)
+
+    def show(self, bar: tqdm, loss: float, sums: EpochSums) -> None:
+        """Puts loss, identity accuracy and images/s on the progress bar (which shows the time left by itself)."""
+        images_per_second = (bar.format_dict["rate"] or 0) * self.config.data.identities * self.config.data.instances
+        accuracy = (sums.hits / sums.samples).item()
+        bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}, {images_per_second:.0f} images/s")
+
+    def not_finite(self, what: str) -> UserError:
+        """The error of a diverged training; it names the last checkpoint, which is finite."""
+        last = self.checkpoints / "last"
+        kept = (
+            f"the last finite checkpoint is {last}, of epoch {self.epochs_done}" if last.exists() else "none is saved"
+        )
+        return UserError(f"{what} is not finite ({kept}); try a smaller optim.lr or optim.precision float32")
+
+
+def random_state() -> dict[str, Any]:
+    """The states of torch's random generators, which alone are used."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Undoes what has been drawn since `random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def holds_run(output: Path) -> bool:
+    """Whether a folder holds a run's checkpoints."""
+    return any((output / "checkpoints").glob("epoch_*"))

@@ -1,0 +1,176 @@
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cge_fast.data import pedestrians
+
+SMALL = {"train_identities": 4, "test_identities": 4, "images_per_identity": 6}
+FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
+NAME = re.compile(r"(\d{4})_c([1-6])s1_(\d{6})_(\d{2})\.png")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sets") / "pedestrians"
+    pedestrians.draw(folder, **SMALL)
+    return folder
+
+
+def labels(folder: Path) -> list[tuple[int, int]]:
+    """(identity, camera) of every file."""
+    return [(int(name[1]), int(name[2])) for path in folder.iterdir() if (name := NAME.fullmatch(path.name))]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.png")}
+
+
+def test_names_and_layout(folder):
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FOLDERS)
+    paths = [path for name in FOLDERS for path in (folder / name).iterdir()]
+    assert all(NAME.fullmatch(path.name) for path in paths)
+    assert sorted(int(NAME.fullmatch(path.name)[3]) for path in paths) == list(range(1, 8 * 6 + 1))
+    for path in paths:
+        with Image.open(path) as image:
+            assert (image.format, image.mode, image.size) == ("PNG", "RGB", (48, 96))
+
+
+def test_identities_of_training_and_test_are_disjoint(folder):
+    train, query, gallery = ({identity for identity, _ in labels(folder / name)} for name in FOLDERS)
+    assert train == {1, 2, 3, 4}
+    assert query == gallery == {5, 6, 7, 8}
+
+
+def test_every_query_has_an_image_of_another_camera_in_the_gallery(folder):
+    query, gallery = labels(folder / "query"), labels(folder / "bounding_box_test")
+    assert len(set(query)) == len(query)
+    assert set(query) == set(query + gallery)
+    for identity, camera in query:
+        assert any(other == identity and seen_by != camera for other, seen_by in gallery)
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(folder, tmp_path):
+    pedestrians.draw(tmp_path / "same", **SMALL)
+    pedestrians.draw(tmp_path / "other", seed=1, **SMALL)
+    assert contents(tmp_path / "same") == contents(folder)
+    assert not set(contents(tmp_path / "other").values()) & set(contents(folder).values())
+
+
+def test_an_image_does_not_depend_on_what_was_drawn_before():
+    persons = pedestrians.people(0, False, 4, 4, 6)
+    camera = pedestrians.random_camera(pedestrians.generator(0, pedestrians.SHARED, 1))
+    first, _, again = (
+        pedestrians.photograph(persons[0], persons, camera, pedestrians.generator(0, pedestrians.TRAIN, 1, image))
+        for image in (1, 2, 1)
+    )
+    assert first.tobytes() == again.tobytes()
+
+
+@pytest.mark.parametrize("images", [6, 10])
+def test_every_identity_is_seen_in_three_to_five_cameras(images):
+    seen = [person.cameras for person in pedestrians.people(0, False, 200, 200, images)]
+    assert all(len(cameras) == images and set(cameras) <= set(range(1, 7)) for cameras in seen)
+    assert {len(set(cameras)) for cameras in seen} == set(range(3, min(5, images // 2) + 1))
+
+
+@pytest.mark.parametrize("trap", [False, True])
+def test_people_are_distinct_and_share_templates(trap):
+    persons = pedestrians.people(0, trap, 200, 200, 10)
+    train, test = persons[:200], persons[200:]
+    for split in (train, test) if trap else (persons,):
+        assert len({(person.upper, person.lower, person.head) for person in split}) == len(split)
+    assert len({person.lower for person in persons}) == pedestrians.LOWERS
+    assert len({person.head for person in persons}) == pedestrians.HEADS
+    uppers = [len({person.upper for person in split}) for split in (train, test)]
+    assert uppers == ([200, pedestrians.TRAP_TEST_UPPERS] if trap else [pedestrians.UPPERS, pedestrians.UPPERS])
+
+
+def test_the_trap_draws_other_training_images(folder, tmp_path):
+    pedestrians.draw(tmp_path / "trap", trap=True, **SMALL)
+    plain, trap = contents(folder), contents(tmp_path / "trap")
+    assert len(trap) == len(plain)
+    assert trap != plain
+
+
+def test_logo_and_jacket_show_only_in_front_and_a_backpack_fully_only_from_behind():
+    def redness(person, front):
+        pose = pedestrians.Pose(front, stride=0.3, swing=0.3, lean=0.0, size=170.0, x=56.0, y=104.0)
+        pixels = np.asarray(pedestrians.draw_person(person, pose), dtype=int)
+        return (pixels[..., 0] - pixels[..., 1] > 40).sum()
+
+    black, red = pedestrians.BLACK, pedestrians.RED
+    lower, head = pedestrians.Lower("trousers", black, black, False), pedestrians.Head("bald", black, black)
+
+    def person(pattern, bag):
+        upper = pedestrians.Upper(black, pattern, red, True)
+        return pedestrians.Identity(upper, lower, head, bag, red, 1.0, 1.0, [[0.0] * 3] * 2, [])
+
+    for pattern in ("logo", "jacket"):
+        assert redness(person(pattern, "none"), front=True) > 0 == redness(person(pattern, "none"), front=False)
+    backpack = person("plain", "backpack")
+    assert redness(backpack, front=False) > 3 * redness(backpack, front=True)
+
+
+def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
+    calls = defaultdict(int)
+    photograph = pedestrians.photograph
+
+    def interrupted(*arguments):
+        calls["photograph"] += 1
+        if calls["photograph"] == 10:
+            raise KeyboardInterrupt
+        return photograph(*arguments)
+
+    monkeypatch.setattr(pedestrians, "photograph", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pedestrians.draw(tmp_path / "set", **SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_refused_unless_it_is_empty(tmp_path):
+    (tmp_path / "empty").mkdir()
+    pedestrians.draw(tmp_path / "empty", **SMALL)
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match="not an empty folder") as refusal:
+        pedestrians.draw(tmp_path / "empty", **SMALL)
+    assert "\n" not in str(refusal.value)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("trap", "sizes"),
+    [
+        (False, {"images_per_identity": 5}),
+        (False, {"train_identities": 9000, "test_identities": 1000}),
+        (True, {"train_identities": 1000}),
+    ],
+)
+def test_impossible_sizes_are_refused(tmp_path, trap, sizes):
+    with pytest.raises(ValueError):
+        pedestrians.draw(tmp_path / "set", trap=trap, **sizes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_contact_sheet_shows_both_splits(folder, tmp_path):
+    pedestrians.contact_sheet(folder, tmp_path / "sheet.png", identities=5)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (72 + 6 * 64, 5 * 128)
+        assert np.asarray(sheet).std() > 20
+
+
+def test_contact_sheet_of_foreign_images(tmp_path):
+    for name, file in (
+        ("bounding_box_train", "0007_c2s1_000001_01.jpg"),
+        ("bounding_box_test", "-1_c1s1_000002_00.jpg"),
+    ):
+        (tmp_path / name).mkdir()
+        Image.new("L", (200, 100), 90).save(tmp_path / name / file)
+    pedestrians.contact_sheet(tmp_path, tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (72 + 64, 128)
+    with pytest.raises(FileNotFoundError):
+        pedestrians.contact_sheet(tmp_path / "nothing", tmp_path / "other.png")

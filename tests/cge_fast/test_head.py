@@ -1,0 +1,203 @@
+"""CGEHead by itself, as somebody else's loop uses it."""
+
+import math
+
+import pytest
+import torch
+from cge_fast import CGEHead
+from cge_fast.head import memory_alpha
+from cge_reference import revise_logits, stripe_pool, write_memory_
+from torch.nn.functional import cross_entropy
+
+BATCH, CHANNELS, CLASSES, EPOCHS = 6, 8, 5, 4
+
+
+@pytest.fixture
+def batch():
+    random = torch.Generator().manual_seed(0)
+    feature_map = torch.rand(BATCH, CHANNELS, 7, 3, generator=random)
+    return feature_map, torch.tensor([0, 0, 1, 1, 3, 3])
+
+
+def head(**options) -> CGEHead:
+    torch.manual_seed(0)
+    made = CGEHead(CHANNELS, CLASSES, EPOCHS, **options)
+    torch.nn.init.normal_(made.classifier.weight)
+    return made
+
+
+@pytest.mark.parametrize("pooling", ["average", "gem"])
+def test_the_loss_is_the_mean_cross_entropy_of_the_revised_logits(batch, pooling):
+    feature_map, labels = batch
+    made = head(pooling=pooling)
+    made.write_memory(made(feature_map, labels).local_features, labels, 1)
+    out = made(feature_map, labels)
+    _, local_features = stripe_pool(feature_map, 3, made.p)
+    revised = revise_logits(made.classifier(out.embedding), local_features, made.memory)
+    torch.testing.assert_close(out.loss, cross_entropy(revised, labels, label_smoothing=0.1))
+    assert torch.equal(out.hit, revised.argmax(1) == labels)
+    scores = torch.einsum("bic,ikc->bik", local_features, made.memory)
+    assert torch.equal(out.local_hit, scores.argmax(2) == labels[:, None])
+    made.eval()
+    torch.testing.assert_close(
+        made.revise(feature_map), made.classifier(made(feature_map)) * _weights(made, feature_map)
+    )
+
+
+def _weights(made, feature_map):
+    _, local_features = stripe_pool(feature_map, 3, made.p)
+    return revise_logits(torch.ones(BATCH, CLASSES), local_features, made.memory)
+
+
+def test_the_output_feeds_other_losses_and_the_memory_without_a_graph(batch):
+    out = head()(*batch)
+    assert out.loss.dim() == 0
+    assert out.global_feature.requires_grad
+    assert out.embedding.requires_grad
+    assert not out.local_features.requires_grad
+    assert out.local_features.shape == (BATCH, 3, CHANNELS)
+
+
+def test_without_labels_it_gives_the_embedding_after_bnneck(batch):
+    feature_map, _ = batch
+    made = head(pooling="average").eval()
+    made.neck.running_mean.fill_(0.5)
+    global_feature = feature_map.mean(dim=(2, 3))
+    torch.testing.assert_close(made(feature_map), (global_feature - 0.5) / math.sqrt(1 + 1e-5))
+    torch.testing.assert_close(made.embed(feature_map, after_neck=False), global_feature)
+
+
+def test_bnneck_has_a_frozen_zero_bias_and_the_classifier_none(batch):
+    made = head()
+    made(*batch).loss.backward()
+    assert made.classifier.bias is None
+    assert made.neck.bias.grad is None
+    assert (made.neck.bias == 0).all()
+    assert made.p.grad is not None
+
+
+def test_the_baseline_has_neither_memory_nor_local_features(batch):
+    feature_map, labels = batch
+    made = head(cge=False)
+    out = made(feature_map, labels)
+    torch.testing.assert_close(out.loss, cross_entropy(made.classifier(out.embedding), labels, label_smoothing=0.1))
+    assert out.local_features is None
+    assert out.local_hit is None
+    assert made.memory is None
+    made.write_memory(out.local_features, labels, 1)
+    torch.testing.assert_close(made.eval().revise(feature_map), made.classifier(made(feature_map)))
+
+
+@pytest.mark.parametrize("cge", [True, False])
+def test_logit_scale_multiplies_the_logits(batch, cge):
+    feature_map, _ = batch
+    plain, scaled = head(cge=cge).eval(), head(cge=cge, logit_scale=0.71).eval()
+    torch.testing.assert_close(scaled.revise(feature_map), 0.71 * plain.revise(feature_map))
+
+
+def test_detached_weights_change_the_gradient_but_not_the_loss(batch):
+    feature_map, labels = batch
+    gradients, losses = [], []
+    for local_gradient in (True, False):
+        made = head(local_gradient=local_gradient)
+        write_memory_(made.memory, torch.rand(BATCH, 3, CHANNELS), labels, 0.5)
+        leaf = feature_map.clone().requires_grad_()
+        loss = made(leaf, labels).loss
+        loss.backward()
+        gradients.append(leaf.grad)
+        losses.append(loss.detach())
+    assert losses[0].isfinite()
+    assert not torch.equal(gradients[0], gradients[1])
+
+
+def test_the_memory_is_saved_with_the_model_and_is_no_parameter(batch):
+    made = head()
+    made.write_memory(made(*batch).local_features, batch[1], 1)
+    fresh = head()
+    fresh.load_state_dict(made.state_dict())
+    assert torch.equal(fresh.memory, made.memory)
+    assert "memory" not in dict(made.named_parameters())
+
+
+def test_writing_before_the_backward_pass_is_caught_by_autograd(batch):
+    feature_map, labels = batch
+    made = head()
+    made.write_memory(made(feature_map, labels).local_features, labels, 1)
+    out = made(feature_map.requires_grad_(), labels)
+    made.write_memory(out.local_features, labels, 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.loss.backward()
+
+
+def test_micro_batches_written_at_once_are_the_whole_batch(batch):
+    feature_map, labels = batch
+    whole, pieces = head(), head()
+    whole.write_memory(stripe_pool(feature_map, 3, 3.0)[1], labels, 2)
+    parts = [stripe_pool(part, 3, 3.0)[1] for part in feature_map.split(2)]
+    pieces.write_memory(torch.cat(parts), labels, 2)
+    assert torch.equal(whole.memory, pieces.memory)
+
+
+def test_one_epoch_in_all_means_alpha_one_and_still_fills_the_memory(batch):
+    feature_map, labels = batch
+    made = CGEHead(CHANNELS, CLASSES, epochs=1)
+    first = made(feature_map, labels).local_features
+    made.write_memory(first, labels, 1)
+    seen = made.memory[:, labels.unique()].clone()
+    torch.testing.assert_close(seen.norm(dim=2), torch.ones(3, 3))
+    made.write_memory(torch.rand(BATCH, 3, CHANNELS), labels, 1)
+    torch.testing.assert_close(made.memory[:, labels.unique()], seen)
+
+
+def test_an_identity_first_seen_in_the_last_epoch_is_remembered(batch):
+    feature_map, labels = batch
+    made = head()
+    made.write_memory(made(feature_map, labels).local_features, labels, 1)
+    late = torch.rand(1, 3, CHANNELS)
+    made.write_memory(late, torch.tensor([4]), EPOCHS)
+    torch.testing.assert_close(made.memory[:, 4], torch.nn.functional.normalize(late[0], dim=1))
+
+
+def test_autocast_leaves_the_head_in_float32(batch):
+    feature_map, labels = batch
+    with torch.autocast("cpu", torch.bfloat16):
+        out = head()(feature_map, labels)
+    assert out.embedding.dtype == torch.float32
+    torch.testing.assert_close(out.loss, head()(feature_map, labels).loss)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        ("linear", [0.25, 0.5, 0.75, 1.0]),
+        ("exponential", [1.0, math.exp(-5 / 16), math.exp(-20 / 16), math.exp(-45 / 16)]),
+        ("constant", [0.01] * 4),
+    ],
+)
+def test_alpha_strategies(strategy, expected):
+    assert [memory_alpha(strategy, epoch, 4) for epoch in (1, 2, 3, 4)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("epoch", [0, 5])
+def test_epochs_count_from_one(epoch):
+    with pytest.raises(ValueError, match=f"epoch must lie between 1 and 4, got {epoch}"):
+        memory_alpha("linear", epoch, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stripes": 0}, "stripes must be at least 1, got 0"),
+        ({"pooling": "max"}, "pooling must be one of average, gem, got 'max'"),
+        ({"alpha": "cosine"}, "alpha must be one of linear, exponential, constant, got 'cosine'"),
+        ({"label_smoothing": 2.0}, r"label_smoothing must lie in \[0, 1\], got 2.0"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        CGEHead(CHANNELS, CLASSES, EPOCHS, **options)
+
+
+def test_more_stripes_than_rows_are_refused(batch):
+    with pytest.raises(ValueError, match="stripes must lie between 1 and the feature map's height 7, got 8"):
+        head(stripes=8)(*batch)

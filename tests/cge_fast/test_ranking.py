@@ -1,0 +1,92 @@
+"""The evaluator against an obvious implementation, one query at a time."""
+
+import numpy as np
+import pytest
+import torch
+from cge_fast import ranking
+from cge_fast.ranking import evaluate_ranking
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def obvious(distance, query_ids, query_cameras, gallery_ids, gallery_cameras):
+    """AP, INP and rank of the first match of each query that has one."""
+    found = []
+    for q in range(len(query_ids)):
+        ranked = sorted(range(len(gallery_ids)), key=lambda g, q=q: (distance[q][g], g))
+        kept = [g for g in ranked if not (gallery_ids[g] == query_ids[q] and gallery_cameras[g] == query_cameras[q])]
+        hits = [place for place, g in enumerate(kept, start=1) if gallery_ids[g] == query_ids[q]]
+        if hits:
+            precisions = [(number + 1) / place for number, place in enumerate(hits)]
+            found.append((sum(precisions) / len(hits), len(hits) / hits[-1], hits[0]))
+    return found
+
+
+def integers(random, *shape):
+    """Small whole numbers: distances are exact in float32 and many are equal."""
+    return torch.from_numpy(random.integers(-2, 3, size=shape)).float()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    queries=st.integers(1, 8),
+    gallery=st.integers(1, 30),
+    chunk=st.sampled_from([1, 40, 10**6]),
+)
+def test_equals_the_obvious_implementation_with_ties_junk_and_missing_matches(seed, queries, gallery, chunk):
+    random = np.random.default_rng(seed)
+    q, g = integers(random, queries, 2), integers(random, gallery, 2)
+    ids = [torch.from_numpy(random.integers(0, 4, size=count)) for count in (queries, gallery)]
+    cameras = [torch.from_numpy(random.integers(0, 3, size=count)) for count in (queries, gallery)]
+    distance = ((q[:, None] - g[None]) ** 2).sum(dim=2).tolist()
+    expected = obvious(distance, ids[0].tolist(), cameras[0].tolist(), ids[1].tolist(), cameras[1].tolist())
+    before, ranking.CHUNK_DISTANCES = ranking.CHUNK_DISTANCES, chunk
+    try:
+        arguments = (q, ids[0], cameras[0], g, ids[1], cameras[1], "euclidean")
+        if not expected:
+            with pytest.raises(ValueError, match="no query has a match"):
+                evaluate_ranking(*arguments)
+            return
+        result = evaluate_ranking(*arguments)
+    finally:
+        ranking.CHUNK_DISTANCES = before
+    assert result.mAP == pytest.approx(np.mean([ap for ap, _, _ in expected]))
+    assert result.mINP == pytest.approx(np.mean([inp for _, inp, _ in expected]))
+    for k in (1, 2, 5, 50):
+        assert result.rank(k) == pytest.approx(np.mean([first <= k for *_, first in expected]))
+    assert (result.queries, result.skipped) == (len(expected), queries - len(expected))
+
+
+def test_cosine_ranks_by_angle_whatever_the_length():
+    gallery = torch.tensor([[100.0, 1.0], [0.1, 0.1]])
+    ids, cameras = torch.tensor([7, 8]), torch.tensor([1, 1])
+    query = torch.tensor([[1.0, 1.0]]), torch.tensor([8]), torch.tensor([0])
+    assert evaluate_ranking(*query, gallery, ids, cameras, "cosine").mAP == 1
+    assert evaluate_ranking(*query, gallery * 0.001, ids, cameras, "cosine").mAP == 1
+
+
+def test_euclidean_ranks_by_distance():
+    gallery = torch.tensor([[100.0, 100.0], [1.0, 0.9]])
+    result = evaluate_ranking(
+        torch.tensor([[1.0, 1.0]]), torch.tensor([8]), torch.tensor([0]),
+        gallery, torch.tensor([8, 7]), torch.tensor([1, 1]), "euclidean",
+    )  # fmt: skip
+    assert result.mAP == 0.5
+
+
+def test_distractors_take_places_but_are_nobodys_match():
+    gallery = torch.tensor([[1.0, 0.0], [0.9, 0.1]])
+    result = evaluate_ranking(
+        torch.tensor([[1.0, 0.0]]), torch.tensor([5]), torch.tensor([1]),
+        gallery, torch.tensor([0, 5]), torch.tensor([2, 2]),
+    )  # fmt: skip
+    assert result.mAP == 0.5
+    assert result.rank(1) == 0
+    assert result.rank(2) == 1
+
+
+def test_features_that_are_not_finite_are_refused():
+    good, ids = torch.ones(1, 2), torch.tensor([1])
+    with pytest.raises(ValueError, match="gallery_features must be finite"):
+        evaluate_ranking(good, ids, ids, good * torch.nan, ids, ids + 1)

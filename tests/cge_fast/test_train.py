@@ -1,0 +1,281 @@
+"""The training program, from its command line to its last line."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from cge_fast import checkpoint, errors, evaluate, train
+from cge_fast.config import RECIPES, TrainConfig, read_settings, recipes
+from cge_fast.training import Training
+
+
+def run(arguments, capsys) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of the program."""
+    status = 0
+    try:
+        errors.run(lambda: train.main(arguments), "cge_fast.train")
+    except SystemExit as exit_:
+        status = exit_.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load_weights(folder / "checkpoints" / "last")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("cge", ["true", "false"])
+def test_a_run_ends_with_its_figures_and_a_checkpoint_that_evaluates_to_them(options, tmp_path, capsys, cge):
+    status, out, _ = run([*options, "--model.cge", cge], capsys)
+    assert status == 0
+    last = tmp_path / "run" / "checkpoints" / "last"
+    line = out.strip().splitlines()[-1]
+    assert line.startswith("mAP ")
+    assert "rank-1" in line
+    assert "untrained: mAP" in line
+    assert line.endswith(f"checkpoint {last}")
+    evaluate.main(["--checkpoint", str(last)])
+    assert capsys.readouterr().out.split(",")[0] == line.split(",")[0]
+
+
+def test_metrics_have_a_row_for_each_epoch(options, tmp_path, capsys):
+    run([*options, "--evaluation.every", "0"], capsys)
+    untrained, first, last = rows(tmp_path / "run")
+    assert [untrained["epoch"], first["epoch"], last["epoch"]] == [0, 1, 2]
+    assert first["mAP"] is None
+    assert last["mAP"] > 0
+    assert first["loss"] == pytest.approx(first["cross_entropy"] + first["triplet"])
+    assert [first["alpha"], last["alpha"]] == [0.5, 1.0]
+    assert len(last["stripe_precision"]) == 3
+    assert len(last["levels"]) == 4
+    assert sum(last["levels"]) == pytest.approx(1)
+    by_level = sum(share * level for level, share in enumerate(last["levels"]))
+    assert by_level == pytest.approx(sum(last["stripe_precision"])), "levels count the stripes that are right"
+    assert {"train_accuracy", "lr", "rank1", "rank5", "rank10", "mINP", "seconds", "images_per_second"} <= last.keys()
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+def test_two_runs_with_one_seed_are_equal_whatever_the_number_of_workers(options, tmp_path, capsys):
+    run(options, capsys)
+    run([*options, "--output", str(tmp_path / "other"), "--data.workers", "2"], capsys)
+    assert_same_weights(tmp_path / "run", tmp_path / "other")
+    run([*options, "--output", str(tmp_path / "seed"), "--seed", "1"], capsys)
+    assert not torch.equal(weights(tmp_path / "run")["head.memory"], weights(tmp_path / "seed")["head.memory"])
+
+
+class Killed(BaseException):
+    """What a kill signal would do."""
+
+
+def test_a_run_killed_after_an_epoch_resumes_bit_for_bit(options, tmp_path, capsys, monkeypatch):
+    options = [*options, "--optim.epochs", "3"]
+    run([*options, "--output", str(tmp_path / "whole")], capsys)
+    save = Training.save
+
+    def save_then_die(self, is_best):
+        if self.epochs_done == 2:
+            raise Killed  # the row of metrics.jsonl is written, the checkpoint is not
+        save(self, is_best)
+
+    monkeypatch.setattr(Training, "save", save_then_die)
+    with pytest.raises(Killed):
+        run(options, capsys)
+    monkeypatch.undo()
+    status, out, _ = run(["--output", str(tmp_path / "run"), "--resume"], capsys)
+    assert status == 0
+    assert "mAP" in out
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+    one, other = (checkpoint.load_training(tmp_path / name / "checkpoints" / "last") for name in ("run", "whole"))
+    for parameter, state in one["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, other["optimizer"]["state"][parameter][name])
+    timed = {"seconds", "images_per_second"}
+    strip = lambda found: [{key: row[key] for key in row.keys() - timed} for row in found]  # noqa: E731
+    assert strip(rows(tmp_path / "run")) == strip(rows(tmp_path / "whole"))
+
+
+def test_resuming_a_finished_run_says_its_result_again(options, tmp_path, capsys):
+    _, out, _ = run(options, capsys)
+    assert run(["--output", str(tmp_path / "run"), "--resume"], capsys)[1] == out
+
+
+def test_micro_batches_cover_the_batch_and_write_the_memory_once(options, tmp_path, capsys):
+    status, _, _ = run([*options, "--optim.accumulate", "2"], capsys)
+    assert status == 0
+    memory = weights(tmp_path / "run")["head.memory"]
+    torch.testing.assert_close(memory.norm(dim=2), torch.ones(3, 4))
+    assert rows(tmp_path / "run")[1]["train_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("alpha", ["linear", "exponential"])
+def test_one_epoch_in_all_trains_with_alpha_one(options, tmp_path, capsys, alpha):
+    run([*options, "--optim.epochs", "1", "--model.alpha", alpha], capsys)
+    assert rows(tmp_path / "run")[-1]["alpha"] == 1
+    torch.testing.assert_close(weights(tmp_path / "run")["head.memory"].norm(dim=2), torch.ones(3, 4))
+
+
+def test_more_instances_than_an_identity_has_images(options, capsys):
+    assert run([*options, "--data.identities", "2", "--data.instances", "8"], capsys)[0] == 0
+
+
+def test_profile_prints_the_share_that_is_not_the_backbone(options, capsys):
+    _, out, _ = run([*options, "--profile"], capsys)
+    parts = {line[:28].strip(): float(line.split()[-1].rstrip("%")) for line in out.splitlines() if line.endswith("%")}
+    assert {"backbone forward", "backbone backward", "head backward", "optimiser", "memory write"} <= parts.keys()
+    rest = parts.pop("all but the backbone")
+    assert sum(parts.values()) == pytest.approx(100, abs=0.6)
+    assert rest == pytest.approx(100 - parts["backbone forward"] - parts["backbone backward"], abs=0.3)
+
+
+def test_bfloat16_trains(options, tmp_path, capsys):
+    run([*options, "--optim.precision", "bfloat16"], capsys)
+    assert all(row["cross_entropy"] > 0 for row in rows(tmp_path / "run")[1:])
+    assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} <= {torch.float32, torch.int64}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--optim.epochs", "many"], "Parser key \"optim.epochs\": Expected a <class 'int'>. Got value: many"),
+        (["--optim.epoch", "3"], "--optim.epoch"),
+        (["--loss.margin", "hard"], 'Parser key "loss.margin"'),
+        (["--data.root", "/nowhere"], "data.root: there is no folder /nowhere/bounding_box_train"),
+        (["--data.name", "folder"], "market/train"),
+        (["--data.identities", "5"], "data.identities: a batch needs 5, the training split has 4"),
+        (["--model.stripes", "4"], "model.stripes: 4 do not fit the feature map, which has 3 rows"),
+        (["--optim.accumulate", "3"], "optim.accumulate: 4 identities cannot be cut evenly into 3"),
+        (["--optim.precision", "float16"], "optim.precision: float16 needs a GPU"),
+        (["--model.pretrained", "true"], "model.pretrained: the backbone compact has no ImageNet weights"),
+        (["--resume"], "has no file model.safetensors"),
+        (["--config", "no_such_recipe"], "no_such_recipe"),
+    ],
+)
+def test_wrong_settings_are_one_line_and_leave_nothing_behind(options, tmp_path, capsys, change, message):
+    status, out, err = run([*options, *change], capsys)
+    assert status == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert out == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_not_overwritten(options, tmp_path, capsys):
+    run(options, capsys)
+    before = weights(tmp_path / "run")
+    status, _, err = run(options, capsys)
+    assert status == 2
+    assert "holds a run already; continue it with --resume" in err
+    assert torch.equal(weights(tmp_path / "run")["head.memory"], before["head.memory"])
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_corrupt_training_image_is_named(options, market, capsys, workers):
+    broken = next((market / "bounding_box_train").iterdir())
+    broken.write_bytes(broken.read_bytes()[:60])
+    status, _, err = run([*options, "--data.workers", workers], capsys)
+    assert status == 2
+    message = err.strip().splitlines()[-1]
+    assert message.startswith(f"cge_fast.train: error: image {broken} cannot be read (")
+    assert message.endswith("--data.skip_corrupt true")
+
+
+def test_corrupt_images_are_left_out_on_request(options, market, capsys):
+    for folder in ("bounding_box_train", "query", "bounding_box_test"):
+        next((market / folder).iterdir()).write_bytes(b"")
+    status, out, err = run([*options, "--data.skip_corrupt", "true"], capsys)
+    assert status == 0
+    assert "left out 3 corrupt images" in err
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(options, tmp_path, capsys):
+    run(options, capsys)
+    before = weights(tmp_path / "run")
+    more = ["--output", str(tmp_path / "run"), "--resume", "--optim.epochs", "4", "--optim.lr", "1e30"]
+    status, _, err = run(more, capsys)
+    assert status == 2
+    message = err.strip().splitlines()[-1]
+    assert "epoch 3 is not finite" in message
+    assert f"the last finite checkpoint is {tmp_path / 'run' / 'checkpoints' / 'last'}, of epoch 2" in message
+    after = weights(tmp_path / "run")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--model.stripes", "2"], "model.stripes: checkpoint .* has 3 stripes, the settings want 2"),
+        (["--model.cge", "false"], "model.cge: checkpoint .* has a memory, the settings want none"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(options, tmp_path, capsys, change, message):
+    run(options, capsys)
+    with pytest.raises(errors.UserError, match=message):
+        train.main(["--output", str(tmp_path / "run"), "--resume", *change])
+
+
+def test_a_checkpoint_with_other_classes_is_refused(options, market, tmp_path, capsys):
+    run(options, capsys)
+    for path in (market / "bounding_box_train").glob("0001_*"):
+        path.unlink()
+    with pytest.raises(errors.UserError, match="data: checkpoint .* has 4 classes, the training split 3"):
+        train.main(["--output", str(tmp_path / "run"), "--resume", "--data.identities", "3"])
+
+
+def test_the_defaults_are_the_recipe_pedestrians_cge():
+    assert asdict(read_settings(RECIPES / "pedestrians_cge.yaml")) == asdict(TrainConfig())
+
+
+@pytest.mark.parametrize("data", ["pedestrians", "market1501"])
+def test_the_baseline_differs_from_cge_in_nothing_else(data):
+    bot, cge = (asdict(read_settings(RECIPES / f"{data}_{kind}.yaml")) for kind in ("bot", "cge"))
+    assert not bot["model"].pop("cge")
+    assert cge["model"].pop("cge")
+    assert bot == cge
+
+
+def test_the_market1501_recipe_has_the_papers_settings():
+    settings = read_settings(RECIPES / "market1501_cge.yaml")
+    data, model, loss, optim = settings.data, settings.model, settings.loss, settings.optim
+    assert (data.height, data.width, data.identities, data.instances) == (384, 128, 16, 4)
+    assert (data.flip, data.erasing, data.pad) == (0.5, 0.5, 10)
+    assert (model.backbone, model.pretrained, model.stripes, model.alpha) == ("resnet50", True, 3, "linear")
+    assert (loss.label_smoothing, loss.margin, loss.l1, loss.l2) == (0.1, 0.0, 1.0, 1.0)
+    assert (optim.epochs, optim.lr, optim.weight_decay) == (120, 3.5e-4, 5e-4)
+    assert (optim.warmup, optim.warmup_factor, optim.milestones, optim.gamma) == (10, 0.1, [40, 90], 0.1)
+
+
+def test_a_recipe_is_found_by_its_name(capsys):
+    assert recipes() == ["market1501_bot", "market1501_cge", "pedestrians_bot", "pedestrians_cge"]
+    config, _, _ = train.parse(["--config", "market1501_bot", "--data.root", "/somewhere"])
+    assert (config.model.backbone, config.model.cge, config.data.root) == ("resnet50", False, Path("/somewhere"))
+
+
+def test_print_config_prints_settings_that_config_reads_back(options, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main([*options, "--print_config"])
+    (tmp_path / "settings.yaml").write_text(capsys.readouterr().out)
+    again, _, _ = train.parse(["--config", str(tmp_path / "settings.yaml")])
+    config, _, _ = train.parse(options)
+    assert asdict(again) == asdict(config)
+    assert yaml.safe_load((tmp_path / "settings.yaml").read_text())["optim"]["epochs"] == 2
+
+
+def test_the_untrained_network_is_the_floor(options, tmp_path, capsys):
+    run([*options, "--evaluation.untrained", "false"], capsys)
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == [1, 2]
+    assert all(math.isfinite(row["loss"]) for row in rows(tmp_path / "run"))
