@@ -27,7 +27,7 @@ def build(name: Backbone, pretrained: bool) -> nn.Sequential:
 
 
 def compact() -> nn.Sequential:
-    """A residual network with 0.8 million parameters and stride 8: 96x48 images become a 128x12x6 map."""
+    """A residual network with 0.3 million parameters and stride 8: 96x48 images become a 128x12x6 map."""
     stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
     blocks = []
     for channels in (32, 64, 128):

@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -34,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The program; `arguments` default to the command line's."""
     parser = ArgumentParser(
         prog=PROGRAM,
-        description="Trains the BagTricks baseline, the baseline at two smaller logit scales, CGE, and CGE with detached "
-        "weights, with the same seeds, and writes table.md. Runs that are there already are not repeated, interrupted "
-        "ones are continued. What stands after -- goes to every training.",
+        description="Trains the BagTricks baseline, the baseline at two smaller logit scales, CGE, and CGE with "
+        "detached weights, with the same seeds, and writes table.md. Runs that are there already are not repeated, "
+        "interrupted ones are continued. What stands after -- goes to every training.",
         exit_on_error=False,
     )
     parser.add_argument("table", choices=["controls"], help="which table")
@@ -53,9 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = [(row, seed) for seed in range(options.seeds) for row in CONTROLS]
     with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(runs), desc="trainings", unit=" run") as bar:
         jobs = [pool.submit(train, options.output, row, seed, training, options.jobs) for row, seed in runs]
-        for job in jobs:
-            job.result()
-            bar.update()
+        try:
+            for job in as_completed(jobs):
+                job.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     shown = ["python", "-m", PROGRAM, *arguments]
     text = table(options.output, options.seeds, shlex.join(shown))
     (options.output / "table.md").write_text(text)

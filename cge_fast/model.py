@@ -15,17 +15,18 @@ from cge_fast.ranking import Retrieval, evaluate_ranking
 
 
 class ReidModel(nn.Module):
-    """A backbone with a CGE head; the backbone computes in `precision`, the head in float32."""
+    """A backbone with a CGE head; the backbone computes in `precision` and channels_last, the head in float32."""
 
     def __init__(self, backbone: nn.Module, head: CGEHead, precision: torch.dtype = torch.float32):
         super().__init__()
-        self.backbone, self.head, self.precision = backbone, head, precision
+        self.backbone = backbone.to(memory_format=torch.channels_last)
+        self.head, self.precision = head, precision
 
     def feature_map(self, images: Tensor) -> Tensor:
         """(B, C, H', W') of images (B, 3, H, W)."""
         lower = self.precision != torch.float32
         with torch.autocast(images.device.type, self.precision if lower else None, enabled=lower):
-            return self.backbone(images)
+            return self.backbone(images.contiguous(memory_format=torch.channels_last))
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> HeadOutput | Tensor:
         """The head's output: see CGEHead."""

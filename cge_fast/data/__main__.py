@@ -7,8 +7,10 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from cge_fast import errors
+from cge_fast.data.contact_sheet import contact_sheet
+from cge_fast.data.market1501 import read_market1501
 from cge_fast.data.omniglot import export_omniglot
-from cge_fast.data.pedestrians import contact_sheet, draw
+from cge_fast.data.pedestrians import draw
 from cge_fast.errors import UserError
 
 PROGRAM = "cge_fast.data"
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except FileExistsError as error:
             raise UserError(f"export: {error}") from error
     sheet = options.export / CONTACT_SHEET
-    contact_sheet(options.export, sheet)
+    contact_sheet(read_market1501(options.export), sheet)
     print(f"{options.export} written; a look at it: {sheet}")
 
 

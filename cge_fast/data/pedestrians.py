@@ -6,7 +6,6 @@ share a few: a feature that looked at nothing else in training has little left a
 """
 
 import math
-import re
 import tempfile
 from collections import namedtuple
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 WIDTH, HEIGHT, MARGIN = 48, 96, 4  # pixels of an image, and around it for the tilt of the camera to turn into view
@@ -109,6 +108,10 @@ def people(seed: int, trap: bool, train_identities: int, test_identities: int, i
     rng = generator(seed)
     everything = (ALL_UPPERS, ALL_LOWERS, ALL_HEADS)
     uppers, lowers, heads = ([options[i] for i in rng.permutation(len(options))] for options in everything)
+    if trap and train_identities > len(uppers):
+        raise ValueError(
+            f"the trap has {len(uppers)} upper bodies, so at most as many training identities can be drawn"
+        )
     if trap:
         own_uppers = rng.choice(len(uppers), train_identities, replace=False)
         triples = [(upper, rng.integers(LOWERS), rng.integers(HEADS)) for upper in own_uppers]
@@ -117,8 +120,8 @@ def people(seed: int, trap: bool, train_identities: int, test_identities: int, i
         triples = distinct_triples(train_identities + test_identities, UPPERS)
     persons = []
     for identity, (upper, lower, head) in enumerate(triples, start=1):
-        rng = generator(seed, TRAIN if identity <= train_identities else TEST, identity)
-        persons.append(dress(rng, uppers[upper], lowers[lower], heads[head], images))
+        own_rng = generator(seed, TRAIN if identity <= train_identities else TEST, identity)
+        persons.append(dress(own_rng, uppers[upper], lowers[lower], heads[head], images))
     return persons
 
 
@@ -437,37 +440,3 @@ def write_images(folder: Path, seed: int, persons: list[Identity], train_identit
         picture = photograph(persons[identity], others, cameras[number], rng)
         file = f"{identity + 1:04d}_c{number}s1_{running:06d}_{image + 1:02d}.png"
         picture.save(folder / name / file, compress_level=1)
-
-
-CELL, LABEL, COLUMNS = (64, 128), 72, 12  # pixels, pixels, images of a row at most
-
-
-def contact_sheet(folder: Path, file: Path, identities: int = 12) -> None:
-    """Write a PNG with a row of at most 12 images for each of some identities, half of them of the test split.
-
-    `folder` has the layout of Market-1501, with jpg or png images of any size; each is fitted into a cell 64 pixels
-    wide and 128 high, beside a label of 72. Raises FileNotFoundError if there are no images.
-    """
-    rows: list[tuple[str, list[tuple[int, Path]]]] = []
-    for split, names in {"test": ["query", "bounding_box_test"], "train": ["bounding_box_train"]}.items():
-        found: dict[str, list[tuple[int, Path]]] = {}
-        for path in [path for name in names for path in (Path(folder) / name).glob("*")]:
-            # Without the distractors, whose identity is -1 or 0.
-            if (match := re.match(r"(\d+)_c(\d+).*\.(jpg|png)$", path.name)) and int(match[1]) > 0:
-                found.setdefault(match[1], []).append((int(match[2]), path))
-        room = identities // 2 if split == "test" else identities - len(rows)
-        rows = [(f"{split} {identity}", sorted(found[identity])) for identity in sorted(found)[:room]] + rows
-    if not rows:
-        raise FileNotFoundError(f"no images in the layout of Market-1501 below {folder}")
-    columns = min(COLUMNS, max(len(files) for _, files in rows))
-    sheet = Image.new("RGB", (LABEL + columns * CELL[0], len(rows) * CELL[1]), "white")
-    ink = ImageDraw.Draw(sheet)
-    for row, (label, files) in enumerate(rows):
-        y = row * CELL[1]
-        ink.text((6, y + CELL[1] // 2 - 6), label, "black")
-        for column, (camera, path) in enumerate(files[:columns]):
-            x = LABEL + column * CELL[0]
-            with Image.open(path) as image:
-                sheet.paste(ImageOps.contain(image.convert("RGB"), (CELL[0] - 2, CELL[1] - 2)), (x + 1, y + 1))
-            ink.text((x + 4, y + 2), f"c{camera}", "white", stroke_width=1, stroke_fill="black")
-    sheet.save(file, format="PNG")

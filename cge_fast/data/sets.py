@@ -41,5 +41,9 @@ def pedestrians(trap: bool) -> Path:
     cache = Path(os.environ.get("CGE_CACHE", home / "cge-fast"))
     folder = cache / f"pedestrians{'-trap' if trap else ''}-{DRAWING}"
     if not folder.is_dir():
-        draw(folder, trap)
+        try:
+            draw(folder, trap)
+        except OSError:
+            if not folder.is_dir():  # else another process drew the same in the meantime
+                raise
     return folder

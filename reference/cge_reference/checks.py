@@ -11,10 +11,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def require_tensor(name: str, value: Any, shape: str, dtypes: str = "floating") -> Tensor:
+def require_tensor(name: str, value: Any, shape: str, dtypes: str = "a floating") -> Tensor:
     """Returns `value` if it is a tensor of as many dimensions as `shape` (as in "(B, n, C)") has letters.
 
-    dtypes: "floating" or "integer".
+    dtypes: "a floating" or "an integer".
     Raises TypeError for another type or dtype, ValueError for another rank.
     """
     if not isinstance(value, Tensor):
@@ -22,8 +22,8 @@ def require_tensor(name: str, value: Any, shape: str, dtypes: str = "floating") 
     if value.dim() != shape.count(",") + 1 - shape.count(",)"):
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
     is_integer = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
-    if not (value.is_floating_point() if dtypes == "floating" else is_integer):
-        raise TypeError(f"{name} must have a {dtypes} dtype, got {value.dtype}")
+    if not (value.is_floating_point() if dtypes == "a floating" else is_integer):
+        raise TypeError(f"{name} must have {dtypes} dtype, got {value.dtype}")
     return value
 
 

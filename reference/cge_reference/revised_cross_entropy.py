@@ -52,7 +52,7 @@ def revised_cross_entropy(
     """
     require_tensor("features", features, "(B, C)")
     require_tensor("weight", weight, "(N, C)")
-    require_tensor("labels", labels, "(B,)", "integer")
+    require_tensor("labels", labels, "(B,)", "an integer")
     scores = local_scores(local_features, memory)
     require_same_device(features=features, weight=weight, memory=memory, labels=labels)
     batch, _, classes = scores.shape

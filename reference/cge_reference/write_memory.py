@@ -39,7 +39,7 @@ def write_memory_(
     if memory.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"memory must be float32 or float64 (a smaller dtype loses increments), got {memory.dtype}")
     require_tensor("local_features", local_features, "(B, n, C)")
-    require_tensor("labels", labels, "(B,)", "integer")
+    require_tensor("labels", labels, "(B,)", "an integer")
     require_same_device(memory=memory, local_features=local_features, labels=labels)
     stripes, classes, channels = memory.shape
     batch = local_features.shape[0]

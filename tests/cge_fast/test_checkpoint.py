@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
+from torch import nn
+
 from cge_fast import checkpoint
 from cge_fast.errors import UserError
-from torch import nn
 
 FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.symlink", "os.remove", "os.rmdir", "os.truncate", "os.link"}
 

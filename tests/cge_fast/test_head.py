@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
+
 from cge_fast import CGEHead
 from cge_fast.head import memory_alpha
 from cge_reference import revise_logits, stripe_pool, write_memory_
-from torch.nn.functional import cross_entropy
 
 BATCH, CHANNELS, CLASSES, EPOCHS = 6, 8, 5, 4
 

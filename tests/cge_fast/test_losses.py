@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from cge_fast.losses import batch_hard_triplet
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from cge_fast.losses import batch_hard_triplet
 
 
 @settings(max_examples=30, deadline=None)

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from cge_fast import ranking
-from cge_fast.ranking import evaluate_ranking
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from cge_fast import ranking
+from cge_fast.ranking import evaluate_ranking
 
 
 def obvious(distance, query_ids, query_cameras, gallery_ids, gallery_cameras):

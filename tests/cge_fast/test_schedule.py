@@ -1,6 +1,7 @@
 """The learning rate over the epochs."""
 
 import pytest
+
 from cge_fast.config import OptimConfig
 from cge_fast.schedule import learning_rate
 

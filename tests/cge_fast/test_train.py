@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+
 from cge_fast import checkpoint, errors, evaluate, train
 from cge_fast.config import RECIPES, TrainConfig, read_settings, recipes
 from cge_fast.training import Training
@@ -197,7 +198,7 @@ def test_a_corrupt_training_image_is_named(options, market, capsys, workers):
 def test_corrupt_images_are_left_out_on_request(options, market, capsys):
     for folder in ("bounding_box_train", "query", "bounding_box_test"):
         next((market / folder).iterdir()).write_bytes(b"")
-    status, out, err = run([*options, "--data.skip_corrupt", "true"], capsys)
+    status, _, err = run([*options, "--data.skip_corrupt", "true"], capsys)
     assert status == 0
     assert "left out 3 corrupt images" in err
 
@@ -232,7 +233,7 @@ def test_a_checkpoint_with_other_classes_is_refused(options, market, tmp_path, c
     run(options, capsys)
     for path in (market / "bounding_box_train").glob("0001_*"):
         path.unlink()
-    with pytest.raises(errors.UserError, match="data: checkpoint .* has 4 classes, the training split 3"):
+    with pytest.raises(errors.UserError, match=r"data: checkpoint .* has 4 classes, the training split 3"):
         train.main(["--output", str(tmp_path / "run"), "--resume", "--data.identities", "3"])
 
 

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from cge_reference import revise_logits, revise_logits_one_pass, stripe_pool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
+
+from cge_reference import revise_logits, revise_logits_one_pass, stripe_pool
 
 
 def example(batch=3, stripes=2, classes=5, channels=4, dtype=torch.float64, seed=0):

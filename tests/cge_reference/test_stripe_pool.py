@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from cge_reference import stripe_pool
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from cge_reference import stripe_pool
 
 
 def rows_of_stripe(i: int, stripes: int, height: int) -> range:

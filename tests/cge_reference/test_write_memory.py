@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from cge_reference import write_memory_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
+
+from cge_reference import write_memory_
 
 
 def written_by_hand(memory, local_features, labels, alpha):

@@ -150,27 +150,6 @@ def test_an_existing_folder_is_refused_unless_it_is_empty(tmp_path):
     ],
 )
 def test_impossible_sizes_are_refused(tmp_path, trap, sizes):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"can be drawn|upper bod"):
         pedestrians.draw(tmp_path / "set", trap=trap, **sizes)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_contact_sheet_shows_both_splits(folder, tmp_path):
-    pedestrians.contact_sheet(folder, tmp_path / "sheet.png", identities=5)
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (72 + 6 * 64, 5 * 128)
-        assert np.asarray(sheet).std() > 20
-
-
-def test_contact_sheet_of_foreign_images(tmp_path):
-    for name, file in (
-        ("bounding_box_train", "0007_c2s1_000001_01.jpg"),
-        ("bounding_box_test", "-1_c1s1_000002_00.jpg"),
-    ):
-        (tmp_path / name).mkdir()
-        Image.new("L", (200, 100), 90).save(tmp_path / name / file)
-    pedestrians.contact_sheet(tmp_path, tmp_path / "sheet.png")
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (72 + 64, 128)
-    with pytest.raises(FileNotFoundError):
-        pedestrians.contact_sheet(tmp_path / "nothing", tmp_path / "other.png")

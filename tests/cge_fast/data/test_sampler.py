@@ -3,10 +3,11 @@
 from collections import Counter
 
 import pytest
-from cge_fast.data.sampler import PKSampler
-from cge_fast.errors import UserError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from cge_fast.data.sampler import PKSampler
+from cge_fast.errors import UserError
 
 
 def labels_of(sampler, labels):

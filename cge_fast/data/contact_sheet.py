@@ -1,0 +1,48 @@
+"""A picture of a data set: a row of images for each of some identities."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import PIL.Image
+from PIL import ImageDraw, ImageOps
+
+from cge_fast.data.images import Image, ReidSet, open_rgb
+
+CELL_WIDTH, CELL_HEIGHT, LABEL_WIDTH = 64, 128, 72  # pixels
+COLUMNS = 12  # images of an identity, at most
+
+
+def contact_sheet(reid_set: ReidSet, file: Path, identities: int = 12) -> None:
+    """Writes a PNG: a row for each of `identities` people, half of them of the test split; images say the camera.
+
+    Images of any size are fitted into cells of 64 x 128 pixels beside a label of 72.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    rows = rows_of("train", reid_set.train, identities - identities // 2)
+    rows += rows_of("test", [*reid_set.query, *reid_set.gallery], identities // 2)
+    columns = max(len(images) for _, images in rows)
+    sheet = PIL.Image.new("RGB", (LABEL_WIDTH + columns * CELL_WIDTH, len(rows) * CELL_HEIGHT), "white")
+    ink = ImageDraw.Draw(sheet)
+    for row, (label, images) in enumerate(rows):
+        top = row * CELL_HEIGHT
+        ink.text((6, top + CELL_HEIGHT // 2 - 6), label, "black")
+        for column, image in enumerate(images):
+            left = LABEL_WIDTH + column * CELL_WIDTH
+            picture = ImageOps.contain(open_rgb(image.path), (CELL_WIDTH - 2, CELL_HEIGHT - 2))
+            sheet.paste(picture, (left + 1, top + 1))
+            ink.text((left + 4, top + 2), f"c{image.camera}", "white", stroke_width=1, stroke_fill="black")
+    sheet.save(file, format="PNG")
+
+
+def rows_of(split: str, images: Sequence[Image], count: int) -> list[tuple[str, list[Image]]]:
+    """Label and images, by camera, of the first `count` identities; distractors (identity 0) are left out."""
+    images_of = defaultdict(list)
+    for image in images:
+        if image.identity != 0:
+            images_of[image.identity].append(image)
+    chosen = sorted(images_of)[:count]
+    by_camera = {identity: sorted(images_of[identity], key=lambda image: image.camera) for identity in chosen}
+    return [(f"{split} {identity}", by_camera[identity][:COLUMNS]) for identity in chosen]

@@ -1,0 +1,123 @@
+"""Images on their way into batches."""
+
+from collections import Counter
+
+import PIL.Image
+import pytest
+import torch
+
+from cge_fast.config import DataConfig
+from cge_fast.data import Image
+from cge_fast.data.batches import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    TrainImages,
+    test_loader,
+    test_transform,
+    train_labels,
+    train_loader,
+    train_transform,
+)
+from cge_fast.data.images import open_rgb
+from cge_fast.data.sampler import PKSampler
+from cge_fast.errors import UserError
+
+test_loader.__test__ = test_transform.__test__ = False  # functions of the package, not tests
+
+
+@pytest.fixture
+def images(tmp_path):
+    made = []
+    for number in range(12):
+        path = tmp_path / f"{number}.png"
+        PIL.Image.new("RGB", (6, 10), (number * 20, 10, 200)).save(path)
+        made.append(Image(path, identity=50 - number // 3, camera=number % 3))
+    return made
+
+
+def config(**options) -> DataConfig:
+    return DataConfig(height=16, width=8, workers=0, **options)
+
+
+def test_labels_follow_the_order_of_the_identities(images):
+    assert train_labels(images) == [3, 3, 3, 2, 2, 2, 1, 1, 1, 0, 0, 0]
+
+
+def test_evaluation_resizes_and_normalises_and_nothing_else(images):
+    (batch,) = test_loader(images[:1], 4, config())
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    expected = (torch.tensor([0, 10, 200]) / 255 - mean) / std
+    assert batch.shape == (1, 3, 16, 8)
+    torch.testing.assert_close(batch, expected[None, :, None, None].expand_as(batch))
+
+
+def test_without_augmentation_training_sees_what_evaluation_sees(images):
+    picture = open_rgb(images[3].path)
+    plain = train_transform(config(flip=0, pad=0, erasing=0))(picture)
+    assert torch.equal(plain, test_transform(config())(picture))
+
+
+def test_a_certain_flip_mirrors(tmp_path):
+    picture = PIL.Image.effect_noise((8, 16), 60).convert("RGB")
+    flipped = train_transform(config(flip=1, pad=0, erasing=0))(picture)
+    assert torch.equal(flipped, test_transform(config())(picture).flip(2))
+
+
+def test_erasing_takes_2_to_40_percent_and_leaves_the_mean_colour():
+    picture = PIL.Image.new("RGB", (48, 96), (255, 255, 255))
+    transform = train_transform(DataConfig(flip=0, pad=0, erasing=1))
+    shares = [(transform(picture) == 0).all(dim=0).float().mean().item() for _ in range(100)]
+    assert 0.01 < min(shares) < 0.1
+    assert 0.3 < max(shares) < 0.42
+
+
+def test_cropping_shifts_by_at_most_the_padding():
+    picture = PIL.Image.new("RGB", (8, 16), (255, 255, 255))
+    transform = train_transform(config(flip=0, pad=2, erasing=0))
+    black = test_transform(config())(PIL.Image.new("RGB", (8, 16)))[:, :1, :1]
+    for _ in range(20):
+        padded = (transform(picture) == black).all(dim=0)
+        assert padded.all(dim=1).sum() <= 2
+        assert padded.all(dim=0).sum() <= 2
+
+
+def test_the_seed_alone_decides_the_augmentation(images):
+    dataset = TrainImages(images, train_labels(images), config())
+    before = torch.get_rng_state()
+    first, _ = dataset[0, 7]
+    torch.rand(3)
+    assert torch.equal(first, dataset[0, 7][0])
+    assert any(not torch.equal(first, dataset[0, seed][0]) for seed in range(8, 16))
+    torch.set_rng_state(before)
+    expected = torch.rand(1)
+    torch.set_rng_state(before)
+    dataset[0, 3]
+    assert torch.equal(torch.rand(1), expected), "the training's own random numbers are not disturbed"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_the_same_for_any_number_of_workers(images, workers):
+    def epoch(workers):
+        sampler = PKSampler(train_labels(images), 2, 2, seed=1)
+        settings = config()
+        settings.workers = workers
+        return list(train_loader(images, sampler, settings, pin_memory=False))
+
+    for (one, one_labels), (other, other_labels) in zip(epoch(0), epoch(workers), strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one_labels, other_labels)
+        assert set(Counter(one_labels.tolist()).values()) == {2}
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image"])
+def test_an_image_that_cannot_be_read_is_named(tmp_path, content):
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"image .*broken.jpg cannot be read"):
+        open_rgb(path)
+
+
+def test_grey_and_palette_images_become_rgb(tmp_path):
+    for mode in ("L", "P", "RGBA", "1"):
+        PIL.Image.new(mode, (4, 4)).save(tmp_path / f"{mode}.png")
+        assert open_rgb(tmp_path / f"{mode}.png").mode == "RGB"
