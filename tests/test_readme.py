@@ -1,0 +1,22 @@
+"""What the README shows must run."""
+
+import re
+from pathlib import Path
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_loop_has_under_25_lines_and_runs(capsys):
+    (loop,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(loop.splitlines()) < 25
+    scope = {}
+    exec(loop, scope)
+    assert scope["embedding"].shape == (16, 512)
+    assert scope["head"].memory.norm(dim=2).sum() > 0
+
+
+def test_every_recipe_is_named():
+    from cge_fast.config import recipes
+
+    for name in recipes():
+        assert f"`{name}`" in README
