@@ -1,15 +1,18 @@
 """Every setting of the programs, typed; the defaults are the recipe pedestrians_cge."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from cge_fast.backbones import Backbone
 from cge_fast.head import Alpha, Pooling
+
+Settings = TypeVar("Settings")
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -24,21 +27,21 @@ class DataConfig:
     """Data set; the pedestrians are drawn on first use, the others are read from data.root."""
     root: Path | None = None
     """Folder of the data set market1501 or folder."""
-    height: int = 96
+    height: PositiveInt = 96
     """Image height after resizing, pixels."""
-    width: int = 48
+    width: PositiveInt = 48
     """Image width after resizing, pixels."""
-    flip: float = 0.5
+    flip: ClosedUnitInterval = 0.5
     """Probability of a horizontal flip."""
-    pad: int = 4
+    pad: NonNegativeInt = 4
     """Zeros padded on each side before a random crop back to size, pixels; 0 for none."""
-    erasing: float = 0.5
+    erasing: ClosedUnitInterval = 0.5
     """Probability of random erasing (area 0.02 to 0.4, aspect 0.3 to 3.33, filled with the mean colour)."""
-    identities: int = 16
+    identities: PositiveInt = 16
     """P: identities in a batch, over all ranks."""
-    instances: int = 4
+    instances: PositiveInt = 4
     """K: images of each identity in a batch."""
-    workers: int = 2
+    workers: NonNegativeInt = 2
     """Processes that load images; 0 loads in the training process. The batches are the same for any number."""
     skip_corrupt: bool = False
     """Leave out images that cannot be read, and say how many, instead of ending with an error."""
@@ -56,13 +59,13 @@ class ModelConfig:
     """Pooling of the global and the local features."""
     cge: bool = True
     """Comprehensive Global Embedding; false is the BagTricks baseline."""
-    stripes: int = 3
+    stripes: PositiveInt = 3
     """n: horizontal stripes, each a local classifier."""
     alpha: Alpha = "linear"
     """How much of a memory row stays at a write, by epoch."""
     local_gradient: bool = True
     """Let the gradient flow through the revision's weights to the backbone."""
-    logit_scale: float = 1.0
+    logit_scale: PositiveFloat = 1.0
     """Factor of the logits; revision alone multiplies them by about 0.7, so compare with baselines scaled alike."""
 
 
@@ -70,13 +73,13 @@ class ModelConfig:
 class LossConfig:
     """l1 * cross entropy + l2 * batch-hard triplet."""
 
-    label_smoothing: float = 0.1
+    label_smoothing: ClosedUnitInterval = 0.1
     """e: the target is (1-e) * onehot + e/N."""
-    margin: float | Literal["soft"] = 0.3
+    margin: NonNegativeFloat | Literal["soft"] = 0.3
     """Triplet margin (hinge), or soft: log(1 + exp(d_ap - d_an))."""
-    l1: float = 1.0
+    l1: NonNegativeFloat = 1.0
     """Weight of the cross entropy."""
-    l2: float = 1.0
+    l2: NonNegativeFloat = 1.0
     """Weight of the triplet loss."""
 
 
@@ -84,23 +87,23 @@ class LossConfig:
 class OptimConfig:
     """Adam, warm-up and steps."""
 
-    epochs: int = 30
+    epochs: PositiveInt = 30
     """Epochs; one is floor(train images / (P*K)) batches."""
-    lr: float = 2e-3
+    lr: PositiveFloat = 2e-3
     """Learning rate after warm-up."""
-    weight_decay: float = 5e-4
+    weight_decay: NonNegativeFloat = 5e-4
     """Weight decay (coupled L2, on every parameter)."""
-    warmup: float = 0.1
+    warmup: NonNegativeFloat = 0.1
     """Length of the linear warm-up: epochs, or below 1 a share of all epochs."""
-    warmup_factor: float = 0.1
+    warmup_factor: PositiveFloat = 0.1
     """Learning rate at the start of the warm-up, as a factor."""
-    milestones: list[float] = field(default_factory=lambda: [0.6, 0.85])
+    milestones: list[PositiveFloat] = field(default_factory=lambda: [0.6, 0.85])
     """When the learning rate falls: epochs done, or below 1 shares of all epochs."""
-    gamma: float = 0.1
+    gamma: PositiveFloat = 0.1
     """Factor at each milestone."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Backbone's arithmetic; auto: bfloat16 where the device has it in hardware, else float32."""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Micro-batches that a batch is cut into (P / ranks divisible by it), to train with less device memory."""
 
 
@@ -108,7 +111,7 @@ class OptimConfig:
 class EvaluationConfig:
     """How query and gallery are compared."""
 
-    every: int = 5
+    every: NonNegativeInt = 5
     """Evaluate after every so many epochs (and always after the last); 0: only after the last."""
     untrained: bool = True
     """Evaluate the untrained network too, as a floor for the figures."""
@@ -118,7 +121,7 @@ class EvaluationConfig:
     """Take the feature after BNNeck or before it."""
     flip_test: bool = False
     """Average the features of an image and its mirror image."""
-    batch: int = 128
+    batch: PositiveInt = 128
     """Images per forward pass."""
 
 
@@ -131,7 +134,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of initialisation, sampling and augmentation."""
     output: Path | None = None
     """Folder of the run; without it runs/<date>-<time>."""
@@ -161,10 +164,21 @@ def with_recipe_paths(arguments: Sequence[str]) -> list[str]:
     return found
 
 
-def as_dataclass(parser: ArgumentParser, parsed: Namespace, kind: type) -> object:
+def as_dataclass(parser: ArgumentParser, parsed: Namespace, kind: type[Settings]) -> Settings:
     """The parsed settings as an instance of the dataclass whose fields the parser was given."""
     values = parser.instantiate(parsed)
-    return kind(**{name: values[name] for name in kind.__dataclass_fields__})
+    return plain(kind(**{settings.name: values[settings.name] for settings in fields(kind)}))
+
+
+def plain(value: Any) -> Any:
+    """Settings with ordinary numbers in place of the range-checked ones, which neither YAML nor torch.load knows."""
+    if is_dataclass(value):
+        return replace(value, **{settings.name: plain(getattr(value, settings.name)) for settings in fields(value)})
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value) if isinstance(value, float) else int(value)
+    return value
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     checkpoint.fit(network, weights, folder)
     result = model.evaluate(network.to(device), data.read(config.data), config.data, config.evaluation)
     ranks = ", ".join(f"rank-{k} {result.rank(k):.1%}" for k in SHOWN_RANKS)
-    left_out = f"; {result.skipped} without a match in the gallery left out" if result.skipped else ""
-    print(f"mAP {result.mAP:.1%}, mINP {result.mINP:.1%}, {ranks} ({result.queries} queries{left_out})")
+    counted = f"{result.queries} queries, {result.skipped} more without a match left out"
+    print(f"mAP {result.mAP:.1%}, mINP {result.mINP:.1%}, {ranks} ({counted})")
 
 
 if __name__ == "__main__":

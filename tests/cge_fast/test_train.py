@@ -152,7 +152,11 @@ def test_bfloat16_trains(options, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--optim.epochs", "many"], "Parser key \"optim.epochs\": Expected a <class 'int'>. Got value: many"),
+        (["--optim.epochs", "many"], 'Parser key "optim.epochs": Not of type PositiveInt'),
+        (["--optim.epochs", "0"], 'Parser key "optim.epochs"'),
+        (["--data.erasing", "1.5"], 'Parser key "data.erasing"'),
+        (["--data.workers=-1"], 'Parser key "data.workers"'),
+        (["--evaluation.batch", "0"], 'Parser key "evaluation.batch"'),
         (["--optim.epoch", "3"], "--optim.epoch"),
         (["--loss.margin", "hard"], 'Parser key "loss.margin"'),
         (["--data.root", "/nowhere"], "data.root: there is no folder /nowhere/bounding_box_train"),
