@@ -20,6 +20,7 @@ from cge_fast.errors import UserError
 
 UNFINISHED = ".unfinished-"  # prefix of what is being written, pointed elsewhere or removed
 WEIGHTS, TRAINING, CONFIG = "model.safetensors", "training.pt", "config.yaml"
+MEMORY, CLASSIFIER = "head.memory", "head.classifier.weight"  # names among the weights
 
 
 def save(folder: Path, model: nn.Module, training: dict[str, Any], config: str, epoch: int, best: bool) -> Path:
@@ -95,9 +96,20 @@ def load_training(checkpoint: Path) -> dict[str, Any]:
     """
     config_file(checkpoint)
     try:
-        return torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True)
+        return dict(torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load has no common base for what a damaged file raises
         raise UserError(f"checkpoint {checkpoint / TRAINING} cannot be read ({error})") from error
+
+
+def classes(weights: dict[str, Tensor], checkpoint: Path) -> int:
+    """How many identities a checkpoint's network was trained on.
+
+    Raises:
+        UserError: the weights are not those of a re-identification network.
+    """
+    if CLASSIFIER not in weights:
+        raise UserError(f"checkpoint {checkpoint / WEIGHTS} has no {CLASSIFIER}: it is of another kind of network")
+    return len(weights[CLASSIFIER])
 
 
 def fit(model: nn.Module, weights: dict[str, Tensor], checkpoint: Path) -> None:
@@ -107,15 +119,13 @@ def fit(model: nn.Module, weights: dict[str, Tensor], checkpoint: Path) -> None:
         UserError: a tensor is missing, left over or of another shape; classes and stripes are named as such.
     """
     wanted = model.state_dict()
-    memory, wanted_memory = weights.get("head.memory"), wanted.get("head.memory")
-    classifier, wanted_classifier = weights.get("head.classifier.weight"), wanted["head.classifier.weight"]
+    memory, wanted_memory = weights.get(MEMORY), wanted.get(MEMORY)
+    found_classes, wanted_classes = classes(weights, checkpoint), len(wanted[CLASSIFIER])
     if (memory is None) != (wanted_memory is None):
         has, wants = ("no memory", "one") if memory is None else ("a memory", "none")
         raise UserError(f"model.cge: checkpoint {checkpoint} has {has}, the settings want {wants}")
-    if classifier is not None and len(classifier) != len(wanted_classifier):
-        raise UserError(
-            f"data: checkpoint {checkpoint} has {len(classifier)} classes, the training split {len(wanted_classifier)}"
-        )
+    if found_classes != wanted_classes:
+        raise UserError(f"data: checkpoint {checkpoint} has {found_classes} classes, the data set {wanted_classes}")
     if memory is not None and len(memory) != len(wanted_memory):
         raise UserError(
             f"model.stripes: checkpoint {checkpoint} has {len(memory)} stripes, the settings want {len(wanted_memory)}"

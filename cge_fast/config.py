@@ -7,12 +7,21 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    restricted_number_type,
+)
 
 from cge_fast.backbones import Backbone
+from cge_fast.errors import UserError
 from cge_fast.head import Alpha, Pooling
 
 Settings = TypeVar("Settings")
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -134,17 +143,15 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of initialisation, sampling and augmentation."""
     output: Path | None = None
     """Folder of the run; without it runs/<date>-<time>."""
 
 
 def program_parser(program: str, description: str) -> ArgumentParser:
-    """A typed command line with --config and --print_config, whose errors are exceptions."""
-    parser = ArgumentParser(prog=program, description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file, or name of a recipe: " + ", ".join(recipes()))
-    return parser
+    """A typed command line whose errors are exceptions."""
+    return ArgumentParser(prog=program, description=description, exit_on_error=False, allow_abbrev=False)
 
 
 def recipes() -> list[str]:
@@ -164,8 +171,27 @@ def with_recipe_paths(arguments: Sequence[str]) -> list[str]:
     return found
 
 
+def parse_settings(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """Parses a command line.
+
+    Raises:
+        ArgumentError, UserError: a key is unknown, a value of the wrong type or out of range, a file not readable.
+    """
+    try:
+        return parser.parse_args(list(arguments))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"config: the file is not YAML in UTF-8 ({error})") from error
+
+
 def as_dataclass(parser: ArgumentParser, parsed: Namespace, kind: type[Settings]) -> Settings:
-    """The parsed settings as an instance of the dataclass whose fields the parser was given."""
+    """The parsed settings as an instance of the dataclass whose fields the parser was given.
+
+    Raises:
+        UserError: a section is not a mapping.
+    """
+    for settings in fields(kind):
+        if is_dataclass(settings.type) and not isinstance(parsed[settings.name], Namespace):
+            raise UserError(f"{settings.name}: must be a section of settings, got {parsed[settings.name]!r}")
     values = parser.instantiate(parsed)
     return plain(kind(**{settings.name: values[settings.name] for settings in fields(kind)}))
 
@@ -190,7 +216,12 @@ def to_yaml(config: TrainConfig) -> str:
 
 
 def read_settings(file: Path) -> TrainConfig:
-    """The settings that `to_yaml` wrote."""
-    parser = ArgumentParser(exit_on_error=False)
+    """The settings that `to_yaml` wrote.
+
+    Raises:
+        ArgumentError, UserError: the file is not such settings.
+    """
+    parser = program_parser("", "")
+    parser.add_argument("--config", action="config")
     parser.add_class_arguments(TrainConfig)
-    return as_dataclass(parser, parser.parse_path(file), TrainConfig)
+    return as_dataclass(parser, parse_settings(parser, [f"--config={file}"]), TrainConfig)

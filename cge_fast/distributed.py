@@ -43,7 +43,7 @@ class _GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient.chunk(world_size())[rank()]
 
@@ -57,11 +57,10 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
     return tensor if world_size() == 1 else _GatherWithGradient.apply(tensor)
 
 
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of the ranks' tensors, on every rank."""
+def sum_over_ranks(tensor: Tensor) -> None:
+    """Replaces every rank's tensor by the sum of all ranks'."""
     if world_size() > 1:
         dist.all_reduce(tensor)
-    return tensor
 
 
 def copy_from_first_rank(tensors: Iterable[Tensor]) -> None:

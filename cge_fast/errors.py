@@ -19,11 +19,16 @@ def one_line(error: Exception) -> str:
 
 
 def run(main: Callable[[], None], program: str) -> None:
-    """Runs a program: a UserError or a wrong option ends it with one line and status 2, Ctrl-C with status 130."""
+    """Runs a program: wrong input, options or files end it with one line and status 2, Ctrl-C with status 130."""
     try:
         main()
     except (UserError, ArgumentError) as error:
         print(f"{program}: error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.filename is None:  # not about a file that the user named: a defect of the program
+            raise
+        print(f"{program}: error: {error.filename}: {error.strerror}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

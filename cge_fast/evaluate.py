@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from cge_fast import checkpoint, data, errors, model
-from cge_fast.config import DataConfig, EvaluationConfig, as_dataclass, program_parser, read_settings
+from cge_fast.config import DataConfig, EvaluationConfig, as_dataclass, parse_settings, program_parser, read_settings
 
 PROGRAM = "cge_fast.evaluate"
 SHOWN_RANKS = (1, 5, 10)
@@ -29,18 +29,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = program_parser(PROGRAM, "Ranks the gallery for every query with a trained network.")
     parser.add_class_arguments(EvaluateConfig)
-    folder = Path(parser.parse_args(arguments).checkpoint)
+    folder = Path(parse_settings(parser, arguments).checkpoint)
     trained = read_settings(checkpoint.config_file(folder))
     for section in ("data", "evaluation"):
         for key, value in asdict(getattr(trained, section)).items():
             parser.set_defaults({f"{section}.{key}": value})
-    config = as_dataclass(parser, parser.parse_args(arguments), EvaluateConfig)
+    config = as_dataclass(parser, parse_settings(parser, arguments), EvaluateConfig)
 
     weights = checkpoint.load_weights(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = model.compute_precision(trained.optim.precision, device)
+    only_on_gpu = trained.optim.precision == "float16" and device.type == "cpu"
+    precision = model.compute_precision("auto" if only_on_gpu else trained.optim.precision, device)
     trained.model.pretrained = False  # the checkpoint's weights follow
-    classes = len(weights["head.classifier.weight"])
+    classes = checkpoint.classes(weights, folder)
     network = model.build(trained.model, trained.loss, config.data, classes, trained.optim.epochs, precision)
     checkpoint.fit(network, weights, folder)
     result = model.evaluate(network.to(device), data.read(config.data), config.data, config.evaluation)

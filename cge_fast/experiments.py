@@ -12,9 +12,12 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
-from cge_fast import errors
+from cge_fast import checkpoint, errors
+from cge_fast.config import read_settings
 from cge_fast.errors import UserError
 from cge_fast.log import read_rows
+from cge_fast.train import parse
+from cge_fast.training import holds_run
 
 PROGRAM = "cge_fast.experiments"
 
@@ -75,12 +78,16 @@ def train(output: Path, row: str, seed: int, training: Sequence[str], jobs: int)
     """Trains one row with one seed, or what is left of it, in a process of its own.
 
     Raises:
-        UserError: the training failed; its last line is the message.
+        UserError: the training failed (its last line is the message), or the folder's run has other settings.
     """
     folder = run_folder(output, row, seed)
-    has_begun = (folder / "checkpoints" / "last").exists()
-    arguments = ["--output", str(folder), *(["--resume"] if has_begun else [])]
-    command = [sys.executable, "-m", "cge_fast.train", *training, *CONTROLS[row], "--seed", str(seed), *arguments]
+    arguments = [*training, *CONTROLS[row], "--seed", str(seed), "--output", str(folder)]
+    if holds_run(folder):
+        wanted, _, _ = parse(arguments)
+        if read_settings(folder / checkpoint.CONFIG) != wanted:
+            raise UserError(f"{row}, seed {seed}: {folder} holds a run with other settings, choose another --output")
+        arguments.append("--resume")
+    command = [sys.executable, "-m", "cge_fast.train", *arguments]
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": threads}, capture_output=True, text=True)
     if done.returncode:

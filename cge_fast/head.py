@@ -45,6 +45,16 @@ def memory_alpha(strategy: Alpha, epoch: int, epochs: int) -> float:
             return CONSTANT_ALPHA
 
 
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raises TypeError unless labels are integers, ValueError (on the CPU) if one is outside 0..classes-1."""
+    if labels.is_floating_point():
+        raise TypeError(f"labels must have an integer dtype, got {labels.dtype}")
+    if labels.device.type == "cpu":
+        outside = labels[(labels < 0) | (labels >= classes)]
+        if len(outside):
+            raise ValueError(f"labels must lie in [0, {classes}), got {outside[0].item()}")
+
+
 class CGEHead(nn.Module):
     """Comprehensive Global Embedding on top of any backbone: pooling, BNNeck, classifier, local memory and loss.
 
@@ -116,7 +126,7 @@ class CGEHead(nn.Module):
         """
         if labels is None:
             return self.embed(feature_map)
-        global_feature, local_features = self._pool(feature_map)
+        global_feature, local_features = self.pool(feature_map)
         embedding = self._normalise(global_feature)
         weight = self.classifier.weight
         if self.cge:
@@ -130,18 +140,22 @@ class CGEHead(nn.Module):
                 self.local_gradient,
             )
             return HeadOutput(loss.mean(), global_feature, embedding, local_features.detach(), hit, local_hit)
+        check_labels(labels, self.classifier.out_features)
         logits = self._logits(embedding)
-        loss = cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        loss = cross_entropy(logits, labels.long(), label_smoothing=self.label_smoothing)
         return HeadOutput(loss, global_feature, embedding, None, logits.argmax(dim=1) == labels, None)
 
     def embed(self, feature_map: Tensor, after_neck: bool = True) -> Tensor:
         """The global feature (B, C) float32 of a feature map (B, C, H, W), after BNNeck or before it."""
-        global_feature, _ = self._pool(feature_map)
+        global_feature, _ = operators.stripe_pool(feature_map, 1, self.p)
         return self._normalise(global_feature) if after_neck else global_feature
 
     def revise(self, feature_map: Tensor) -> Tensor:
-        """Revised logits (B, N) float32 of a feature map (B, C, H, W), for losses other than cross entropy."""
-        global_feature, local_features = self._pool(feature_map)
+        """Revised logits (B, N) float32 of a feature map (B, C, H, W), for losses other than cross entropy.
+
+        What write_memory then takes: `_, local_features = head.pool(feature_map.detach())`.
+        """
+        global_feature, local_features = self.pool(feature_map)
         logits = self._logits(self._normalise(global_feature))
         return operators.revise_logits(logits, local_features, self.memory, self.local_gradient) if self.cge else logits
 
@@ -152,7 +166,7 @@ class CGEHead(nn.Module):
         gradient accumulation, concatenate the micro-batches and write once. Without CGE there is nothing to write.
 
         Args:
-            local_features: (B, n, C), as HeadOutput has them; B may differ between ranks.
+            local_features: (B, n, C), as HeadOutput or `pool` give them; B may differ between ranks.
             labels: (B,), integer.
             epoch: t, counted from 1.
 
@@ -163,7 +177,8 @@ class CGEHead(nn.Module):
             alpha = memory_alpha(self.alpha, epoch, self.epochs)
             operators.write_memory_(self.memory, gather(local_features), gather(labels), alpha)
 
-    def _pool(self, feature_map: Tensor) -> tuple[Tensor, Tensor]:
+    def pool(self, feature_map: Tensor) -> tuple[Tensor, Tensor]:
+        """Global feature (B, C), before BNNeck, and local features (B, n, C) of a feature map, float32."""
         return operators.stripe_pool(feature_map, self.stripes, self.p)
 
     def _normalise(self, global_feature: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from cge_fast.errors import UserError
+
 
 class Log:
     """Appends rows to metrics.jsonl and to TensorBoard's events in a run's folder.
@@ -46,7 +48,19 @@ class Log:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The whole rows of a metrics.jsonl; a last line cut short by a kill is left out. Empty without the file."""
+    """The whole rows of a metrics.jsonl; a last line cut short by a kill is left out. Empty without the file.
+
+    Raises:
+        UserError: a line is not an epoch's row.
+    """
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    rows = []
+    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), start=1):
+        if line.endswith(b"\n"):
+            try:
+                rows.append(json.loads(line))
+                rows[-1]["epoch"] += 0
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{file}, line {number}: must be an object with the number of an epoch") from error
+    return rows

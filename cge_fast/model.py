@@ -91,7 +91,8 @@ def embed(model: ReidModel, images: list[Image], data: DataConfig, evaluation: E
     training = model.training
     model.eval()
     after_neck = evaluation.neck == "after"
-    features = []
+    # A first, empty one: with fewer images than ranks some have nothing to do.
+    features = [torch.empty(0, model.head.classifier.in_features, device=device)]
     loader = test_loader(images[rank() :: world_size()], evaluation.batch, data)
     for batch in tqdm(loader, desc=f"features, {name}", unit=" batch", leave=False, disable=rank() > 0):
         batch = batch.to(device, non_blocking=True)

@@ -32,11 +32,11 @@ class Stopwatch:
         self.seconds[part] += self.last - before
 
     def watch(self, backbone: nn.Module) -> None:
-        """Laps by itself where the backbone's forward ends and where its backward begins."""
+        """Laps by itself, in training, where the backbone's forward ends and where its backward begins."""
 
         def forward_ended(module: nn.Module, inputs: tuple[Tensor, ...], feature_map: Tensor) -> None:
-            self.lap("backbone forward")
-            if feature_map.requires_grad:
+            if module.training:
+                self.lap("backbone forward")
                 feature_map.register_hook(lambda gradient: self.lap("head backward"))
 
         backbone.register_forward_hook(forward_ended)
@@ -44,6 +44,8 @@ class Stopwatch:
     def table(self) -> str:
         """Seconds and shares by part, and the share of all that is not the backbone."""
         total = sum(self.seconds.values())
+        if not total:
+            return "no training step to profile"
         rows = [f"{part:<28}{seconds:9.2f} s {seconds / total:6.1%}" for part, seconds in self.seconds.items()]
         rest = sum(seconds for part, seconds in self.seconds.items() if part not in BACKBONE)
         return "\n".join([*rows, f"{'all but the backbone':<28}{rest:9.2f} s {rest / total:6.1%}"])

@@ -28,14 +28,16 @@ class Retrieval:
 
 
 def distances(query: Tensor, gallery: Tensor, metric: Literal["cosine", "euclidean"]) -> Tensor:
-    """(Q, G) distances that rank as the metric does: minus the cosine, or half the squared distance less |q|^2 / 2.
+    """(Q, G) float32 distances that rank as the metric does: minus the cosine, or half the squared distance.
 
-    Cosine expects normalised features.
+    They are computed in float64 (cosine expects normalised features): the matmul form of the squared distance cancels,
+    and equal rows of the gallery must get equal distances whatever tile of the product they fall into.
     """
     products = query @ gallery.T
     if metric == "cosine":
-        return products.neg_()
-    return products.neg_().add_(gallery.square().sum(dim=1) / 2)
+        return products.neg_().float()
+    squares = (query.square().sum(dim=1) / 2)[:, None] + gallery.square().sum(dim=1) / 2
+    return squares.sub_(products).float()
 
 
 @torch.no_grad()
@@ -56,7 +58,7 @@ def evaluate_ranking(
     does not grow with queries x gallery.
 
     Args:
-        query_features: (Q, C) float32 or float64; gallery_features (G, C).
+        query_features: (Q, C), floating; gallery_features (G, C).
         query_identities, query_cameras: (Q,) integer; gallery_identities, gallery_cameras (G,).
         metric: distance of two features.
         progress: draw a progress bar.
@@ -67,6 +69,7 @@ def evaluate_ranking(
     for name, features in (("query_features", query_features), ("gallery_features", gallery_features)):
         if not all(chunk.isfinite().all() for chunk in features.split(4096)):
             raise ValueError(f"{name} must be finite, got NaN or infinity")
+    query_features, gallery_features = query_features.double(), gallery_features.double()
     if metric == "cosine":
         query_features, gallery_features = normalize(query_features), normalize(gallery_features)
     rows = max(1, CHUNK_DISTANCES // max(1, len(gallery_features)))

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from cge_fast import checkpoint, errors
-from cge_fast.config import TrainConfig, as_dataclass, program_parser, with_recipe_paths
+from cge_fast.config import TrainConfig, as_dataclass, parse_settings, program_parser, recipes, with_recipe_paths
 from cge_fast.distributed import rank
 from cge_fast.errors import UserError
 from cge_fast.training import Training, holds_run
@@ -21,8 +21,7 @@ PROGRAM = "cge_fast.train"
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program; `arguments` default to the command line's."""
     config, resume, profile = parse(sys.argv[1:] if arguments is None else arguments)
-    if not resume and holds_run(config.output):
-        raise UserError(f"output: {config.output} holds a run already; continue it with --resume or choose another")
+    check_output(config.output, resume)
     device = start_ranks()
     try:
         training = Training(config, device, profile)
@@ -43,19 +42,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse(arguments: Sequence[str]) -> tuple[TrainConfig, bool, bool]:
     """Settings, --resume and --profile; a resumed run's own settings come first, then the command line's."""
     parser = program_parser(PROGRAM, "Trains a re-identification network; without options, on the embedded data set.")
+    parser.add_argument("--config", action="config", help="YAML file, or name of a recipe: " + ", ".join(recipes()))
     parser.add_argument("--resume", action="store_true", help="continue the run in --output, with its settings")
     parser.add_argument("--profile", action="store_true", help="print where the time of a training step goes")
     parser.add_class_arguments(TrainConfig)
     arguments = with_recipe_paths(arguments)
-    parsed = parser.parse_args(arguments)
+    parsed = parse_settings(parser, arguments)
     if parsed.resume:
         if parsed.output is None:
             raise UserError("output: --resume needs the folder of the run that it continues")
         settings = checkpoint.config_file(Path(parsed.output) / "checkpoints" / "last")
-        parsed = parser.parse_args([f"--config={settings}", *arguments])
+        parsed = parse_settings(parser, [f"--config={settings}", *arguments])
     config = as_dataclass(parser, parsed, TrainConfig)
     config.output = config.output or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
     return config, parsed.resume, parsed.profile
+
+
+def check_output(output: Path, resume: bool) -> None:
+    """Raises UserError, before any work, if the run's folder holds another run or cannot be written."""
+    if not resume and holds_run(output):
+        raise UserError(f"output: {output} holds a run already; continue it with --resume or choose another")
+    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"output: {output} cannot be made, since {existing} is not a folder that can be written to")
 
 
 def start_ranks() -> torch.device:

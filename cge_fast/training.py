@@ -59,8 +59,16 @@ class Training:
             labels, config.data.identities, config.data.instances, config.seed, rank(), world_size()
         )
         share = config.data.identities // world_size()
-        if config.optim.accumulate < 1 or share % config.optim.accumulate:
-            raise UserError(f"optim.accumulate: {share} identities cannot be cut evenly into {config.optim.accumulate}")
+        pieces = config.optim.accumulate
+        if share % pieces:
+            raise UserError(f"optim.accumulate: {share} identities cannot be cut evenly into {pieces}")
+        if config.loss.l2 and config.data.identities // pieces < 2:
+            raise UserError(
+                "loss.l2: the triplet loss needs 2 identities in a micro-batch, so at least twice as many "
+                f"data.identities as optim.accumulate, got {config.data.identities} and {pieces}"
+            )
+        if share // pieces * config.data.instances < 2:
+            raise UserError("data.instances: BatchNorm needs 2 images in a process's micro-batch, got 1")
         pin_memory = device.type == "cuda"
         self.loader = train_loader(self.reid_set.train, self.sampler, config.data, pin_memory)
         self.precision = model.compute_precision(config.optim.precision, device)
@@ -91,11 +99,16 @@ class Training:
         last = self.checkpoints / "last"
         checkpoint.fit(self.network, checkpoint.load_weights(last), last)
         state = checkpoint.load_training(last)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        set_random_state(state["random"])
-        self.epochs_done, self.best_map = state["epoch"], state["best_map"]
-        self.untrained, self.result = state["untrained"], state["result"]
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            set_random_state(state["random"])
+            self.epochs_done, self.best_map = state["epoch"], state["best_map"]
+            self.untrained, self.result = state["untrained"], state["result"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"checkpoint {last} holds the training state of another program ({error})") from error
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.config.optim.weight_decay
 
     def run(self) -> None:
         """Trains the epochs that remain, with a progress bar; afterwards `result` has the last epoch's figures.
@@ -124,8 +137,12 @@ class Training:
                 start = time.perf_counter()
                 sums = self.train_epoch(wrapped, epoch, bar)
                 seconds = time.perf_counter() - start
-                every = config.evaluation.every
-                measured = self.evaluate() if epoch == epochs or (every and epoch % every == 0) else None
+                measured, failure = None, None
+                if epoch == epochs or (config.evaluation.every and epoch % config.evaluation.every == 0):
+                    try:
+                        measured = self.evaluate()
+                    except UserError as error:  # the epoch's work is kept all the same
+                        failure = error
                 self.epochs_done, self.result = epoch, measured or self.result
                 is_best = measured is not None and measured["mAP"] > self.best_map
                 self.best_map = measured["mAP"] if is_best else self.best_map
@@ -133,6 +150,8 @@ class Training:
                     row = self.figures(epoch, sums, seconds) | (measured or dict.fromkeys(RETRIEVAL))
                     log.write(row)
                     self.save(is_best)
+                if failure:
+                    raise failure
         if log:
             log.close()
 
@@ -154,7 +173,8 @@ class Training:
             unseen.append(self.step(wrapped, images, labels, epoch, sums))
             bar.update()
             if len(unseen) == STEPS_BETWEEN_LOOKS or step == len(self.loader) - 1:
-                losses = torch.stack(unseen).sum(dim=1).tolist()
+                weights = torch.tensor([self.config.loss.l1, self.config.loss.l2], device=self.device)
+                losses = (torch.stack(unseen) @ weights).tolist()
                 for number, loss in enumerate(losses, start=step + 2 - len(losses)):
                     if not math.isfinite(loss):
                         raise self.not_finite(f"the loss of step {number} of epoch {epoch}")
@@ -273,5 +293,5 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def holds_run(output: Path) -> bool:
-    """Whether a folder holds a run's checkpoints."""
-    return any((output / "checkpoints").glob("epoch_*"))
+    """Whether a folder holds a run that can be resumed."""
+    return (output / "checkpoints" / "last").exists()

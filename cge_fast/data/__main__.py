@@ -11,7 +11,6 @@ from cge_fast.data.contact_sheet import contact_sheet
 from cge_fast.data.market1501 import read_market1501
 from cge_fast.data.omniglot import export_omniglot
 from cge_fast.data.pedestrians import draw
-from cge_fast.errors import UserError
 
 PROGRAM = "cge_fast.data"
 CONTACT_SHEET = "contact_sheet.png"
@@ -38,10 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if parsed.subcommand == "omniglot":
         export_omniglot(options.source, options.export)
     else:
-        try:
-            draw(options.export, trap=parsed.subcommand == "pedestrians-trap")
-        except FileExistsError as error:
-            raise UserError(f"export: {error}") from error
+        draw(options.export, trap=parsed.subcommand == "pedestrians-trap")
     sheet = options.export / CONTACT_SHEET
     contact_sheet(read_market1501(options.export), sheet)
     print(f"{options.export} written; a look at it: {sheet}")

@@ -18,7 +18,7 @@ def read_folder(root: Path) -> ReidSet:
     found = [
         (split, *described(path, root / split))
         for split in ("train", "query", "gallery")
-        for path in files(root, split)
+        for path in image_files(root / split)
     ]
     identities = {name: number for number, name in enumerate(sorted({identity for _, _, identity, _ in found}))}
     cameras = {name: number for number, name in enumerate(sorted({camera for *_, camera in found}))}
@@ -26,11 +26,6 @@ def read_folder(root: Path) -> ReidSet:
     for split, path, identity, camera in found:
         images[split].append(Image(path, identities[identity], cameras[camera]))
     return ReidSet(**images)
-
-
-def files(root: Path, split: str) -> list[Path]:
-    """The images of one split."""
-    return image_files(root / split)
 
 
 def described(path: Path, folder: Path) -> tuple[Path, str, str]:

@@ -10,6 +10,8 @@ from tqdm import tqdm
 from cge_fast.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
+TOO_LARGE = (PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, *TOO_LARGE)  # what Pillow raises for damaged files
 
 
 @dataclass(frozen=True)
@@ -30,17 +32,17 @@ class ReidSet:
     gallery: list[Image]
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The jpg and png files below a folder, at any depth, sorted.
+def image_files(folder: Path, option: str = "data.root") -> list[Path]:
+    """The jpg and png files below a folder, at any depth, sorted; errors name the option that the folder came from.
 
     Raises:
         UserError: there is no such folder, or it holds no image.
     """
     if not folder.is_dir():
-        raise UserError(f"data.root: there is no folder {folder}")
+        raise UserError(f"{option}: there is no folder {folder}")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
-        raise UserError(f"data.root: {folder} holds no jpg or png image")
+        raise UserError(f"{option}: {folder} holds no jpg or png image")
     return files
 
 
@@ -54,10 +56,10 @@ def open_rgb(path: Path) -> PIL.Image.Image:
         with warnings.catch_warnings(), PIL.Image.open(path) as image:
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombWarning) as error:
+    except UNREADABLE as error:
         raise UserError(
-            f"image {path} cannot be read ({error}); mend or remove it, or leave out such images with "
-            "--data.skip_corrupt true"
+            f"image {path} cannot be read ({error}); mend or remove it (trained or evaluated on, such images are left "
+            "out with --data.skip_corrupt true)"
         ) from error
 
 

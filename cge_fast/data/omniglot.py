@@ -10,6 +10,7 @@ import PIL.Image
 from tqdm import tqdm
 
 from cge_fast.data.images import image_files, open_rgb
+from cge_fast.data.whole_folder import whole_folder
 from cge_fast.errors import UserError
 
 ARCHIVES = ("images_background_small1", "images_background_small2")
@@ -32,20 +33,23 @@ def export_omniglot(source: Path, folder: Path) -> None:
     Raises:
         UserError: an archive is missing, a file is not named like 0394_01.png, or `folder` holds something.
     """
-    characters = [sorted({path.parent for path in image_files(source / archive)}) for archive in ARCHIVES]
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"export: {folder} is not empty")
+    characters = [sorted({path.parent for path in image_files(source / archive, "source")}) for archive in ARCHIVES]
+    with whole_folder(folder) as unfinished:
+        write_characters(unfinished, *characters)
+
+
+def write_characters(folder: Path, train: list[Path], test: list[Path]) -> None:
+    """Writes the three splits of `export_omniglot` from the folders of the training and the test characters."""
     for split in ("bounding_box_train", "query", "bounding_box_test"):
-        (folder / split).mkdir(parents=True, exist_ok=True)
-    of_train = len(characters[0])
-    numbered = list(enumerate([*characters[0], *characters[1]], start=1))
+        (folder / split).mkdir()
+    numbered = list(enumerate([*train, *test], start=1))
     for identity, character in tqdm(numbered, desc="writing characters", unit=" character"):
         for path in sorted(character.glob("*.png")):
             drawer = path.stem.rpartition("_")[2]
             if not drawer.isdecimal():
                 raise UserError(f"image {path} must be named like 0394_01.png: the drawer stands last")
             split = "bounding_box_train"
-            if identity > of_train:
+            if identity > len(train):
                 split = "query" if int(drawer) in QUERY_DRAWERS else "bounding_box_test"
             camera = int(drawer) % CAMERAS + 1
             picture = open_rgb(path).resize((SIZE, SIZE), PIL.Image.Resampling.BILINEAR)

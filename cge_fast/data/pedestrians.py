@@ -6,7 +6,6 @@ share a few: a feature that looked at nothing else in training has little left a
 """
 
 import math
-import tempfile
 from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
+
+from cge_fast.data.whole_folder import whole_folder
 
 WIDTH, HEIGHT, MARGIN = 48, 96, 4  # pixels of an image, and around it for the tilt of the camera to turn into view
 SCENE = (WIDTH + 2 * MARGIN, HEIGHT + 2 * MARGIN)
@@ -407,26 +408,20 @@ def draw(
     `trap` gives every training identity an upper body of its own, while the test identities share a few. The folder
     appears when the set is complete, or not at all.
 
-    Raises FileExistsError if `folder` exists and is not empty; ValueError if an identity would have fewer than 6
+    Raises UserError if `folder` exists and is not empty; ValueError if an identity would have fewer than 6
     images, or for more identities than numbers (9999), combinations of templates or, in the trap, upper bodies.
     """
-    folder = Path(folder).resolve()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already and is not an empty folder")
     if images_per_identity < 2 * CAMERAS_OF_AN_IDENTITY[0] or train_identities + test_identities > 9999:
         raise ValueError("at least 6 images per identity and at most 9999 identities can be drawn")
     persons = people(seed, trap, train_identities, test_identities, images_per_identity)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        unfinished = Path(temporary) / folder.name
+    with whole_folder(folder) as unfinished:
         write_images(unfinished, seed, persons, train_identities)
-        unfinished.rename(folder)
 
 
 def write_images(folder: Path, seed: int, persons: list[Identity], train_identities: int) -> None:
     """Every image of every person; the first of a test identity in a camera is a query, the rest is gallery."""
     for name in ("bounding_box_train", "query", "bounding_box_test"):
-        (folder / name).mkdir(parents=True)
+        (folder / name).mkdir()
     cameras = {number: random_camera(generator(seed, SHARED, number)) for number in range(1, CAMERAS + 1)}
     shots = [(identity, image) for identity, person in enumerate(persons) for image in range(len(person.cameras))]
     for running, (identity, image) in enumerate(tqdm(shots, desc="drawing pedestrians", unit=" image"), start=1):

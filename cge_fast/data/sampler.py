@@ -58,12 +58,12 @@ class PKSampler(Sampler[list[tuple[int, int]]]):
         for _ in range(self.batches):
             drawn: list[int] = []
             while len(drawn) < self.identities:
-                free = [label for label in round_ if label not in drawn]
-                if not free:
+                free = next((label for label in round_ if label not in drawn), None)
+                if free is None:
                     round_ += random.permutation(list(self.images_of)).tolist()
-                    continue
-                drawn.append(free[0])
-                round_.remove(free[0])
+                else:
+                    round_.remove(free)
+                    drawn.append(free)
             batch = []
             for label in drawn:
                 images = self.images_of[label]

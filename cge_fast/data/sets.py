@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 from cge_fast.config import DataConfig
@@ -32,7 +33,17 @@ def read(config: DataConfig) -> ReidSet:
         for split in ("train", "query", "gallery"):
             if not getattr(reid_set, split):
                 raise UserError(f"data.root: the {split} split of {config.name} holds no readable image")
+    require_match(reid_set)
     return reid_set
+
+
+def require_match(reid_set: ReidSet) -> None:
+    """Raises UserError if the gallery has nothing to find: no query's identity from another camera than the query's."""
+    cameras_of = defaultdict(set)
+    for image in reid_set.gallery:
+        cameras_of[image.identity].add(image.camera)
+    if not any(cameras_of[query.identity] - {query.camera} for query in reid_set.query):
+        raise UserError("data.root: the gallery has no query's identity from another camera, there is nothing to find")
 
 
 def pedestrians(trap: bool) -> Path:
@@ -43,7 +54,7 @@ def pedestrians(trap: bool) -> Path:
     if not folder.is_dir():
         try:
             draw(folder, trap)
-        except OSError:
+        except (OSError, UserError):
             if not folder.is_dir():  # else another process drew the same in the meantime
                 raise
     return folder

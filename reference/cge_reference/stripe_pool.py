@@ -46,5 +46,8 @@ def stripe_pool(
     global_feature = activations.mean(dim=(2, 3))
     local_features = adaptive_avg_pool2d(activations, (stripes, 1)).squeeze(3).transpose(1, 2)
     if p is not None:
-        global_feature, local_features = global_feature.pow(1 / p), local_features.pow(1 / p)
+        # eps^p underflows for large p, and the gradient of 0^(1/p) is not finite.
+        smallest = torch.finfo(activations.dtype).tiny
+        global_feature = global_feature.clamp(min=smallest).pow(1 / p)
+        local_features = local_features.clamp(min=smallest).pow(1 / p)
     return global_feature, local_features

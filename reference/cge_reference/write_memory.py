@@ -6,7 +6,7 @@ from torch.nn.functional import normalize
 
 from cge_reference.checks import accumulation_dtype, require_same_device, require_shape, require_tensor, valid_labels
 
-NORM_EPS = 1e-12  # lower bound of a norm
+NORM_EPS = 1e-12  # a mean feature below this norm counts as zero: it has no direction
 
 
 @torch.no_grad()
@@ -64,10 +64,11 @@ def write_memory_(
     sums = features.new_zeros(len(identities), stripes, channels).index_add_(0, instance_of, features)
     counts = instance_of.bincount(minlength=len(identities)).to(dtype)
     means = (sums / counts[:, None, None]).transpose(0, 1)
-    update = normalize(means, dim=2, eps=NORM_EPS)
+    norms = means.norm(dim=2, keepdim=True)
+    update = means / norms.clamp(min=NORM_EPS)
     old = memory[:, identities].to(dtype)
     never_seen = (old == 0).all(dim=2, keepdim=True)
-    nothing_new = (update == 0).all(dim=2, keepdim=True)
+    nothing_new = norms < NORM_EPS
     blended = normalize(alpha * old + (1 - alpha) * update, dim=2, eps=NORM_EPS)
     rows = torch.where(nothing_new, old, torch.where(never_seen, update, blended))
     memory[:, identities] = rows.to(memory.dtype)

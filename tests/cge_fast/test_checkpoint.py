@@ -9,6 +9,7 @@ from torch import nn
 
 from cge_fast import checkpoint
 from cge_fast.errors import UserError
+from cge_fast.training import holds_run
 
 FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.symlink", "os.remove", "os.rmdir", "os.truncate", "os.link"}
 
@@ -96,8 +97,13 @@ def test_a_kill_during_the_first_save_leaves_no_checkpoint_or_a_whole_one(tmp_pa
     operation, died = 0, True
     while died:
         folder = tmp_path / str(operation)
-        died = save_and_die(folder, 1, True, operation)
-        assert set(loaded_epochs(folder).values()) <= {1}
+        died = save_and_die(folder / "checkpoints", 1, True, operation)
+        epochs = loaded_epochs(folder / "checkpoints")
+        assert set(epochs.values()) <= {1}
+        assert holds_run(folder) == ("last" in epochs), "what can be resumed is, anything else can be begun anew"
+        save(folder / "checkpoints", 1)
+        assert loaded_epochs(folder / "checkpoints") == {"last": 1, "best": 1}
+        assert len(list((folder / "checkpoints").iterdir())) == 3, "no leftovers"
         operation += 1
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 from torch import nn
 
-from cge_fast import CGEHead, checkpoint, train, training
+from cge_fast import CGEHead, checkpoint, model, train, training
 from cge_fast.distributed import gather, gather_with_gradient
 from cge_fast.losses import batch_hard_triplet
 from cge_fast.model import ReidModel
@@ -38,7 +38,14 @@ def features() -> torch.Tensor:
 def gather_uneven(rank):
     mine = torch.arange(3.0)[:, None] if rank == 0 else torch.full((1, 1), 9.0)
     assert gather(mine).flatten().tolist() == [0, 1, 2, 9]
-    assert len(gather(torch.empty(0, 2))) == 0
+    assert gather(torch.empty(0, 2)).shape == (0, 2)
+
+
+def embed_fewer_images_than_ranks(rank, options):
+    config, _, _ = train.parse(options)
+    run = training.Training(config, torch.device("cpu"))
+    features = model.embed(run.network, run.reid_set.query[:1], config.data, config.evaluation, "query")
+    assert features.shape == (1, 128)
 
 
 def triplet_gradient(rank):
@@ -75,6 +82,10 @@ def train_without_batch_norm(rank, options):
 @pytest.mark.parametrize("function", [gather_uneven, triplet_gradient, write_uneven])
 def test_on_two_ranks(function, tmp_path):
     on_two_ranks(function, folder=tmp_path)
+
+
+def test_one_image_on_two_ranks(options, tmp_path):
+    on_two_ranks(embed_fewer_images_than_ranks, options, folder=tmp_path)
 
 
 @pytest.mark.parametrize("accumulate", ["1", "2"])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cge_fast import errors, experiments
+from cge_fast import errors, experiments, train
 from cge_fast.experiments import CONTROLS, main, run_folder
 
 
@@ -36,6 +36,13 @@ def test_rows_are_trained_once_and_their_table_is_written(options, tmp_path, cap
     main(arguments)
     assert (tmp_path / "table" / "table.md").read_text() == first
     assert weights.stat().st_mtime_ns == written
+
+
+def test_a_run_with_other_settings_is_not_taken_for_this_one(options, tmp_path):
+    train.main([*options, "--model.cge", "false", "--output", str(run_folder(tmp_path, "BOT", 0))])
+    other = [*options[: options.index("--output")], "--optim.epochs", "3"]
+    with pytest.raises(errors.UserError, match="BOT, seed 0: .* holds a run with other settings"):
+        main(["controls", "--output", str(tmp_path), "--seeds", "1", "--", *other])
 
 
 def test_a_training_that_fails_is_named(tmp_path):

@@ -59,6 +59,25 @@ def test_equals_the_obvious_implementation_with_ties_junk_and_missing_matches(se
     assert (result.queries, result.skipped) == (len(expected), queries - len(expected))
 
 
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_real_features_far_from_the_origin_and_gallery_images_that_are_there_twice(metric, queries):
+    random = torch.Generator().manual_seed(0)
+    gallery = (20 + 0.02 * torch.randn(300, 256, generator=random)).repeat(2, 1)
+    query = gallery[:queries] + 0.002 * torch.randn(queries, 256, generator=random)
+    ids = torch.arange(queries), torch.arange(600) % 300
+    cameras = torch.zeros(queries, dtype=torch.long), torch.ones(600, dtype=torch.long)
+    cameras[1][:300] = 0  # the first copy is junk: the second stands right behind it
+    a, b = query.double(), gallery.double()
+    if metric == "cosine":
+        a, b = (x / x.norm(dim=1, keepdim=True) for x in (a, b))
+    distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").tolist()
+    expected = obvious(distance, *(x.tolist() for x in (ids[0], cameras[0], ids[1], cameras[1])))
+    result = evaluate_ranking(query, ids[0], cameras[0], gallery, ids[1], cameras[1], metric)
+    assert result.mAP == pytest.approx(np.mean([ap for ap, _, _ in expected]))
+    assert result.rank(1) == 1
+
+
 def test_cosine_ranks_by_angle_whatever_the_length():
     gallery = torch.tensor([[100.0, 1.0], [0.1, 0.1]])
     ids, cameras = torch.tensor([7, 8]), torch.tensor([1, 1])

@@ -115,11 +115,12 @@ def test_resuming_a_finished_run_says_its_result_again(options, tmp_path, capsys
     assert run(["--output", str(tmp_path / "run"), "--resume"], capsys)[1] == out
 
 
-def test_micro_batches_cover_the_batch_and_write_the_memory_once(options, tmp_path, capsys):
+def test_micro_batches_cover_the_batch_and_write_the_memory_once(options, tmp_path, capsys, monkeypatch):
+    writes = []
+    monkeypatch.setattr("cge_fast.operators.write_memory_", lambda *arguments: writes.append(arguments))
     status, _, _ = run([*options, "--optim.accumulate", "2"], capsys)
     assert status == 0
-    memory = weights(tmp_path / "run")["head.memory"]
-    torch.testing.assert_close(memory.norm(dim=2), torch.ones(3, 4))
+    assert [len(labels) for _, _, labels, _ in writes] == [8] * 6, "two epochs of three steps, the whole batch each"
     assert rows(tmp_path / "run")[1]["train_accuracy"] <= 1
 
 
@@ -143,6 +144,15 @@ def test_profile_prints_the_share_that_is_not_the_backbone(options, capsys):
     assert rest == pytest.approx(100 - parts["backbone forward"] - parts["backbone backward"], abs=0.3)
 
 
+def test_the_profile_leaves_evaluation_out(options, monkeypatch):
+    laps = []
+    monkeypatch.setattr("cge_fast.profile.Stopwatch.lap", lambda self, part: laps.append(part))
+    train.main([*options, "--profile", "--evaluation.every", "1"])
+    of_a_step = ["waiting for data", "backbone forward", "head forward and losses", "head backward"]
+    of_a_step += ["backbone backward", "optimiser", "memory write", "bookkeeping"]
+    assert laps == of_a_step * 6
+
+
 def test_bfloat16_trains(options, tmp_path, capsys):
     run([*options, "--optim.precision", "bfloat16"], capsys)
     assert all(row["cross_entropy"] > 0 for row in rows(tmp_path / "run")[1:])
@@ -163,6 +173,9 @@ def test_bfloat16_trains(options, tmp_path, capsys):
         (["--data.name", "folder"], "market/train"),
         (["--data.identities", "5"], "data.identities: a batch needs 5, the training split has 4"),
         (["--model.stripes", "4"], "model.stripes: 4 do not fit the feature map, which has 3 rows"),
+        (["--optim.accumulate", "4"], "loss.l2: the triplet loss needs 2 identities in a micro-batch"),
+        (["--seed", str(2**63)], 'Parser key "seed"'),
+        (["--output", "/dev/null/run"], "output: /dev/null/run cannot be made, since /dev/null is not a folder"),
         (["--optim.accumulate", "3"], "optim.accumulate: 4 identities cannot be cut evenly into 3"),
         (["--optim.precision", "float16"], "optim.precision: float16 needs a GPU"),
         (["--model.pretrained", "true"], "model.pretrained: the backbone compact has no ImageNet weights"),
@@ -196,7 +209,7 @@ def test_a_corrupt_training_image_is_named(options, market, capsys, workers):
     assert status == 2
     message = err.strip().splitlines()[-1]
     assert message.startswith(f"cge_fast.train: error: image {broken} cannot be read (")
-    assert message.endswith("--data.skip_corrupt true")
+    assert message.endswith("with --data.skip_corrupt true)")
 
 
 def test_corrupt_images_are_left_out_on_request(options, market, capsys):
@@ -237,8 +250,60 @@ def test_a_checkpoint_with_other_classes_is_refused(options, market, tmp_path, c
     run(options, capsys)
     for path in (market / "bounding_box_train").glob("0001_*"):
         path.unlink()
-    with pytest.raises(errors.UserError, match=r"data: checkpoint .* has 4 classes, the training split 3"):
+    with pytest.raises(errors.UserError, match=r"data: checkpoint .* has 4 classes, the data set 3"):
         train.main(["--output", str(tmp_path / "run"), "--resume", "--data.identities", "3"])
+
+
+def test_a_changed_setting_counts_when_a_run_goes_on(options, tmp_path, capsys):
+    run(options, capsys)
+    run(["--output", str(tmp_path / "run"), "--resume", "--optim.epochs", "3", "--optim.weight_decay", "0.25"], capsys)
+    state = checkpoint.load_training(tmp_path / "run" / "checkpoints" / "last")
+    assert state["epoch"] == 3
+    assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.25
+
+
+def test_an_evaluation_that_fails_keeps_the_epoch(options, market, tmp_path, capsys):
+    next((market / "query").iterdir()).write_bytes(b"")
+    status, _, err = run([*options, "--evaluation.untrained", "false", "--evaluation.every", "0"], capsys)
+    assert status == 2
+    assert "cannot be read" in err
+    assert checkpoint.load_training(tmp_path / "run" / "checkpoints" / "last")["epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"optim: 5\n", "optim: must be a section of settings, got 5"),
+        (b"optim: {epoch: 3}\n", "'optim' does not accept option 'epoch'"),
+        (b"optim: {epochs: three}\n", 'Parser key "optim.epochs"'),
+        (b"optim: [\n", "config"),
+        (b"\xff\xfe\x00", "config"),
+    ],
+)
+def test_a_wrong_settings_file_is_one_line(options, tmp_path, capsys, content, message):
+    (tmp_path / "settings.yaml").write_bytes(content)
+    status, _, err = run([*options, "--config", str(tmp_path / "settings.yaml")], capsys)
+    assert status == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", b"garbage\n", "metrics.jsonl, line 1: must be an object with the number of an epoch"),
+        ("metrics.jsonl", b"[1]\n", "metrics.jsonl, line 1"),
+        ("checkpoints/last/training.pt", b"", "training.pt cannot be read"),
+        ("checkpoints/last/model.safetensors", b"x", "model.safetensors cannot be read"),
+        ("checkpoints/last/config.yaml", b"\xff", "config"),
+    ],
+)
+def test_a_damaged_run_is_not_resumed(options, tmp_path, capsys, name, content, message):
+    run(options, capsys)
+    (tmp_path / "run" / name).write_bytes(content)
+    status, _, err = run(["--output", str(tmp_path / "run"), "--resume", "--optim.epochs", "3"], capsys)
+    assert status == 2
+    assert message in err.strip().splitlines()[-1]
 
 
 def test_the_defaults_are_the_recipe_pedestrians_cge():

@@ -68,6 +68,18 @@ def test_activations_below_eps_are_clamped_and_get_no_gradient():
     assert feature_map.grad[0, 0, 0, 0] == 0
 
 
+@pytest.mark.parametrize("p", [3.0, 8.0, 30.0])
+def test_gradients_stay_finite_where_a_channel_is_dead_and_the_exponent_large(p):
+    feature_map = torch.rand(1, 2, 4, 2)
+    feature_map[:, 0] = 0
+    feature_map.requires_grad_()
+    exponent = torch.tensor(p, requires_grad=True)
+    global_feature, local_features = stripe_pool(feature_map, 2, exponent)
+    (global_feature.sum() + local_features.sum()).backward()
+    assert exponent.grad.isfinite()
+    assert feature_map.grad.isfinite().all()
+
+
 def test_autocast_changes_nothing():
     feature_map = torch.rand(2, 3, 4, 5)
     with torch.autocast("cpu", torch.bfloat16):

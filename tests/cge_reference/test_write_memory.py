@@ -63,6 +63,13 @@ def test_instances_that_cancel_leave_the_row_as_it_is():
     assert torch.equal(memory, torch.tensor([[[0.6, 0.8]]]))
 
 
+@pytest.mark.parametrize("size", [1e-14, 1e-25, 0.0])
+def test_a_feature_too_small_to_have_a_direction_leaves_the_row_as_it_is(size):
+    memory = torch.zeros(1, 1, 3)
+    write_memory_(memory, torch.full((1, 1, 3), size), torch.tensor([0]), 0.5)
+    assert (memory == 0).all()
+
+
 def test_identities_outside_the_batch_stay_untouched():
     memory, local_features, _ = example()
     before = memory.clone()

@@ -117,6 +117,13 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, content):
         open_rgb(path)
 
 
+def test_an_image_that_claims_a_huge_size_is_named(tmp_path):
+    path = tmp_path / "bomb.png"
+    PIL.Image.new("1", (20_000, 20_000)).save(path)
+    with pytest.raises(UserError, match=r"image .*bomb.png cannot be read"):
+        open_rgb(path)
+
+
 def test_grey_and_palette_images_become_rgb(tmp_path):
     for mode in ("L", "P", "RGBA", "1"):
         PIL.Image.new(mode, (4, 4)).save(tmp_path / f"{mode}.png")

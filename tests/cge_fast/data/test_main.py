@@ -43,10 +43,18 @@ def test_omniglot_characters_become_identities_and_drawers_cameras(omniglot, tmp
     assert picture.getpixel((30, 30)) == (0, 0, 0), "first by name is camera 1's drawer 6, an even one, drawn black"
 
 
+def test_a_broken_drawing_leaves_nothing_behind(omniglot, tmp_path):
+    broken = omniglot / "images_background_small2" / "Latin" / "character01" / "0005_03.png"
+    broken.write_bytes(b"")
+    with pytest.raises(errors.UserError, match=r"0005_03.png cannot be read"):
+        main(["omniglot", "--source", str(omniglot), "--export", str(tmp_path / "set")])
+    assert [path.name for path in tmp_path.iterdir()] == ["archives"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["omniglot", "--source", "/nix", "--export", "x"], "there is no folder /nix/images_background_small1"),
+        (["omniglot", "--source", "/nix", "--export", "x"], "source: there is no folder /nix/images_background_small1"),
         (["pedestrians"], "pedestrians.export"),
         (["elephants", "--export", "x"], "elephants"),
     ],
@@ -64,7 +72,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(omniglot, tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "mine.txt").write_text("x")
     for arguments in (["omniglot", "--source", str(omniglot)], ["pedestrians"]):
-        with pytest.raises(errors.UserError, match=r"export: .*set"):
+        with pytest.raises(errors.UserError, match=r"/set exists already and is not an empty folder"):
             main([*arguments, "--export", str(tmp_path / "set")])
     assert [path.name for path in (tmp_path / "set").iterdir()] == ["mine.txt"]
 

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from cge_fast.data import pedestrians
+from cge_fast.errors import UserError
 
 SMALL = {"train_identities": 4, "test_identities": 4, "images_per_identity": 6}
 FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
@@ -135,7 +136,7 @@ def test_an_existing_folder_is_refused_unless_it_is_empty(tmp_path):
     (tmp_path / "empty").mkdir()
     pedestrians.draw(tmp_path / "empty", **SMALL)
     before = contents(tmp_path)
-    with pytest.raises(FileExistsError, match="not an empty folder") as refusal:
+    with pytest.raises(UserError, match="not an empty folder") as refusal:
         pedestrians.draw(tmp_path / "empty", **SMALL)
     assert "\n" not in str(refusal.value)
     assert contents(tmp_path) == before

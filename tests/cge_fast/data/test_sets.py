@@ -97,6 +97,13 @@ def test_a_split_whose_images_are_all_corrupt_is_named(market):
         market1501(market, skip_corrupt=True)
 
 
+def test_a_gallery_without_any_match_is_refused_before_training(market):
+    (market / "bounding_box_test" / "0009_c3s1_000003_00.jpg").unlink()
+    touch(market / "bounding_box_test" / "0009_c2s1_000003_00.jpg")
+    with pytest.raises(UserError, match="no query's identity from another camera"):
+        market1501(market)
+
+
 def test_the_embedded_set_is_drawn_once_into_the_cache(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setenv("CGE_CACHE", str(tmp_path))

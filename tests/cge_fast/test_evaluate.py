@@ -1,0 +1,96 @@
+"""python -m cge_fast.evaluate"""
+
+import PIL.Image
+import pytest
+import safetensors.torch
+import torch
+
+from cge_fast import checkpoint, errors, evaluate, train
+from cge_fast.config import read_settings, to_yaml
+
+
+@pytest.fixture
+def last(options, tmp_path, capsys):
+    train.main([*options, "--optim.epochs", "1"])
+    capsys.readouterr()
+    return tmp_path / "run" / "checkpoints" / "last"
+
+
+def evaluated(capsys, *arguments) -> str:
+    evaluate.main([str(argument) for argument in arguments])
+    return capsys.readouterr().out.strip()
+
+
+def test_the_settings_are_the_checkpoints_unless_given(last, capsys):
+    plain = evaluated(capsys, "--checkpoint", last)
+    assert plain == evaluated(
+        capsys, "--checkpoint", last, "--evaluation.metric", "cosine", "--evaluation.neck", "after"
+    )
+    assert plain.endswith("(4 queries, 0 more without a match left out)")
+    for name in ("mAP", "mINP", "rank-1", "rank-5", "rank-10"):
+        assert name in plain
+
+
+def test_metric_neck_and_flip_change_what_is_compared(last, capsys, monkeypatch):
+    features = []
+    monkeypatch.setattr("cge_fast.model.evaluate_ranking", spy(features))
+    for options in (
+        [],
+        ["--evaluation.neck", "before"],
+        ["--evaluation.flip_test", "true"],
+        ["--evaluation.metric", "euclidean"],
+    ):
+        evaluated(capsys, "--checkpoint", last, *options)
+    after, before, flipped, euclidean = features
+    assert not torch.allclose(after[0], before[0])
+    assert not torch.allclose(after[0], flipped[0])
+    assert torch.equal(after[0], euclidean[0])
+    assert [metric for _, metric in features] == ["cosine", "cosine", "cosine", "euclidean"]
+
+
+def spy(features):
+    from cge_fast.ranking import evaluate_ranking
+
+    def remember(query, *others, metric, progress):
+        features.append((query, metric))
+        return evaluate_ranking(query, *others, metric=metric)
+
+    return remember
+
+
+def test_queries_without_a_match_are_counted(last, market, capsys):
+    PIL.Image.new("RGB", (16, 24)).save(market / "query" / "0099_c1s1_000000_00.png")
+    assert evaluated(capsys, "--checkpoint", last).endswith("(4 queries, 1 more without a match left out)")
+
+
+def test_a_network_trained_in_float16_is_evaluated_on_a_cpu(last, capsys):
+    settings = read_settings(last / "config.yaml")
+    settings.optim.precision = "float16"
+    (last / "config.yaml").write_text(to_yaml(settings))
+    assert evaluated(capsys, "--checkpoint", last).startswith("mAP")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "checkpoint"),
+        (["--checkpoint", "/nix"], "checkpoint /nix has no file model.safetensors"),
+        (["--checkpoint", "LAST", "--data.root", "/nix"], "data.root: there is no folder /nix/bounding_box_train"),
+        (["--checkpoint", "LAST", "--evaluation.metric", "l1"], "evaluation.metric"),
+        (["--checkpoint", "LAST", "--config", "pedestrians_cge"], "--config"),
+    ],
+)
+def test_wrong_calls_are_one_line(last, capsys, arguments, message):
+    arguments = [str(last) if argument == "LAST" else argument for argument in arguments]
+    with pytest.raises(SystemExit) as exit_:
+        errors.run(lambda: evaluate.main(arguments), "cge_fast.evaluate")
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_weights_of_another_network_are_refused(last):
+    safetensors.torch.save_file({"fc.weight": torch.zeros(2, 2)}, last / checkpoint.WEIGHTS)
+    with pytest.raises(errors.UserError, match="has no head.classifier.weight: it is of another kind of network"):
+        evaluate.main(["--checkpoint", str(last)])
