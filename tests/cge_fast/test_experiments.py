@@ -41,7 +41,7 @@ def test_rows_are_trained_once_and_their_table_is_written(options, tmp_path, cap
 def test_a_run_with_other_settings_is_not_taken_for_this_one(options, tmp_path):
     train.main([*options, "--model.cge", "false", "--output", str(run_folder(tmp_path, "BOT", 0))])
     other = [*options[: options.index("--output")], "--optim.epochs", "3"]
-    with pytest.raises(errors.UserError, match="BOT, seed 0: .* holds a run with other settings"):
+    with pytest.raises(errors.UserError, match=r"BOT, seed 0: .* holds a run with other settings"):
         main(["controls", "--output", str(tmp_path), "--seeds", "1", "--", *other])
 
 

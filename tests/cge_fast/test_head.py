@@ -96,7 +96,7 @@ def test_wrong_labels_are_refused_with_and_without_cge(batch, cge):
         labels[0] = wrong
         with pytest.raises(ValueError, match=rf"labels must lie in \[0, 5\), got {wrong}"):
             head(cge=cge)(feature_map, labels)
-    with pytest.raises(TypeError, match="labels must have an integer dtype, got torch.float32"):
+    with pytest.raises(TypeError, match=r"labels must have an integer dtype, got torch.float32"):
         head(cge=cge)(feature_map, labels.float())
 
 
