@@ -143,7 +143,7 @@ class Training:
                         measured = self.evaluate()
                     except UserError as error:  # the epoch's work is kept all the same
                         failure = error
-                self.epochs_done, self.result = epoch, measured or self.result
+                self.epochs_done, self.result = epoch, measured
                 is_best = measured is not None and measured["mAP"] > self.best_map
                 self.best_map = measured["mAP"] if is_best else self.best_map
                 if log:
@@ -152,6 +152,8 @@ class Training:
                     self.save(is_best)
                 if failure:
                     raise failure
+        if self.result is None:  # the last epoch was trained, but its evaluation failed
+            self.result = self.evaluate()
         if log:
             log.close()
 

@@ -262,12 +262,18 @@ def test_a_changed_setting_counts_when_a_run_goes_on(options, tmp_path, capsys):
     assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.25
 
 
-def test_an_evaluation_that_fails_keeps_the_epoch(options, market, tmp_path, capsys):
-    next((market / "query").iterdir()).write_bytes(b"")
+def test_an_evaluation_that_fails_keeps_the_epoch_and_can_be_repeated(options, market, tmp_path, capsys):
+    query = next((market / "query").iterdir())
+    content = query.read_bytes()
+    query.write_bytes(b"")
     status, _, err = run([*options, "--evaluation.untrained", "false", "--evaluation.every", "0"], capsys)
     assert status == 2
     assert "cannot be read" in err
     assert checkpoint.load_training(tmp_path / "run" / "checkpoints" / "last")["epoch"] == 2
+    query.write_bytes(content)
+    status, out, _ = run(["--output", str(tmp_path / "run"), "--resume"], capsys)
+    assert status == 0
+    assert out.startswith("mAP")
 
 
 @pytest.mark.parametrize(
