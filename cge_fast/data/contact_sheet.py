@@ -9,30 +9,35 @@ from PIL import ImageDraw, ImageOps
 
 from cge_fast.data.images import Image, ReidSet, open_rgb
 
-CELL_WIDTH, CELL_HEIGHT, LABEL_WIDTH = 64, 128, 72  # pixels
+CELL_WIDTH, MOST_CELL_HEIGHT, LABEL_WIDTH = 64, 128, 72  # pixels
 COLUMNS = 12  # images of an identity, at most
 
 
 def contact_sheet(reid_set: ReidSet, file: Path, identities: int = 12) -> None:
     """Writes a PNG: a row for each of `identities` people, half of them of the test split; images say the camera.
 
-    Images of any size are fitted into cells of 64 x 128 pixels beside a label of 72.
+    Images of any size are fitted into cells of 64 x 128 pixels (lower ones if none needs the height) beside a label.
 
     Raises:
         UserError: an image cannot be read.
     """
     rows = rows_of("train", reid_set.train, identities - identities // 2)
     rows += rows_of("test", [*reid_set.query, *reid_set.gallery], identities // 2)
+    pictures = {
+        image: ImageOps.contain(open_rgb(image.path), (CELL_WIDTH - 2, MOST_CELL_HEIGHT - 2))
+        for _, images in rows
+        for image in images
+    }
     columns = max(len(images) for _, images in rows)
-    sheet = PIL.Image.new("RGB", (LABEL_WIDTH + columns * CELL_WIDTH, len(rows) * CELL_HEIGHT), "white")
+    cell_height = max(picture.height for picture in pictures.values()) + 2
+    sheet = PIL.Image.new("RGB", (LABEL_WIDTH + columns * CELL_WIDTH, len(rows) * cell_height), "white")
     ink = ImageDraw.Draw(sheet)
     for row, (label, images) in enumerate(rows):
-        top = row * CELL_HEIGHT
-        ink.text((6, top + CELL_HEIGHT // 2 - 6), label, "black")
+        top = row * cell_height
+        ink.text((6, top + cell_height // 2 - 6), label, "black")
         for column, image in enumerate(images):
             left = LABEL_WIDTH + column * CELL_WIDTH
-            picture = ImageOps.contain(open_rgb(image.path), (CELL_WIDTH - 2, CELL_HEIGHT - 2))
-            sheet.paste(picture, (left + 1, top + 1))
+            sheet.paste(pictures[image], (left + 1, top + 1))
             ink.text((left + 4, top + 2), f"c{image.camera}", "white", stroke_width=1, stroke_fill="black")
     sheet.save(file, format="PNG")
 
