@@ -102,12 +102,18 @@ def test_two_ranks_train_what_one_process_trains(options, tmp_path, monkeypatch,
         torch.testing.assert_close(together[name], alone[name], rtol=1e-4, atol=1e-5)
 
 
-def test_torchrun_trains_and_its_checkpoint_holds_every_identity(options, tmp_path):
+def test_torchrun_trains_and_resumes_and_its_checkpoint_holds_every_identity(options, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    arguments = ["-m", "cge_fast.train", *options, "--optim.accumulate", "2"]
-    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("mAP") == 2, "one final line, of one rank"
-    memory = checkpoint.load_weights(tmp_path / "run" / "checkpoints" / "last")["head.memory"]
+    last = tmp_path / "run" / "checkpoints" / "last"
+    for epochs, settings in (
+        (2, [*options, "--optim.accumulate", "2"]),
+        (3, ["--output", tmp_path / "run", "--resume"]),
+    ):
+        arguments = ["-m", "cge_fast.train", *settings, "--optim.epochs", str(epochs)]
+        done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("mAP") == 2, "one final line, of one rank"
+        assert checkpoint.load_training(last)["epoch"] == epochs
+    memory = checkpoint.load_weights(last)["head.memory"]
     torch.testing.assert_close(memory.norm(dim=2), torch.ones(3, 4))
