@@ -7,6 +7,7 @@ from cge_fast.data.images import Image, ReidSet, image_files
 from cge_fast.errors import UserError
 
 NAME = re.compile(r"(?P<identity>-?\d+)_c(?P<camera>\d+)")  # 0002_c1s1_000451_03.jpg
+SPLITS = ("bounding_box_train", "query", "bounding_box_test")
 JUNK = -1  # boxes without a person; 0 are distractors: people who are nobody's match, kept in the gallery
 
 
@@ -16,8 +17,7 @@ def read_market1501(root: Path) -> ReidSet:
     Raises:
         UserError: a folder is missing or has no image, or a file name does not say identity and camera.
     """
-    train = read_split(root / "bounding_box_train")
-    return ReidSet(train, read_split(root / "query"), read_split(root / "bounding_box_test"))
+    return ReidSet(*(read_split(root / split) for split in SPLITS))
 
 
 def read_split(folder: Path) -> list[Image]:

@@ -10,6 +10,7 @@ import PIL.Image
 from tqdm import tqdm
 
 from cge_fast.data.images import image_files, open_rgb
+from cge_fast.data.market1501 import SPLITS
 from cge_fast.data.whole_folder import whole_folder
 from cge_fast.errors import UserError
 
@@ -40,7 +41,7 @@ def export_omniglot(source: Path, folder: Path) -> None:
 
 def write_characters(folder: Path, train: list[Path], test: list[Path]) -> None:
     """Writes the three splits of `export_omniglot` from the folders of the training and the test characters."""
-    for split in ("bounding_box_train", "query", "bounding_box_test"):
+    for split in SPLITS:
         (folder / split).mkdir()
     numbered = list(enumerate([*train, *test], start=1))
     for identity, character in tqdm(numbered, desc="writing characters", unit=" character"):

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
+from cge_fast.data.market1501 import SPLITS
 from cge_fast.data.whole_folder import whole_folder
 
 WIDTH, HEIGHT, MARGIN = 48, 96, 4  # pixels of an image, and around it for the tilt of the camera to turn into view
@@ -420,7 +421,7 @@ def draw(
 
 def write_images(folder: Path, seed: int, persons: list[Identity], train_identities: int) -> None:
     """Every image of every person; the first of a test identity in a camera is a query, the rest is gallery."""
-    for name in ("bounding_box_train", "query", "bounding_box_test"):
+    for name in SPLITS:
         (folder / name).mkdir()
     cameras = {number: random_camera(generator(seed, SHARED, number)) for number in range(1, CAMERAS + 1)}
     shots = [(identity, image) for identity, person in enumerate(persons) for image in range(len(person.cameras))]
