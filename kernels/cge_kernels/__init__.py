@@ -1,0 +1,30 @@
+"""The operators of Comprehensive Global Embedding as fused Triton kernels, and cache-blocked for the CPU.
+
+Symbols in every docstring: B batch, C channels, H x W feature map, n stripes, N identities (classes).
+The paper: Xi et al., "Learning comprehensive global features in person re-identification: ensuring discriminativeness
+of more local regions", Pattern Recognition 134 (2023), 109068; NLC and GLR are its two modules.
+
+GPU tensors run as Triton kernels, CPU tensors on ATen. CGE_BACKEND=auto|triton|aten, read at each call, or
+`with backend(name)` choose otherwise; with TRITON_INTERPRET=1 the kernels run on CPU tensors. The operators are opaque
+to torch.compile, never synchronise with the host, and give the same bits from run to run.
+"""
+
+from cge_kernels.dispatch import backend
+from cge_kernels.launch import Launch, Target, launching
+from cge_kernels.revise_logits import revise_logits
+from cge_kernels.revise_logits_one_pass import revise_logits_one_pass
+from cge_kernels.revised_cross_entropy import revised_cross_entropy
+from cge_kernels.stripe_pool import stripe_pool
+from cge_kernels.write_memory import write_memory_
+
+__all__ = [
+    "Launch",
+    "Target",
+    "backend",
+    "launching",
+    "revise_logits",
+    "revise_logits_one_pass",
+    "revised_cross_entropy",
+    "stripe_pool",
+    "write_memory_",
+]

@@ -1,0 +1,73 @@
+"""Argument checks shared by the operators: one line that names the argument, what came and what is wanted."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def require_tensor(name: str, value: Any, shape: str, dtypes: str = "a floating") -> Tensor:
+    """Returns `value` if it is a tensor of as many dimensions as `shape` (as in "(B, n, C)") has letters.
+
+    dtypes: "a floating" or "an integer".
+    Raises TypeError for another type or dtype, ValueError for another rank.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(value).__name__}")
+    if value.dim() != shape.count(",") + 1 - shape.count(",)"):
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    is_integer = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    if not (value.is_floating_point() if dtypes == "a floating" else is_integer):
+        raise TypeError(f"{name} must have {dtypes} dtype, got {value.dtype}")
+    return value
+
+
+def require_shape(name: str, value: Tensor, wanted: tuple[int, ...], because: str) -> None:
+    """Raises ValueError unless `value` has the shape `wanted`, which follows from `because`."""
+    if tuple(value.shape) != wanted:
+        raise ValueError(f"{name} must have shape {wanted} to fit {because}, got {tuple(value.shape)}")
+
+
+def require_same_device(**tensors: Tensor) -> None:
+    """Raises ValueError unless all tensors lie on one device."""
+    devices = {name: str(tensor.device) for name, tensor in tensors.items()}
+    if len(set(devices.values())) > 1:
+        raise ValueError(
+            "all tensors must lie on one device, got " + ", ".join(f"{k} on {v}" for k, v in devices.items())
+        )
+
+
+def valid_labels(labels: Tensor, classes: int) -> Tensor:
+    """(B,) bool: which labels lie in [0, classes).
+
+    On the CPU a label outside is a ValueError. On a GPU looking would synchronise with the host, so there the caller
+    masks the sample.
+    """
+    valid = (labels >= 0) & (labels < classes)
+    if labels.device.type == "cpu" and not valid.all():
+        wrong = labels[~valid][0].item()
+        raise ValueError(f"labels must lie in [0, {classes}), got {wrong}")
+    return valid
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is, else float32: the dtype in which statistics and sums are kept."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def without_autocast(operator: Callable[P, R]) -> Callable[P, R]:
+    """Runs an operator with autocast off: its dtypes follow from its arguments alone."""
+
+    @wraps(operator)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        device_type = next((tensor.device.type for tensor in tensors), "cpu")
+        with torch.autocast(device_type, enabled=False):
+            return operator(*args, **kwargs)
+
+    return wrapper
