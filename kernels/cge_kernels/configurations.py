@@ -56,21 +56,34 @@ class Configuration:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# stripe_pool, forward and backward: a tile of channels x positions, long along the axis that is contiguous.
-POOL_POSITIONS_CONTIGUOUS = Configuration({"BLOCK_C": 32, "BLOCK_S": 64}, num_warps=4)
-POOL_CHANNELS_CONTIGUOUS = Configuration({"BLOCK_C": 64, "BLOCK_S": 32}, num_warps=4)
+# stripe_pool: a tile of channels x positions, long along the axis that is contiguous.
+POOL_POSITIONS_CONTIGUOUS = Configuration({"BLOCK_C": 16, "BLOCK_S": 64}, num_warps=4)
+POOL_CHANNELS_CONTIGUOUS = Configuration({"BLOCK_C": 64, "BLOCK_S": 16}, num_warps=4)
 
-GRAD_SCORES = Configuration({"BLOCK_B": 16, "BLOCK_N": 64}, num_warps=4)
+# Four float32 numbers for each thread: with eight, beside bfloat16 ones, a request would use half of each sector.
+POOL_BACKWARD_CHANNELS_CONTIGUOUS = Configuration({"BLOCK_C": 64, "BLOCK_S": 16}, num_warps=8)
+PREPARE = Configuration({"BLOCK_B": 16, "BLOCK_C": 32}, num_warps=4)
+GRAD_SCORES = Configuration({"BLOCK_B": 8, "BLOCK_N": 64}, num_warps=4)
+
+
+def positions_are_contiguous(feature_map: Tensor) -> bool:
+    """Whether neighbouring positions of the map are nearer in memory than neighbouring channels."""
+    return feature_map.stride(3) <= feature_map.stride(1)
 
 
 def pool_configuration(feature_map: Tensor) -> Configuration:
-    """For stripe_pool's kernels."""
-    return POOL_POSITIONS_CONTIGUOUS if feature_map.stride(3) <= feature_map.stride(1) else POOL_CHANNELS_CONTIGUOUS
+    """For stripe_pool's forward."""
+    return POOL_POSITIONS_CONTIGUOUS if positions_are_contiguous(feature_map) else POOL_CHANNELS_CONTIGUOUS
 
 
-def prepare_configuration(channels: int) -> Configuration:
+def pool_backward_configuration(feature_map: Tensor) -> Configuration:
+    """For stripe_pool's backward."""
+    return POOL_POSITIONS_CONTIGUOUS if positions_are_contiguous(feature_map) else POOL_BACKWARD_CHANNELS_CONTIGUOUS
+
+
+def prepare_configuration() -> Configuration:
     """For the squared lengths of revise_logits."""
-    return Configuration({"BLOCK_C": min(1024, next_power_of_2(channels))}, num_warps=4)
+    return PREPARE
 
 
 def grad_scores_configuration() -> Configuration:
@@ -79,28 +92,35 @@ def grad_scores_configuration() -> Configuration:
 
 
 def revise_configuration(target: Target, dtype: torch.dtype, batch: int, classes: int) -> Configuration:
-    """For the matmul of revise_logits: B x N tiles, small enough to fill the machine."""
+    """For the matmul of revise_logits: N x B tiles, small enough to fill the machine."""
     rows = min(64, max(16, next_power_of_2(batch)))
     columns = widest_that_fills(target, cdiv(batch, rows), classes, (64, 32, 16))
-    return Configuration(
-        {"BLOCK_B": rows, "BLOCK_N": columns, "BLOCK_K": 128 // dtype.itemsize}, num_warps=4, num_stages=3
-    )
+    depth = 128 // dtype.itemsize
+    return Configuration({"BLOCK_B": rows, "BLOCK_N": columns, "BLOCK_K": depth}, num_warps=4, num_stages=stages(target))
 
 
 def grad_local_configuration(target: Target, dtype: torch.dtype, batch: int, columns: int) -> Configuration:
-    """For the matmul of revise_logits' backward: B x C tiles of all stripes, small enough to fill the machine."""
+    """For the matmul of revise_logits' backward: B x C tiles of all stripes, small enough to fill the machine.
+
+    BLOCK_K differs from the other two: of tiles with one shape Triton loads the float32 ones like the 16-bit ones, eight
+    numbers for each lane, and then each request uses half of its sectors.
+    """
     rows = min(64, max(16, next_power_of_2(batch)))
-    width = widest_that_fills(target, cdiv(batch, rows), columns, (64, 32, 16))
-    return Configuration(
-        {"BLOCK_B": rows, "BLOCK_C": width, "BLOCK_K": 128 // dtype.itemsize}, num_warps=4, num_stages=3
-    )
+    width = widest_that_fills(target, cdiv(batch, rows), columns, (32, 16))
+    depth = 128 if dtype.itemsize == 2 else 32
+    return Configuration({"BLOCK_B": rows, "BLOCK_C": width, "BLOCK_K": depth}, num_warps=4, num_stages=3)
+
+
+def stages(target: Target) -> int:
+    """Tiles in flight: with one program on a multiprocessor these alone cover the memory's latency."""
+    return 5 if target.backend == "cuda" and target.arch >= 80 else 2
 
 
 def write_configuration(target: Target, batch: int, channels: int) -> Configuration:
-    """For write_memory_: a row in one block, 8 to 32 of its numbers in each thread."""
+    """For write_memory_: a row in one block, four of its numbers in each thread if they are enough."""
     block = next_power_of_2(channels)
     return Configuration(
-        {"BLOCK_B": min(128, next_power_of_2(batch)), "BLOCK_C": block}, num_warps=min(1024 // target.warp_size, max(1, block // 512))
+        {"BLOCK_B": min(128, next_power_of_2(batch)), "BLOCK_C": block}, num_warps=min(1024 // target.warp_size, max(1, block // (4 * target.warp_size)))
     )
 
 

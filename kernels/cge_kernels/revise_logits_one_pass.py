@@ -16,7 +16,6 @@ aborted launch left. The launch is cooperative: the driver refuses a grid that w
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from cge_kernels import aten
 from cge_kernels.checks import accumulation_dtype, require_same_device, require_shape, require_tensor
@@ -31,7 +30,7 @@ from cge_kernels.configurations import (
 from cge_kernels.dispatch import implementation
 from cge_kernels.language import jit, tl
 from cge_kernels.launch import current_target, float32_precision, launch
-from cge_kernels.revise_logits import check_memory, revise_logits_backward_op, revise_tile
+from cge_kernels.revise_logits import MAX_PARTS, check_memory, revise_logits_backward_op, revise_tile
 from cge_kernels.stripe_pool import check_pooling, is_flat, pool_tile, strides, stripe_pool_backward_op
 
 
@@ -48,8 +47,9 @@ def grid_barrier(counter_pointer):
 @jit
 def one_pass_kernel(
     map_pointer, p_pointer, eps, local_pointer, converted_pointer, operand_pointer, squares_pointer, counter_pointer,
-    logits_pointer, memory_pointer, revised_pointer, scores_pointer,
-    batch, channels, stride_b, stride_c, stride_h, stride_w, classes, logits_stride_b, logits_stride_k, score_row,
+    logits_pointer, memory_pointer, revised_pointer, scores_pointer, scale_pointer,
+    batch, channels, stride_b, stride_c, stride_h, stride_w, classes, logits_stride_b, logits_stride_k,
+    squares_row, score_row,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIPES: tl.constexpr, FLAT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr, BLOCK_PARTS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -60,42 +60,39 @@ def one_pass_kernel(
     for tile in range(tl.program_id(0), batch * channel_tiles, tl.num_programs(0)):
         pool_tile(
             map_pointer, p_pointer, eps, None, local_pointer, converted_pointer, squares_pointer,
-            tile // channel_tiles, tile % channel_tiles, channels, channel_tiles, stride_b, stride_c, stride_h, stride_w,
+            tile // channel_tiles, tile % channel_tiles, channels, channel_tiles, squares_row,
+            stride_b, stride_c, stride_h, stride_w,
             HEIGHT, WIDTH, STRIPES, FLAT, BLOCK_C, BLOCK_S,
         )  # fmt: skip
     grid_barrier(counter_pointer)
     batch_tiles = tl.cdiv(batch, BLOCK_B)
     for tile in range(tl.program_id(0), batch_tiles * tl.cdiv(classes, BLOCK_N), tl.num_programs(0)):
         revise_tile(
-            logits_pointer, operand_pointer, squares_pointer, memory_pointer, revised_pointer, scores_pointer,
+            logits_pointer, operand_pointer, squares_pointer, memory_pointer, revised_pointer, scores_pointer, scale_pointer,
             tile % batch_tiles, tile // batch_tiles, batch, classes, channels, channel_tiles,
             logits_stride_b, logits_stride_k, tl.cast(classes, tl.int64) * channels,
-            STRIPES * channels, channels, score_row,
+            STRIPES * channels, channels, 1, squares_row, score_row,
             STRIPES, PRECISION, BLOCK_PARTS, BLOCK_B, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-
-
-def parts_of_squares(feature_map: Tensor) -> int:
-    """How many programs share the channels of a sample, each with its part of the squared lengths."""
-    return cdiv(feature_map.shape[1], pool_configuration(feature_map).blocks["BLOCK_C"])
 
 
 def launch_forward(
     feature_map: Tensor, logits: Tensor, memory: Tensor, p: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Revised logits (B, N), local features (B, n, C), scores as revise_logits has them, squares (B, n, parts)."""
+    """Revised logits (B, N), local features (B, n, C), scores and scale as revise_logits has them."""
     batch, channels, height, width = feature_map.shape
     stripes, classes, _ = memory.shape
     target = current_target(feature_map)
     pool, matmul = pool_configuration(feature_map), revise_configuration(target, memory.dtype, batch, classes)
-    channel_tiles = parts_of_squares(feature_map)
+    channel_tiles = cdiv(channels, pool.blocks["BLOCK_C"])
     tiles = cdiv(batch, matmul.blocks["BLOCK_B"]) * cdiv(classes, matmul.blocks["BLOCK_N"])
     local_features = feature_map.new_empty(batch, stripes, channels, dtype=torch.float32)
     converted = None if memory.dtype == torch.float32 else torch.empty_like(local_features, dtype=memory.dtype)
-    squares = feature_map.new_empty(batch, stripes, channel_tiles, dtype=torch.float32)
+    squares = feature_map.new_empty(stripes, channel_tiles, score_row(batch), dtype=torch.float32)
     revised = torch.empty_like(logits, memory_format=torch.contiguous_format)
     row = score_row(classes) if scores_are_kept(local_features, memory) else 0
     scores = logits.new_empty(stripes, batch, row, dtype=torch.float32)
+    scale = logits.new_empty(stripes, batch, dtype=torch.float32)
     args = {
         "map_pointer": feature_map,
         "p_pointer": p,
@@ -109,24 +106,26 @@ def launch_forward(
         "memory_pointer": memory,
         "revised_pointer": revised,
         "scores_pointer": scores if row else None,
+        "scale_pointer": scale,
         "batch": batch,
         "channels": channels,
         **strides("", feature_map),
         "classes": classes,
         "logits_stride_b": logits.stride(0),
         "logits_stride_k": logits.stride(1),
+        "squares_row": squares.shape[2],
         "score_row": row,
     }
     constants = {
         **{"HEIGHT": height, "WIDTH": width, "STRIPES": stripes, "FLAT": is_flat(feature_map), **pool.blocks},
         "PRECISION": float32_precision(target),
-        "BLOCK_PARTS": next_power_of_2(channel_tiles),
+        "BLOCK_PARTS": min(MAX_PARTS, next_power_of_2(channel_tiles)),
         **matmul.blocks,
     }
     programs = min(target.multiprocessors, max(batch * channel_tiles, tiles))
     options = {**matmul.options, "launch_cooperative_grid": True}
     launch(one_pass_kernel, (programs,), args, constants, options)
-    return revised, local_features, scores, squares
+    return revised, local_features, scores, scale
 
 
 def aten_forward(
@@ -134,8 +133,8 @@ def aten_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same on ATen, where one pass has nothing to gain."""
     _, local_features = aten.stripe_pool(feature_map, memory.shape[0], p, eps)
-    revised, scores, squares = aten.revise_logits(logits, local_features, memory)
-    return revised, local_features, scores, pad(squares, (0, parts_of_squares(feature_map) - 1))
+    revised, scores, scale = aten.revise_logits(logits, local_features, memory)
+    return revised, local_features, scores, scale
 
 
 @torch.library.custom_op("cge_kernels::revise_logits_one_pass", mutates_args=())
@@ -158,23 +157,23 @@ def _(feature_map, logits, memory, p, eps, local_gradient):
         torch.empty_like(logits, memory_format=torch.contiguous_format),
         local_features,
         logits.new_empty(stripes, batch, row, dtype=dtype),
-        logits.new_empty(batch, stripes, parts_of_squares(feature_map), dtype=dtype),
+        logits.new_empty(stripes, batch, dtype=dtype),
     )
 
 
 def setup_context(ctx, inputs, output) -> None:
     feature_map, logits, memory, p, ctx.eps, ctx.local_gradient = inputs
-    _, local_features, scores, squares = output
+    _, local_features, scores, scale = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(feature_map, logits, memory, p, local_features, scores, squares)
+    ctx.save_for_backward(feature_map, logits, memory, p, local_features, scores, scale)
 
 
-def backward(ctx, grad, grad_local, _grad_scores, _grad_squares):
-    feature_map, logits, memory, p, local_features, scores, squares = ctx.saved_tensors
+def backward(ctx, grad, grad_local, _grad_scores, _grad_scale):
+    feature_map, logits, memory, p, local_features, scores, scale = ctx.saved_tensors
     grad_logits, grad_map, grad_p = None, None, None
     if grad is not None:
         grad_logits, grad_revision = revise_logits_backward_op(
-            grad, logits, local_features, memory, scores, squares, ctx.local_gradient
+            grad, logits, local_features, memory, scores, scale, ctx.local_gradient
         )
         if ctx.local_gradient:
             grad_local = grad_revision if grad_local is None else grad_local + grad_revision

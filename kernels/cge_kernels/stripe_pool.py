@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cge_kernels import aten
 from cge_kernels.checks import accumulation_dtype, require_tensor
-from cge_kernels.configurations import cdiv, pool_configuration
+from cge_kernels.configurations import cdiv, pool_backward_configuration, pool_configuration
 from cge_kernels.dispatch import implementation
 from cge_kernels.language import jit, tl, triton
 from cge_kernels.launch import launch
@@ -68,22 +68,22 @@ def root_of_mean(total, count, p):
 @jit
 def pool_tile(
     map_pointer, p_pointer, eps, global_pointer, local_pointer, operand_pointer, squares_pointer,
-    sample, tile, channels, tiles, stride_b, stride_c, stride_h, stride_w,
+    sample, tile, channels, tiles, squares_row, stride_b, stride_c, stride_h, stride_w,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIPES: tl.constexpr, FLAT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Pools BLOCK_C channels of one sample.
 
     map (B, C, H, W), any strides; p 0-d float32 or None. Results, each where its pointer is not None: global (B, C),
-    local (B, n, C) float32; operand (B, n, C), the local features in the matmul's dtype; squares (B, n, tiles) float32,
-    this tile's share of each local feature's squared length.
+    local (B, n, C) float32; operand (B, n, C), the local features in the matmul's dtype; squares (n, tiles, squares_row)
+    float32, this tile's share of each local feature's squared length.
     """
     p = None
     if p_pointer is not None:
         p = tl.load(p_pointer)
     channel = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_mask = channel < channels
-    plane = map_pointer + sample.to(tl.int64) * stride_b + channel.to(tl.int64)[:, None] * stride_c
+    plane = map_pointer + tl.cast(sample, tl.int64) * stride_b + channel.to(tl.int64)[:, None] * stride_c
     everything = tl.zeros([BLOCK_C], tl.float32)
     shared_with_previous = tl.zeros([BLOCK_C], tl.float32)
     first = 0
@@ -103,18 +103,17 @@ def pool_tile(
             everything += shared_with_previous
             own += shared_with_previous
         feature = root_of_mean(own, (bottom - top) * WIDTH, p)
-        row = sample.to(tl.int64) * STRIPES + stripe
+        row = tl.cast(sample, tl.int64) * STRIPES + stripe
         tl.store(local_pointer + row * channels + channel, feature, mask=channel_mask)
         if operand_pointer is not None:
-            operand = feature.to(operand_pointer.dtype.element_ty)
-            tl.store(operand_pointer + row * channels + channel, operand, mask=channel_mask)
+            tl.store(operand_pointer + row * channels + channel, feature, mask=channel_mask)
         if squares_pointer is not None:
             square = tl.sum(tl.where(channel_mask, feature * feature, 0.0), axis=0)
-            tl.store(squares_pointer + row * tiles + tile, square)
+            tl.store(squares_pointer + (stripe * tiles + tile) * squares_row + sample, square)
         first = bottom
     if global_pointer is not None:
         feature = root_of_mean(everything, HEIGHT * WIDTH, p)
-        tl.store(global_pointer + sample.to(tl.int64) * channels + channel, feature, mask=channel_mask)
+        tl.store(global_pointer + tl.cast(sample, tl.int64) * channels + channel, feature, mask=channel_mask)
 
 
 @jit
@@ -128,7 +127,7 @@ def stripe_pool_kernel(
     tiles = tl.cdiv(channels, BLOCK_C)
     pool_tile(
         map_pointer, p_pointer, eps, global_pointer, local_pointer, None, None,
-        tl.program_id(0) // tiles, tl.program_id(0) % tiles, channels, tiles, stride_b, stride_c, stride_h, stride_w,
+        tl.program_id(0) // tiles, tl.program_id(0) % tiles, channels, tiles, 0, stride_b, stride_c, stride_h, stride_w,
         HEIGHT, WIDTH, STRIPES, FLAT, BLOCK_C, BLOCK_S,
     )  # fmt: skip
 
@@ -192,7 +191,6 @@ def write_rows(
                 gradient += following
             gradient = tl.broadcast_to(gradient, mask.shape)
         offsets = position_offsets(position, gradient_stride_h, gradient_stride_w, WIDTH, FLAT)
-        gradient = gradient.to(gradient_plane.dtype.element_ty)
         tl.store(gradient_plane + offsets[None, :], gradient, mask=mask)
     return grad_p
 
@@ -303,7 +301,7 @@ def launch_backward(
     batch, channels, height, width = feature_map.shape
     stripes = local_features.shape[1]
     grad_map = torch.empty_like(feature_map)
-    chosen = pool_configuration(feature_map)
+    chosen = pool_backward_configuration(feature_map)
     programs = batch * cdiv(channels, chosen.blocks["BLOCK_C"])
     grad_p = None if p is None else feature_map.new_empty(programs, dtype=torch.float32)
     args = {

@@ -37,7 +37,7 @@ def write_memory_kernel(
     """memory (n, N, C) float32, shadow (n, N, C) or None, local (B, n, C), labels (B,) integer, alpha 0-d float32."""
     sample = tl.program_id(0) // STRIPES
     stripe = tl.program_id(0) % STRIPES
-    label = tl.load(labels_pointer + sample.to(tl.int64) * labels_stride).to(tl.int64)
+    label = tl.load(labels_pointer + tl.cast(sample, tl.int64) * labels_stride).to(tl.int64)
     leads = (label >= 0) & (label < classes)
     for start in range(0, sample, BLOCK_B):
         earlier = start + tl.arange(0, BLOCK_B)
@@ -46,17 +46,17 @@ def write_memory_kernel(
     if leads:
         channel = tl.arange(0, BLOCK_C)
         channel_mask = channel < channels
-        local_row = local_pointer + stripe.to(tl.int64) * local_stride_i + channel.to(tl.int64) * local_stride_c
+        local_row = local_pointer + tl.cast(stripe, tl.int64) * local_stride_i + channel.to(tl.int64) * local_stride_c
         total = tl.zeros([BLOCK_C], tl.float32)
         instances = 0
         for other in range(sample, batch):
-            is_instance = tl.load(labels_pointer + other.to(tl.int64) * labels_stride).to(tl.int64) == label
+            is_instance = tl.load(labels_pointer + tl.cast(other, tl.int64) * labels_stride).to(tl.int64) == label
             if is_instance:
-                feature = tl.load(local_row + other.to(tl.int64) * local_stride_b, mask=channel_mask, other=0.0)
+                feature = tl.load(local_row + tl.cast(other, tl.int64) * local_stride_b, mask=channel_mask, other=0.0)
                 total += feature.to(tl.float32)
                 instances += 1
         update, norm = unit_or_zero(total / instances, NORM_EPS)
-        row = (stripe.to(tl.int64) * classes + label) * channels + channel
+        row = (tl.cast(stripe, tl.int64) * classes + label) * channels + channel
         old = tl.load(memory_pointer + row, mask=channel_mask, other=0.0)
         never_seen = tl.max((old != 0.0).to(tl.int32), axis=0) == 0
         alpha = tl.load(alpha_pointer)
@@ -64,7 +64,7 @@ def write_memory_kernel(
         new = tl.where(norm < NORM_EPS, old, tl.where(never_seen, update, blended))
         tl.store(memory_pointer + row, new, mask=channel_mask)
         if shadow_pointer is not None:
-            tl.store(shadow_pointer + row, new.to(shadow_pointer.dtype.element_ty), mask=channel_mask)
+            tl.store(shadow_pointer + row, new, mask=channel_mask)
 
 
 def launch_write(
