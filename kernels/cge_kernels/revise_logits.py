@@ -52,7 +52,8 @@ def prepare_kernel(
     local_offsets = sample[:, None] * stride_b + stripe * stride_i + channel[None, :] * stride_c
     local = tl.load(local_pointer + local_offsets, mask=mask, other=0.0).to(tl.float32)
     squares = tl.sum(local * local, axis=1)
-    tl.store(squares_pointer + (stripe * parts + part) * squares_row + sample, squares, mask=sample < batch)
+    row = tl.cast(stripe * parts + part, tl.int64) * squares_row
+    tl.store(squares_pointer + row + sample, squares, mask=sample < batch)
     if operand_pointer is not None:
         rows = operand_pointer + sample[:, None] * operand_stride_b + tl.cast(stripe, tl.int64) * operand_stride_i
         tl.store(rows + channel[None, :] * operand_stride_c, local, mask=mask)
@@ -72,7 +73,7 @@ def sum_parts(parts_pointer, row, sample, sample_mask, stripe, parts, BLOCK_B: t
     total = tl.zeros([BLOCK_PARTS, BLOCK_B], tl.float32)
     for start in range(0, parts, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)
-        offsets = (stripe * parts + part)[:, None] * row + sample[None, :]
+        offsets = (stripe * parts + part).to(tl.int64)[:, None] * row + sample[None, :]
         mask = (part < parts)[:, None] & sample_mask[None, :]
         total += tl.load(parts_pointer + offsets, mask=mask, other=0.0)
     return tl.sum(total, axis=0)
@@ -200,8 +201,8 @@ def grad_scores_kernel(
             grad_score = grad_log_weight / (1.0 + tl.exp(score))
             tl.store(grad_scores_pointer + stripe * stripe_stride + score_offsets, grad_score, mask=inside)
             share = tl.sum(grad_score * score, axis=1)
-            projection_part = stripe * projection_tiles + first_tile + class_tile
-            tl.store(projection_pointer + projection_part * projection_row + sample, share, mask=sample_mask)
+            part = tl.cast(stripe * projection_tiles + first_tile + class_tile, tl.int64)
+            tl.store(projection_pointer + part * projection_row + sample, share, mask=sample_mask)
 
 
 @jit
@@ -521,6 +522,8 @@ revise_logits_op.register_autograd(backward, setup_context=setup_context)
 def check_memory(name: str, memory: Tensor) -> None:
     """Raises unless `memory` is a contiguous floating tensor (n, N, C)."""
     require_tensor(name, memory, "(n, N, C)")
+    if 0 in memory.shape:
+        raise ValueError(f"{name} must have no empty dimension, got {tuple(memory.shape)}")
     if not memory.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {memory.stride()} for shape {tuple(memory.shape)}")
 

@@ -109,7 +109,7 @@ def pool_tile(
             tl.store(operand_pointer + row * channels + channel, feature, mask=channel_mask)
         if squares_pointer is not None:
             square = tl.sum(tl.where(channel_mask, feature * feature, 0.0), axis=0)
-            tl.store(squares_pointer + (stripe * tiles + tile) * squares_row + sample, square)
+            tl.store(squares_pointer + tl.cast(stripe * tiles + tile, tl.int64) * squares_row + sample, square)
         first = bottom
     if global_pointer is not None:
         feature = root_of_mean(everything, HEIGHT * WIDTH, p)
