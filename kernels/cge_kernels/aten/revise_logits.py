@@ -15,7 +15,7 @@ def revise_logits(logits: Tensor, local_features: Tensor, memory: Tensor) -> tup
     stripes, classes, _ = memory.shape
     dtype = accumulation_dtype(local_features, memory)
     local = local_features.to(dtype)
-    scale = 1 / local.norm(dim=2).clamp(min=NORM_EPS).T
+    scale = 1 / local.norm(dim=2).clamp(min=NORM_EPS).T.contiguous()
     products = torch.einsum("bic,ikc->ibk", local_features.to(memory.dtype).to(dtype), memory.to(dtype))
     row = score_row(classes) if scores_are_kept(local_features, memory) else 0
     scores = products * scale.unsqueeze(2)
