@@ -20,4 +20,16 @@ except ImportError:
         return kernel
 
 
-__all__ = ["INTERPRETED", "jit", "tl", "triton"]
+
+@jit
+def product(a, b):
+    """a * b, rounded before it enters a sum.
+
+    A compiler fuses a * b into an addition; where that addition is between lanes, each lane would add its own exact
+    product to the other's rounded one. The lanes then hold different last bits of one sum, and which one is stored is
+    not defined. fma(a, b, +0) is not fused again.
+    """
+    return tl.fma(a, b, tl.zeros_like(a))
+
+
+__all__ = ["INTERPRETED", "jit", "product", "tl", "triton"]

@@ -29,7 +29,7 @@ from cge_kernels.configurations import (
     scores_are_kept,
 )
 from cge_kernels.dispatch import implementation
-from cge_kernels.language import INTERPRETED, jit, tl, triton
+from cge_kernels.language import INTERPRETED, jit, product, tl, triton
 from cge_kernels.launch import current_target, float32_precision, launch
 
 NORM_EPS = tl.constexpr(1e-12) if triton else 1e-12  # lower bound of a local feature's length
@@ -51,7 +51,7 @@ def prepare_kernel(
     mask = (sample < batch)[:, None] & (channel < channels)[None, :]
     local_offsets = sample[:, None] * stride_b + stripe * stride_i + channel[None, :] * stride_c
     local = tl.load(local_pointer + local_offsets, mask=mask, other=0.0).to(tl.float32)
-    squares = tl.sum(local * local, axis=1)
+    squares = tl.sum(product(local, local), axis=1)
     row = tl.cast(stripe * parts + part, tl.int64) * squares_row
     tl.store(squares_pointer + row + sample, squares, mask=sample < batch)
     if operand_pointer is not None:
@@ -112,7 +112,7 @@ def revise_tile(
         feature_columns = (
             operand_pointer + tl.cast(stripe, tl.int64) * operand_stride_i + sample[None, :] * operand_stride_b
         )
-        product = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+        accumulator = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
         for start in range(0, channels, BLOCK_K):
             channel = start + block
             rows = tl.load(
@@ -123,12 +123,12 @@ def revise_tile(
                 mask=(channel < channels)[:, None] & sample_mask[None, :],
                 other=0.0,
             )
-            product = dot(rows, features, product, PRECISION)
+            accumulator = dot(rows, features, accumulator, PRECISION)
         squares = sum_parts(squares_pointer, squares_row, sample, sample_mask, stripe, parts, BLOCK_B, BLOCK_PARTS)
         scale = 1.0 / tl.maximum(tl.sqrt_rn(squares), NORM_EPS)
         if scale_pointer is not None:
             tl.store(scale_pointer + stripe * batch + sample, scale, mask=sample_mask & (class_tile == 0))
-        score = product * scale[None, :]
+        score = accumulator * scale[None, :]
         if scores_pointer is not None:
             score_rows = (tl.cast(stripe, tl.int64) * batch + sample)[None, :] * score_row
             inside = (identity < score_row)[:, None] & sample_mask[None, :]
@@ -200,7 +200,7 @@ def grad_scores_kernel(
             score = tl.load(scores_pointer + stripe * stripe_stride + score_offsets, mask=inside, other=0.0)
             grad_score = grad_log_weight / (1.0 + tl.exp(score))
             tl.store(grad_scores_pointer + stripe * stripe_stride + score_offsets, grad_score, mask=inside)
-            share = tl.sum(grad_score * score, axis=1)
+            share = tl.sum(product(grad_score, score), axis=1)
             part = tl.cast(stripe * projection_tiles + first_tile + class_tile, tl.int64)
             tl.store(projection_pointer + part * projection_row + sample, share, mask=sample_mask)
 
@@ -229,7 +229,7 @@ def grad_local_kernel(
     block = tl.arange(0, BLOCK_K)
     gradient_rows = grad_scores_pointer + (tl.cast(stripe, tl.int64) * batch + sample)[:, None] * score_row
     memory_columns = memory_pointer + tl.cast(stripe, tl.int64) * memory_stride_i + channel[None, :]
-    product = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    accumulator = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
     for start in range(0, classes, BLOCK_K):
         identity = start + block
         # grad_scores are 0 between N and the end of the row
@@ -241,10 +241,10 @@ def grad_local_kernel(
             mask=(identity < classes)[:, None] & channel_mask[None, :],
             other=0.0,
         )
-        product = dot(gradients, rows, product, PRECISION)
+        accumulator = dot(gradients, rows, accumulator, PRECISION)
     result_offsets = (sample * STRIPES + stripe)[:, None] * channels + channel[None, :]
     if earlier_pointer is not None:
-        product += tl.load(earlier_pointer + result_offsets, mask=mask, other=0.0)
+        accumulator += tl.load(earlier_pointer + result_offsets, mask=mask, other=0.0)
     if local_pointer is not None:
         projection = sum_parts(
             projection_pointer, projection_row, sample, sample_mask, stripe, projection_tiles, BLOCK_B, BLOCK_PARTS
@@ -255,8 +255,8 @@ def grad_local_kernel(
         wide = channel.to(tl.int64)[None, :]
         local_offsets = sample[:, None] * local_stride_b + stripe * local_stride_i + wide * local_stride_c
         local = tl.load(local_pointer + local_offsets, mask=mask, other=0.0).to(tl.float32)
-        product = (product - local * projection[:, None]) * scale[:, None]
-    tl.store(grad_local_pointer + result_offsets, product, mask=mask)
+        accumulator = (accumulator - local * projection[:, None]) * scale[:, None]
+    tl.store(grad_local_pointer + result_offsets, accumulator, mask=mask)
 
 
 def prepare(local_features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:

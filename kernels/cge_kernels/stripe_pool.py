@@ -16,7 +16,7 @@ from cge_kernels import aten
 from cge_kernels.checks import accumulation_dtype, require_tensor
 from cge_kernels.configurations import cdiv, pool_backward_configuration, pool_configuration
 from cge_kernels.dispatch import implementation
-from cge_kernels.language import jit, tl, triton
+from cge_kernels.language import jit, product, tl, triton
 from cge_kernels.launch import launch
 
 # Below this log2 of a mean x^p the forward clamps the mean (at 2^-126), so no gradient passes.
@@ -108,7 +108,7 @@ def pool_tile(
         if operand_pointer is not None:
             tl.store(operand_pointer + row * channels + channel, feature, mask=channel_mask)
         if squares_pointer is not None:
-            square = tl.sum(tl.where(channel_mask, feature * feature, 0.0), axis=0)
+            square = tl.sum(tl.where(channel_mask, product(feature, feature), 0.0), axis=0)
             tl.store(squares_pointer + tl.cast(stripe * tiles + tile, tl.int64) * squares_row + sample, square)
         first = bottom
     if global_pointer is not None:

@@ -13,7 +13,7 @@ from cge_kernels import aten
 from cge_kernels.checks import require_same_device, require_shape, require_tensor, valid_labels
 from cge_kernels.configurations import write_configuration
 from cge_kernels.dispatch import implementation
-from cge_kernels.language import jit, tl
+from cge_kernels.language import jit, product, tl
 from cge_kernels.launch import current_target, launch
 from cge_kernels.revise_logits import check_memory
 
@@ -24,7 +24,7 @@ NORM_EPS = 1e-12  # a mean feature below this norm counts as zero: it has no dir
 @jit
 def unit_or_zero(row, NORM_EPS: tl.constexpr):
     """row / max(||row||, NORM_EPS), and the norm."""
-    norm = tl.sqrt_rn(tl.sum(row * row, axis=0))
+    norm = tl.sqrt_rn(tl.sum(product(row, row), axis=0))
     return row / tl.maximum(norm, NORM_EPS), norm
 
 
