@@ -19,6 +19,7 @@ from jsonargparse.typing import (
 from cge_fast.backbones import Backbone
 from cge_fast.errors import UserError
 from cge_fast.head import Alpha, Pooling
+from cge_fast.operators import Kernels
 
 Settings = TypeVar("Settings")
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])
@@ -143,6 +144,8 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    kernels: Kernels = "fused"
+    """Operators: fused kernels, the same with pooling and revision in one pass, or the plain reference."""
     seed: Seed = 0
     """Seed of initialisation, sampling and augmentation."""
     output: Path | None = None

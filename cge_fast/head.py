@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from cge_fast import operators
 from cge_fast.distributed import gather
+from cge_fast.operators import Kernels, local_hits, operators, valid_labels
 
 GEM_INITIAL_P = 3.0
 CLASSIFIER_STD = 0.001  # BagTricks' initialisation of the classifier
@@ -49,10 +49,7 @@ def check_labels(labels: Tensor, classes: int) -> None:
     """Raises TypeError unless labels are integers, ValueError (on the CPU) if one is outside 0..classes-1."""
     if labels.is_floating_point():
         raise TypeError(f"labels must have an integer dtype, got {labels.dtype}")
-    if labels.device.type == "cpu":
-        outside = labels[(labels < 0) | (labels >= classes)]
-        if len(outside):
-            raise ValueError(f"labels must lie in [0, {classes}), got {outside[0].item()}")
+    valid_labels(labels, classes)
 
 
 class CGEHead(nn.Module):
@@ -73,6 +70,8 @@ class CGEHead(nn.Module):
         logit_scale: factor of the logits, 1 in the paper. Revision itself multiplies logits by 0.5 to 0.73, so a
             baseline with a smaller scale is the fair comparison.
         local_gradient: False detaches the revision's weights from the backbone.
+        kernels: "fused", the operators of cge_kernels; "one_pass", the same with pooling and revision in one launch,
+            which here reads the map a second time; "reference", those of cge_reference.
 
     Raises:
         ValueError: a number is out of range or a name unknown.
@@ -90,18 +89,20 @@ class CGEHead(nn.Module):
         label_smoothing: float = 0.1,
         logit_scale: float = 1.0,
         local_gradient: bool = True,
+        kernels: Kernels = "fused",
     ):
         super().__init__()
         sizes = {"in_channels": in_channels, "num_classes": num_classes, "epochs": epochs, "stripes": stripes}
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name, value, known in (("pooling", pooling, Pooling), ("alpha", alpha, Alpha)):
+        choices = (("pooling", pooling, Pooling), ("alpha", alpha, Alpha), ("kernels", kernels, Kernels))
+        for name, value, known in choices:
             if value not in known.__args__:
                 raise ValueError(f"{name} must be one of {', '.join(known.__args__)}, got {value!r}")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
-        self.epochs, self.alpha, self.cge = epochs, alpha, cge
+        self.epochs, self.alpha, self.cge, self.kernels = epochs, alpha, cge, kernels
         self.stripes = stripes if cge else 1
         self.label_smoothing, self.logit_scale, self.local_gradient = label_smoothing, logit_scale, local_gradient
         self.p = nn.Parameter(torch.tensor(GEM_INITIAL_P)) if pooling == "gem" else None
@@ -126,28 +127,43 @@ class CGEHead(nn.Module):
         """
         if labels is None:
             return self.embed(feature_map)
+        if self.cge and self.kernels != "one_pass":
+            return self._forward_fused(feature_map, labels)
+        check_labels(labels, self.classifier.out_features)
+        global_feature = self.embed(feature_map, after_neck=False)
+        embedding = self._normalise(global_feature)
+        logits, local_features, local_hit = self._logits(embedding), None, None
+        if self.cge:
+            logits, local_features = self._revise_in_one_pass(feature_map, logits)
+            local_features = local_features.detach()
+            local_hit = local_hits(local_features, self.memory, labels)
+        loss = cross_entropy(logits, labels.long(), label_smoothing=self.label_smoothing)
+        return HeadOutput(loss, global_feature, embedding, local_features, logits.argmax(dim=1) == labels, local_hit)
+
+    def _forward_fused(self, feature_map: Tensor, labels: Tensor) -> HeadOutput:
+        """Training with CGE, where the loss takes the features: `revised_cross_entropy`."""
         global_feature, local_features = self.pool(feature_map)
         embedding = self._normalise(global_feature)
-        weight = self.classifier.weight
-        if self.cge:
-            loss, hit, local_hit = operators.revised_cross_entropy(
-                embedding * self.logit_scale,
-                weight,
-                local_features,
-                self.memory,
-                labels,
-                self.label_smoothing,
-                self.local_gradient,
-            )
-            return HeadOutput(loss.mean(), global_feature, embedding, local_features.detach(), hit, local_hit)
-        check_labels(labels, self.classifier.out_features)
-        logits = self._logits(embedding)
-        loss = cross_entropy(logits, labels.long(), label_smoothing=self.label_smoothing)
-        return HeadOutput(loss, global_feature, embedding, None, logits.argmax(dim=1) == labels, None)
+        loss, hit, local_hit = operators(self.kernels).revised_cross_entropy(
+            embedding * self.logit_scale,
+            self.classifier.weight,
+            local_features,
+            self.memory,
+            labels,
+            self.label_smoothing,
+            self.local_gradient,
+        )
+        return HeadOutput(loss.mean(), global_feature, embedding, local_features.detach(), hit, local_hit)
+
+    def _revise_in_one_pass(self, feature_map: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Revised logits (B, N) and local features (B, n, C) in one launch."""
+        return operators(self.kernels).revise_logits_one_pass(
+            feature_map, logits, self.memory, self.p, local_gradient=self.local_gradient
+        )
 
     def embed(self, feature_map: Tensor, after_neck: bool = True) -> Tensor:
         """The global feature (B, C) float32 of a feature map (B, C, H, W), after BNNeck or before it."""
-        global_feature, _ = operators.stripe_pool(feature_map, 1, self.p)
+        global_feature, _ = operators(self.kernels).stripe_pool(feature_map, 1, self.p)
         return self._normalise(global_feature) if after_neck else global_feature
 
     def revise(self, feature_map: Tensor) -> Tensor:
@@ -155,9 +171,12 @@ class CGEHead(nn.Module):
 
         What write_memory then takes: `_, local_features = head.pool(feature_map.detach())`.
         """
+        if not self.cge or self.kernels == "one_pass":
+            logits = self._logits(self.embed(feature_map))
+            return self._revise_in_one_pass(feature_map, logits)[0] if self.cge else logits
         global_feature, local_features = self.pool(feature_map)
         logits = self._logits(self._normalise(global_feature))
-        return operators.revise_logits(logits, local_features, self.memory, self.local_gradient) if self.cge else logits
+        return operators(self.kernels).revise_logits(logits, local_features, self.memory, self.local_gradient)
 
     def write_memory(self, local_features: Tensor, labels: Tensor, epoch: int) -> None:
         """Writes one optimiser step's local features into the memory; call it after `optimizer.step()`.
@@ -175,11 +194,11 @@ class CGEHead(nn.Module):
         """
         if self.cge:
             alpha = memory_alpha(self.alpha, epoch, self.epochs)
-            operators.write_memory_(self.memory, gather(local_features), gather(labels), alpha)
+            operators(self.kernels).write_memory_(self.memory, gather(local_features), gather(labels), alpha)
 
     def pool(self, feature_map: Tensor) -> tuple[Tensor, Tensor]:
         """Global feature (B, C), before BNNeck, and local features (B, n, C) of a feature map, float32."""
-        return operators.stripe_pool(feature_map, self.stripes, self.p)
+        return operators(self.kernels).stripe_pool(feature_map, self.stripes, self.p)
 
     def _normalise(self, global_feature: Tensor) -> Tensor:
         with torch.autocast(global_feature.device.type, enabled=False):

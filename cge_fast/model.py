@@ -11,6 +11,7 @@ from cge_fast.data.batches import test_loader
 from cge_fast.distributed import gather, rank, world_size
 from cge_fast.errors import UserError
 from cge_fast.head import CGEHead, HeadOutput
+from cge_fast.operators import Kernels
 from cge_fast.ranking import Retrieval, evaluate_ranking
 
 
@@ -34,7 +35,13 @@ class ReidModel(nn.Module):
 
 
 def build(
-    model: ModelConfig, loss: LossConfig, data: DataConfig, num_classes: int, epochs: int, precision: torch.dtype
+    model: ModelConfig,
+    loss: LossConfig,
+    data: DataConfig,
+    num_classes: int,
+    epochs: int,
+    precision: torch.dtype,
+    kernels: Kernels = "fused",
 ) -> ReidModel:
     """The network that the settings describe, on the CPU.
 
@@ -59,6 +66,7 @@ def build(
         label_smoothing=loss.label_smoothing,
         logit_scale=model.logit_scale,
         local_gradient=model.local_gradient,
+        kernels=kernels,
     )
     return ReidModel(backbone, head, precision)
 

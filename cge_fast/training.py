@@ -73,7 +73,13 @@ class Training:
         self.loader = train_loader(self.reid_set.train, self.sampler, config.data, pin_memory)
         self.precision = model.compute_precision(config.optim.precision, device)
         network = model.build(
-            config.model, config.loss, config.data, max(labels) + 1, config.optim.epochs, self.precision
+            config.model,
+            config.loss,
+            config.data,
+            max(labels) + 1,
+            config.optim.epochs,
+            self.precision,
+            config.kernels,
         )
         if world_size() > 1 and device.type == "cuda":  # SyncBatchNorm exists on GPUs only
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)

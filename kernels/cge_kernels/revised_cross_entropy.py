@@ -25,21 +25,22 @@ def _(labels, classes):
 
 
 @torch.no_grad()
-def local_hits(local_features: Tensor, memory: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
+def local_hits(local_features: Tensor, memory: Tensor, labels: Tensor, scores: Tensor | None = None) -> Tensor:
     """(B, n) bool: whether the arg max of a stripe's scores is the label, ties to the lowest index.
 
-    scores: (n, B, at least N), or (n, B, 0) where they were not kept; then they are computed in chunks of classes.
+    scores: (n, B, at least N); without them, or with (n, B, 0), they are computed in chunks of classes.
     """
     stripes, classes, _ = memory.shape
-    if scores.shape[2]:
+    if scores is not None and scores.shape[2]:
         return labels.unsqueeze(1) == scores[:, :, :classes].argmax(dim=2).T
     batch = len(labels)
-    operand = local_features.to(memory.dtype).to(scores.dtype).transpose(0, 1)
-    best = scores.new_full((stripes, batch), -torch.inf)
+    dtype = accumulation_dtype(local_features, memory)
+    operand = local_features.to(memory.dtype).to(dtype).transpose(0, 1)
+    best = operand.new_full((stripes, batch), -torch.inf)
     winner = labels.new_zeros((stripes, batch), dtype=torch.int64)
     chunk = max(1, scratch_bytes() // (stripes * batch * 4))
     for start in range(0, classes, chunk):
-        rows = memory[:, start : start + chunk].to(scores.dtype)
+        rows = memory[:, start : start + chunk].to(dtype)
         products = torch.bmm(operand, rows.transpose(1, 2))
         highest, where = products.max(dim=2)
         winner = torch.where(highest > best, where + start, winner)

@@ -1,13 +1,16 @@
 """CGEHead by itself, as somebody else's loop uses it."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+import cge_kernels
 from cge_fast import CGEHead
 from cge_fast.head import memory_alpha
+from cge_fast.operators import Kernels
 from cge_reference import revise_logits, stripe_pool, write_memory_
 
 BATCH, CHANNELS, CLASSES, EPOCHS = 6, 8, 5, 4
@@ -232,3 +235,79 @@ def test_wrong_options_are_named(options, message):
 def test_more_stripes_than_rows_are_refused(batch):
     with pytest.raises(ValueError, match="stripes must lie between 1 and the feature map's height 7, got 8"):
         head(stripes=8)(*batch)
+
+
+def train_head(kernels, pooling, steps=20):
+    """Losses, final memory and weights of a small backbone with a head, trained on six noisy patterns."""
+    torch.manual_seed(0)
+    patterns = torch.rand(6, 3, 7, 4)
+    backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU())
+    head = CGEHead(8, 6, epochs=steps, stripes=3, pooling=pooling, kernels=kernels)
+    optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.2)
+    losses = []
+    for step in range(1, steps + 1):
+        labels = torch.arange(8) % 6
+        images = patterns[labels] + 0.3 * torch.rand(8, 3, 7, 4)
+        out = head(backbone(images), labels)
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        head.write_memory(out.local_features, labels, step)
+        losses.append(out.loss.item())
+    return losses, head.memory, head.classifier.weight.detach(), out.local_hit
+
+
+@pytest.mark.parametrize("pooling", ["average", "gem"])
+@pytest.mark.parametrize("kernels", ["fused", "one_pass"])
+def test_all_kernels_train_to_the_same_loss_curve(kernels, pooling):
+    losses, memory, weight, local_hit = train_head(kernels, pooling)
+    true_losses, true_memory, true_weight, true_local_hit = train_head("reference", pooling)
+    assert true_losses[-1] < 0.95 * true_losses[0]  # a curve that goes somewhere
+    # A step's float32 rounding is about 100 * 2^-24; BatchNorm over 8 samples magnifies it by about 10 a step at first,
+    # and 20 small steps add up.
+    torch.testing.assert_close(losses, true_losses, rtol=2e-4, atol=0)
+    torch.testing.assert_close(memory, true_memory, rtol=0, atol=2e-4)
+    torch.testing.assert_close(weight, true_weight, rtol=0, atol=2e-4)
+    assert torch.equal(local_hit, true_local_hit)
+
+
+def test_the_kernels_run_on_triton_as_well_to_the_same_loss_curve():
+    with cge_kernels.backend("triton"):
+        losses, memory, _, _ = train_head("fused", "gem", steps=3)
+    true_losses, true_memory, _, _ = train_head("reference", "gem", steps=3)
+    torch.testing.assert_close(losses, true_losses, rtol=2e-4, atol=0)
+    torch.testing.assert_close(memory, true_memory, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("cge", [True, False])
+def test_revise_is_the_same_with_all_kernels(cge):
+    feature_map = torch.rand(4, 5, 6, 2)
+    torch.manual_seed(0)
+    heads = {kernels: CGEHead(5, 7, epochs=1, cge=cge, kernels=kernels) for kernels in get_args(Kernels)}
+    for head in heads.values():
+        head.load_state_dict(heads["fused"].state_dict())
+        if cge:
+            head.write_memory(head.pool(feature_map)[1].detach(), torch.arange(4), 1)
+    expected = heads["reference"].revise(feature_map)
+    for head in heads.values():
+        torch.testing.assert_close(head.revise(feature_map), expected)
+
+
+@pytest.mark.parametrize("kernels", ["fused", "one_pass"])
+def test_torch_compile_takes_the_whole_head_in_one_graph(kernels):
+    torch.manual_seed(0)
+    head = CGEHead(5, 7, epochs=1, kernels=kernels)
+    feature_map, labels = torch.rand(4, 5, 6, 2), torch.tensor([0, 3, 6, 3])
+    results = []
+    for function in (head, torch.compile(head, fullgraph=True, backend="aot_eager")):
+        x = feature_map.clone().requires_grad_()
+        out = function(x, labels)
+        out.loss.backward()
+        results.append((out.loss.detach(), x.grad, out.hit, out.local_hit))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+def test_unknown_kernels_are_named():
+    with pytest.raises(ValueError, match="kernels must be one of fused, one_pass, reference, got 'fast'"):
+        CGEHead(5, 7, epochs=1, kernels="fast")
