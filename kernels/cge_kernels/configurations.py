@@ -96,7 +96,9 @@ def revise_configuration(target: Target, dtype: torch.dtype, batch: int, classes
     rows = min(64, max(16, next_power_of_2(batch)))
     columns = widest_that_fills(target, cdiv(batch, rows), classes, (64, 32, 16))
     depth = 128 // dtype.itemsize
-    return Configuration({"BLOCK_B": rows, "BLOCK_N": columns, "BLOCK_K": depth}, num_warps=4, num_stages=stages(target))
+    return Configuration(
+        {"BLOCK_B": rows, "BLOCK_N": columns, "BLOCK_K": depth}, num_warps=4, num_stages=stages(target)
+    )
 
 
 def grad_local_configuration(target: Target, dtype: torch.dtype, batch: int, columns: int) -> Configuration:
@@ -120,7 +122,8 @@ def write_configuration(target: Target, batch: int, channels: int) -> Configurat
     """For write_memory_: a row in one block, four of its numbers in each thread if they are enough."""
     block = next_power_of_2(channels)
     return Configuration(
-        {"BLOCK_B": min(128, next_power_of_2(batch)), "BLOCK_C": block}, num_warps=min(1024 // target.warp_size, max(1, block // (4 * target.warp_size)))
+        {"BLOCK_B": min(128, next_power_of_2(batch)), "BLOCK_C": block},
+        num_warps=min(1024 // target.warp_size, max(1, block // (4 * target.warp_size))),
     )
 
 

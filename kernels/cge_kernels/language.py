@@ -20,7 +20,6 @@ except ImportError:
         return kernel
 
 
-
 @jit
 def product(a, b):
     """a * b, rounded before it enters a sum.

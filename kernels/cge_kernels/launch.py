@@ -32,7 +32,7 @@ class Target:
 
     @property
     def family(self) -> str:
-        """"sm_90" or "gfx942": the name that compilers use."""
+        """ "sm_90" or "gfx942": the name that compilers use."""
         return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
 
     @property

@@ -194,7 +194,9 @@ def grad_scores_kernel(
     grad_logit = grad.to(tl.float32) * weight
     tl.store(grad_logits_pointer + sample[:, None] * grad_logits_stride_b + wide, grad_logit, mask=mask)
     if grad_scores_pointer is not None:
-        logit = tl.load(logits_pointer + sample[:, None] * logits_stride_b + wide * logits_stride_k, mask=mask, other=0.0)
+        logit = tl.load(
+            logits_pointer + sample[:, None] * logits_stride_b + wide * logits_stride_k, mask=mask, other=0.0
+        )
         grad_log_weight = grad_logit * logit.to(tl.float32) / STRIPES
         for stripe in range(STRIPES):
             score = tl.load(scores_pointer + stripe * stripe_stride + score_offsets, mask=inside, other=0.0)

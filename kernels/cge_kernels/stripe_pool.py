@@ -91,9 +91,7 @@ def pool_tile(
         top = stripe * HEIGHT // STRIPES
         next_top = (stripe + 1) * HEIGHT // STRIPES
         bottom = ((stripe + 1) * HEIGHT + STRIPES - 1) // STRIPES
-        own = sum_rows(
-            plane, p, eps, channel_mask, first, next_top, stride_h, stride_w, WIDTH, FLAT, BLOCK_C, BLOCK_S
-        )
+        own = sum_rows(plane, p, eps, channel_mask, first, next_top, stride_h, stride_w, WIDTH, FLAT, BLOCK_C, BLOCK_S)
         everything += own
         own += shared_with_previous
         if HEIGHT % STRIPES != 0:

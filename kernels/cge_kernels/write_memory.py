@@ -67,9 +67,7 @@ def write_memory_kernel(
             tl.store(shadow_pointer + row, new, mask=channel_mask)
 
 
-def launch_write(
-    memory: Tensor, local_features: Tensor, labels: Tensor, alpha: Tensor, shadow: Tensor | None
-) -> None:
+def launch_write(memory: Tensor, local_features: Tensor, labels: Tensor, alpha: Tensor, shadow: Tensor | None) -> None:
     """Writes memory and shadow in place."""
     stripes, classes, channels = memory.shape
     if channels > MAX_CHANNELS:

@@ -42,7 +42,10 @@ def test_a_wrong_backend_is_named(monkeypatch):
     monkeypatch.setenv("CGE_BACKEND", "cuda")
     with pytest.raises(ValueError, match="CGE_BACKEND must be one of auto, triton, aten, got 'cuda'"):
         pool()
-    with pytest.raises(ValueError, match="backend must be one of auto, triton, aten, got 'gpu'"), cge_kernels.backend("gpu"):
+    with (
+        pytest.raises(ValueError, match="backend must be one of auto, triton, aten, got 'gpu'"),
+        cge_kernels.backend("gpu"),
+    ):
         pass
 
 
@@ -104,4 +107,7 @@ def test_without_triton_the_package_runs_on_aten(environment):
         except RuntimeError as error:
             print(error)
     """
-    assert run_python(code, **environment).splitlines() == ["True 4", "CGE_BACKEND is triton, but Triton is not installed"]
+    assert run_python(code, **environment).splitlines() == [
+        "True 4",
+        "CGE_BACKEND is triton, but Triton is not installed",
+    ]

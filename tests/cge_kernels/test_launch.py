@@ -97,7 +97,8 @@ def test_the_target_decides_tiles_and_grid():
 
 
 @pytest.mark.parametrize(
-    ("target", "wanted"), [(H100, "tf32"), (A100, "tf32"), (MI300X, "tf32"), (T4, "ieee"), (Target("hip", "gfx90a", 64, 110, 65536), "ieee")]
+    ("target", "wanted"),
+    [(H100, "tf32"), (A100, "tf32"), (MI300X, "tf32"), (T4, "ieee"), (Target("hip", "gfx90a", 64, 110, 65536), "ieee")],
 )
 def test_float32_products_follow_torchs_setting_as_far_as_the_target_can(target, wanted):
     before = torch.get_float32_matmul_precision()

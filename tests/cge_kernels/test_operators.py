@@ -51,7 +51,8 @@ def test_opcheck(backend):
         calls += [(revise_logits_backward_op, (torch.rand(3, 7), *saved, flag)) for flag in (True, False)]
         for operator, arguments in calls:
             torch.library.opcheck(
-                operator, tuple(a.to(KERNEL_DEVICE) if isinstance(a, torch.Tensor) and a.dim() else a for a in arguments)
+                operator,
+                tuple(a.to(KERNEL_DEVICE) if isinstance(a, torch.Tensor) and a.dim() else a for a in arguments),
             )
 
 

@@ -82,7 +82,9 @@ def test_any_strides_of_logits_and_local_features():
     strided_logits = logits.T.contiguous().T
     strided_features = local_features.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     check_parity(strided_logits, strided_features, memory)
-    check_parity(torch.cat([logits, logits], dim=1)[:, 7:], torch.cat([local_features] * 2, dim=2)[:, :, ::2], memory[:, :, :5])
+    check_parity(
+        torch.cat([logits, logits], dim=1)[:, 7:], torch.cat([local_features] * 2, dim=2)[:, :, ::2], memory[:, :, :5]
+    )
 
 
 def test_without_local_gradient():

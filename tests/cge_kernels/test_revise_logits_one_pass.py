@@ -30,7 +30,9 @@ def test_values_and_gradients(p, memory_dtype, channels_last):
         x, scores = (tensor.detach().to(dtype).requires_grad_() for tensor in (feature_map, logits))
         exponent = None if p is None else torch.tensor(p, dtype=dtype, device=KERNEL_DEVICE, requires_grad=True)
         with cge_kernels.backend("triton"):
-            revised, local_features = package.revise_logits_one_pass(x, scores, memory.to(dtype if package is cge_reference else memory_dtype), exponent)
+            revised, local_features = package.revise_logits_one_pass(
+                x, scores, memory.to(dtype if package is cge_reference else memory_dtype), exponent
+            )
             random = torch.Generator().manual_seed(1)
             upstream = [torch.randn(t.shape, generator=random).to(t) for t in (revised, local_features)]
             torch.autograd.backward((revised, local_features), upstream)

@@ -77,7 +77,9 @@ def test_odd_sizes(data, p):
     batch, channels = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 7, 17]))
     height, width = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5))
     stripes = data.draw(st.integers(1, height))
-    check_parity(draw_map((batch, channels, height, width), torch.float32, data.draw(st.sampled_from(LAYOUTS))), stripes, p)
+    check_parity(
+        draw_map((batch, channels, height, width), torch.float32, data.draw(st.sampled_from(LAYOUTS))), stripes, p
+    )
 
 
 def test_the_papers_map_in_a_small_batch():

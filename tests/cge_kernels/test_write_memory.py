@@ -21,7 +21,9 @@ def example(batch=5, stripes=2, classes=4, channels=3, seed=0):
 
 
 @settings(max_examples=20, deadline=None)
-@given(data=st.data(), alpha=st.sampled_from([0.0, 0.01, 0.5, 1.0]), dtype=st.sampled_from([torch.float32, torch.float16]))
+@given(
+    data=st.data(), alpha=st.sampled_from([0.0, 0.01, 0.5, 1.0]), dtype=st.sampled_from([torch.float32, torch.float16])
+)
 def test_written_rows(data, alpha, dtype):
     batch, channels = data.draw(st.integers(0, 7)), data.draw(st.sampled_from([1, 3, 37, 130]))
     memory, local_features, labels = example(batch, 3, 4, channels, data.draw(st.integers(0, 99)))

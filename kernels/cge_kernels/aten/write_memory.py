@@ -7,9 +7,7 @@ from torch.nn.functional import normalize
 NORM_EPS = 1e-12  # a mean feature below this norm counts as zero: it has no direction
 
 
-def write_memory_(
-    memory: Tensor, local_features: Tensor, labels: Tensor, alpha: Tensor, shadow: Tensor | None
-) -> None:
+def write_memory_(memory: Tensor, local_features: Tensor, labels: Tensor, alpha: Tensor, shadow: Tensor | None) -> None:
     """Writes memory and shadow in place; samples whose label is out of range write nothing."""
     labels = labels.long()
     valid = (labels >= 0) & (labels < memory.shape[1])
