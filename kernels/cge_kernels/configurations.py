@@ -94,7 +94,8 @@ def grad_scores_configuration() -> Configuration:
 def revise_configuration(target: Target, dtype: torch.dtype, batch: int, classes: int) -> Configuration:
     """For the matmul of revise_logits: N x B tiles, small enough to fill the machine."""
     rows = min(64, max(16, next_power_of_2(batch)))
-    columns = widest_that_fills(target, cdiv(batch, rows), classes, (64, 32, 16))
+    widths = (32, 16) if dtype == torch.float32 else (64, 32, 16)  # the wider one spills without tensor cores
+    columns = widest_that_fills(target, cdiv(batch, rows), classes, widths)
     depth = 128 // dtype.itemsize
     return Configuration(
         {"BLOCK_B": rows, "BLOCK_N": columns, "BLOCK_K": depth}, num_warps=4, num_stages=stages(target)
@@ -114,8 +115,8 @@ def grad_local_configuration(target: Target, dtype: torch.dtype, batch: int, col
 
 
 def stages(target: Target) -> int:
-    """Tiles in flight: with one program on a multiprocessor these alone cover the memory's latency."""
-    return 5 if target.backend == "cuda" and target.arch >= 80 else 2
+    """Tiles in flight, but one: with one program on a multiprocessor these alone cover the memory's latency."""
+    return 4 if target.backend == "cuda" and target.arch >= 80 else 2
 
 
 def write_configuration(target: Target, batch: int, channels: int) -> Configuration:

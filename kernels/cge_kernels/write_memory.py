@@ -17,7 +17,7 @@ from cge_kernels.language import jit, product, tl
 from cge_kernels.launch import current_target, launch
 from cge_kernels.revise_logits import check_memory
 
-MAX_CHANNELS = 65_536  # a row of more does not fit a program's registers
+MAX_CHANNELS = 32_768  # a row of more does not fit a program's registers
 NORM_EPS = 1e-12  # a mean feature below this norm counts as zero: it has no direction
 
 

@@ -1,0 +1,66 @@
+"""Launches are counted by name, and views and allocations are not among them."""
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import launches
+from bench.operations import Operations
+
+
+def counted(function) -> Counter[str]:
+    with Operations() as operations:
+        function()
+    return Counter(operation.name for operation in operations.found)
+
+
+def test_what_counts_as_a_launch():
+    x = torch.ones(3, 4)
+    assert counted(lambda: x.T[1:].unsqueeze(0).expand(2, 3, 3).detach().view_as(torch.empty(2, 3, 3))) == {}
+    assert counted(lambda: x.to(torch.float32).contiguous()) == {}
+    assert counted(lambda: (x[:0] + 1, x.sum().item())) == {"aten.sum": 1}
+    assert counted(lambda: (x.T.contiguous(), x.reshape(4, 3), x.add_(1))) == {"aten.clone": 1, "aten.add_": 1}
+
+
+def test_bytes_of_operations():
+    x, row = torch.ones(3, 4), torch.ones(4)
+    with Operations() as operations:
+        x + row.expand(3, 4)
+        x[torch.tensor([0, 2])]
+        x[torch.tensor([0])] = row[None]
+        x.new_zeros(())
+    # index tensors are int64; what is gathered or scattered is read once and written once
+    moved = {operation.name: operation.moved for operation in operations.found}
+    assert (moved["aten.add"], moved["aten.new_zeros"]) == (48 + 16 + 48, 4)
+    assert (moved["aten.index"], moved["aten.index_put_"]) == (16 + 2 * 32, 8 + 2 * 16)
+
+
+@pytest.mark.parametrize("pooling", launches.POOLINGS)
+def test_a_step_launches_each_of_our_kernels_once(pooling):
+    (own, beside), (one_pass, _), (no_kernel, eager) = (
+        launches.count(launches.SMALL, pooling, torch.float32, kernels)
+        for kernels in ("fused", "one_pass", "reference")
+    )
+    assert own == dict.fromkeys(
+        (
+            *("stripe_pool_kernel", "stripe_pool_backward_kernel", "write_memory_kernel"),
+            *("prepare_kernel", "revise_kernel", "grad_scores_kernel", "grad_local_kernel"),
+        ),
+        1,
+    )
+    assert max(own.total(), one_pass.total()) <= launches.MOST_OWN
+    assert no_kernel.total() == 0
+    assert beside["aten.mm"] == eager["aten.mm"] == 3  # the classifier, forward, and its two gradients
+    assert not any(name.startswith("cge_kernels") for name in beside | eager)
+    assert own.total() + beside.total() < eager.total()
+
+
+def test_the_program_prints_both_poolings():
+    command = [sys.executable, "-m", "bench.launches", "--small", "--markdown"]
+    printed = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True).stdout
+    assert printed.count("| kernel") == 2
+    assert printed.count("| own kernels") == 2
