@@ -9,6 +9,7 @@ import torch
 
 from cge_fast import checkpoint, data, errors, model
 from cge_fast.config import DataConfig, EvaluationConfig, as_dataclass, parse_settings, program_parser, read_settings
+from cge_fast.operators import check_backend
 
 PROGRAM = "cge_fast.evaluate"
 SHOWN_RANKS = (1, 5, 10)
@@ -38,11 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     weights = checkpoint.load_weights(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_backend(trained.kernels, device)
     only_on_gpu = trained.optim.precision == "float16" and device.type == "cpu"
     precision = model.compute_precision("auto" if only_on_gpu else trained.optim.precision, device)
     trained.model.pretrained = False  # the checkpoint's weights follow
     classes = checkpoint.classes(weights, folder)
-    network = model.build(trained.model, trained.loss, config.data, classes, trained.optim.epochs, precision)
+    network = model.build(
+        trained.model, trained.loss, config.data, classes, trained.optim.epochs, precision, trained.kernels
+    )
     checkpoint.fit(network, weights, folder)
     result = model.evaluate(network.to(device), data.read(config.data), config.data, config.evaluation)
     ranks = ", ".join(f"rank-{k} {result.rank(k):.1%}" for k in SHOWN_RANKS)

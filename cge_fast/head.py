@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from cge_fast.distributed import gather
-from cge_fast.operators import Kernels, local_hits, operators, valid_labels
+from cge_fast.operators import Kernels, local_hits, operators, require_shape, require_tensor, valid_labels
 
 GEM_INITIAL_P = 3.0
 CLASSIFIER_STD = 0.001  # BagTricks' initialisation of the classifier
@@ -45,11 +45,18 @@ def memory_alpha(strategy: Alpha, epoch: int, epochs: int) -> float:
             return CONSTANT_ALPHA
 
 
-def check_labels(labels: Tensor, classes: int) -> None:
-    """Raises TypeError unless labels are integers, ValueError (on the CPU) if one is outside 0..classes-1."""
-    if labels.is_floating_point():
-        raise TypeError(f"labels must have an integer dtype, got {labels.dtype}")
-    valid_labels(labels, classes)
+def smoothed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """Mean label-smoothed cross entropy, 0-d, and hits (B,) of logits (B, N).
+
+    Labels are checked and masked as in `revised_cross_entropy`: outside [0, N) they are a ValueError on the CPU, a NaN
+    loss on a GPU.
+    """
+    require_tensor("labels", labels, "(B,)", "an integer")
+    require_shape("labels", labels, (len(logits),), f"logits {tuple(logits.shape)}")
+    valid = valid_labels(labels, logits.shape[1])  # if nobody took the mask, torch.compile would drop the check
+    targets = torch.where(valid, labels, 0).long()
+    loss = cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    return torch.where(valid, loss, torch.nan).mean(), logits.argmax(dim=1) == labels
 
 
 class CGEHead(nn.Module):
@@ -129,16 +136,16 @@ class CGEHead(nn.Module):
             return self.embed(feature_map)
         if self.cge and self.kernels != "one_pass":
             return self._forward_fused(feature_map, labels)
-        check_labels(labels, self.classifier.out_features)
         global_feature = self.embed(feature_map, after_neck=False)
         embedding = self._normalise(global_feature)
         logits, local_features, local_hit = self._logits(embedding), None, None
         if self.cge:
             logits, local_features = self._revise_in_one_pass(feature_map, logits)
             local_features = local_features.detach()
+        loss, hit = smoothed_cross_entropy(logits, labels, self.label_smoothing)
+        if self.cge:
             local_hit = local_hits(local_features, self.memory, labels)
-        loss = cross_entropy(logits, labels.long(), label_smoothing=self.label_smoothing)
-        return HeadOutput(loss, global_feature, embedding, local_features, logits.argmax(dim=1) == labels, local_hit)
+        return HeadOutput(loss, global_feature, embedding, local_features, hit, local_hit)
 
     def _forward_fused(self, feature_map: Tensor, labels: Tensor) -> HeadOutput:
         """Training with CGE, where the loss takes the features: `revised_cross_entropy`."""

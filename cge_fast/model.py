@@ -41,7 +41,7 @@ def build(
     num_classes: int,
     epochs: int,
     precision: torch.dtype,
-    kernels: Kernels = "fused",
+    kernels: Kernels,
 ) -> ReidModel:
     """The network that the settings describe, on the CPU.
 

@@ -3,12 +3,17 @@
 from types import ModuleType
 from typing import Literal
 
+import torch
+
 import cge_kernels
+from cge_fast.errors import UserError
+from cge_kernels.checks import require_shape, require_tensor
+from cge_kernels.dispatch import runs_on_triton
 from cge_kernels.revised_cross_entropy import local_hits, valid_labels
 
 Kernels = Literal["fused", "one_pass", "reference"]
 
-__all__ = ["Kernels", "local_hits", "operators", "valid_labels"]
+__all__ = ["Kernels", "check_backend", "local_hits", "operators", "require_shape", "require_tensor", "valid_labels"]
 
 
 def operators(kernels: Kernels) -> ModuleType:
@@ -21,3 +26,13 @@ def operators(kernels: Kernels) -> ModuleType:
 
         return cge_reference
     return cge_kernels
+
+
+def check_backend(kernels: Kernels, device: torch.device) -> None:
+    """Raises UserError, before any work, if CGE_BACKEND is no backend or one that the device cannot run."""
+    if kernels == "reference":  # looks at no CGE_BACKEND
+        return
+    try:
+        runs_on_triton(torch.empty(0, device=device))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from error

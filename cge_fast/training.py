@@ -20,6 +20,7 @@ from cge_fast.errors import UserError
 from cge_fast.head import memory_alpha
 from cge_fast.log import Log
 from cge_fast.losses import batch_hard_triplet
+from cge_fast.operators import check_backend
 from cge_fast.profile import Stopwatch
 from cge_fast.schedule import learning_rate
 
@@ -50,6 +51,7 @@ class Training:
     """
 
     def __init__(self, config: TrainConfig, device: torch.device, profile: bool = False):
+        check_backend(config.kernels, device)
         self.config, self.device = config, device
         self.checkpoints = config.output / "checkpoints"
         torch.manual_seed(config.seed)

@@ -2,15 +2,20 @@
 
 import json
 import math
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 import yaml
 
+import cge_kernels
+import cge_reference
 from cge_fast import checkpoint, errors, evaluate, train
 from cge_fast.config import RECIPES, TrainConfig, read_settings, recipes
+from cge_fast.operators import Kernels
 from cge_fast.training import Training
 
 
@@ -79,6 +84,66 @@ def test_two_runs_with_one_seed_are_equal_whatever_the_number_of_workers(options
     assert not torch.equal(weights(tmp_path / "run")["head.memory"], weights(tmp_path / "seed")["head.memory"])
 
 
+@pytest.mark.parametrize("kernels", get_args(Kernels))
+def test_kernels_say_which_operators_train(options, tmp_path, capsys, monkeypatch, kernels):
+    calls = Counter()
+
+    def count(package, name):
+        operator = getattr(package, name)
+
+        def counted(*arguments, **keywords):
+            calls[package.__name__, name] += 1
+            return operator(*arguments, **keywords)
+
+        monkeypatch.setattr(package, name, counted)
+
+    for package in (cge_kernels, cge_reference):
+        for name in ("revised_cross_entropy", "revise_logits_one_pass", "write_memory_"):
+            count(package, name)
+    status, out, _ = run([*options, "--kernels", kernels], capsys)
+    assert status == 0
+    assert out.startswith("mAP ")
+    package = "cge_reference" if kernels == "reference" else "cge_kernels"
+    loss = "revise_logits_one_pass" if kernels == "one_pass" else "revised_cross_entropy"
+    assert calls == {(package, loss): 6, (package, "write_memory_"): 6}, "two epochs of three steps"
+    last = rows(tmp_path / "run")[-1]
+    assert sum(share * level for level, share in enumerate(last["levels"])) == pytest.approx(
+        sum(last["stripe_precision"])
+    )
+
+
+@pytest.mark.parametrize("kernels", get_args(Kernels))
+def test_the_baseline_pools_with_the_chosen_kernels(options, capsys, monkeypatch, kernels):
+    chosen, other = (cge_reference, cge_kernels) if kernels == "reference" else (cge_kernels, cge_reference)
+    pooled = []
+    stripe_pool = chosen.stripe_pool
+    monkeypatch.setattr(chosen, "stripe_pool", lambda *arguments: pooled.append(arguments) or stripe_pool(*arguments))
+    monkeypatch.delattr(other, "stripe_pool")
+    assert run([*options, "--kernels", kernels, "--model.cge", "false"], capsys)[0] == 0
+    assert len(pooled) > 6
+
+
+def test_a_run_from_before_there_were_kernels_goes_on_with_others(options, tmp_path, capsys):
+    run([*options, "--kernels", "reference"], capsys)
+    last = tmp_path / "run" / "checkpoints" / "last"
+    settings = last / "config.yaml"
+    assert "kernels: reference\n" in settings.read_text()
+    settings.write_text(settings.read_text().replace("kernels: reference\n", ""))
+    assert read_settings(settings).kernels == "fused"
+    evaluate.main(["--checkpoint", str(last)])
+    more = ["--output", str(tmp_path / "run"), "--resume", "--optim.epochs", "3", "--kernels", "one_pass"]
+    assert run(more, capsys)[0] == 0
+    assert read_settings(last / "config.yaml").kernels == "one_pass"
+
+
+def test_a_wrong_backend_is_one_line_and_leaves_nothing_behind(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CGE_BACKEND", "cuda")
+    status, _, err = run(options, capsys)
+    assert status == 2
+    assert err == "cge_fast.train: error: CGE_BACKEND must be one of auto, triton, aten, got 'cuda'\n"
+    assert not (tmp_path / "run").exists()
+
+
 class Killed(BaseException):
     """What a kill signal would do."""
 
@@ -117,7 +182,7 @@ def test_resuming_a_finished_run_says_its_result_again(options, tmp_path, capsys
 
 def test_micro_batches_cover_the_batch_and_write_the_memory_once(options, tmp_path, capsys, monkeypatch):
     writes = []
-    monkeypatch.setattr("cge_fast.operators.write_memory_", lambda *arguments: writes.append(arguments))
+    monkeypatch.setattr("cge_kernels.write_memory_", lambda *arguments: writes.append(arguments))
     status, _, _ = run([*options, "--optim.accumulate", "2"], capsys)
     assert status == 0
     assert [len(labels) for _, _, labels, _ in writes] == [8] * 6, "two epochs of three steps, the whole batch each"
@@ -181,6 +246,7 @@ def test_bfloat16_trains(options, tmp_path, capsys):
         (["--model.pretrained", "true"], "model.pretrained: the backbone compact has no ImageNet weights"),
         (["--resume"], "has no file model.safetensors"),
         (["--config", "no_such_recipe"], "no_such_recipe"),
+        (["--kernels", "fast"], "Expected a typing.Literal['fused', 'one_pass', 'reference']. Got value: fast"),
     ],
 )
 def test_wrong_settings_are_one_line_and_leave_nothing_behind(options, tmp_path, capsys, change, message):
