@@ -105,8 +105,8 @@ def revise_configuration(target: Target, dtype: torch.dtype, batch: int, classes
 def grad_local_configuration(target: Target, dtype: torch.dtype, batch: int, columns: int) -> Configuration:
     """For the matmul of revise_logits' backward: B x C tiles of all stripes, small enough to fill the machine.
 
-    BLOCK_K differs from the other two: of tiles with one shape Triton loads the float32 ones like the 16-bit ones, eight
-    numbers for each lane, and then each request uses half of its sectors.
+    BLOCK_K differs from the other two: of tiles with one shape Triton loads the float32 ones like the 16-bit ones,
+    eight numbers for each lane, and then each request uses half of its sectors.
     """
     rows = min(64, max(16, next_power_of_2(batch)))
     width = widest_that_fills(target, cdiv(batch, rows), columns, (32, 16))

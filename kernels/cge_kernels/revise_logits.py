@@ -42,8 +42,11 @@ def prepare_kernel(
     operand_stride_b, operand_stride_i, operand_stride_c, squares_row,
     STRIPES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program for BLOCK_B samples x BLOCK_C channels of one stripe: local (B, n, C), any strides -> operand, the
-    same in its own dtype and strides, or None; squares (n, parts, squares_row) float32, a part for each BLOCK_C channels."""
+    """One program for BLOCK_B samples x BLOCK_C channels of one stripe.
+
+    local (B, n, C), any strides -> operand, the same in its own dtype and strides, or None; squares (n, parts,
+    squares_row) float32, a part for each BLOCK_C channels.
+    """
     part = tl.program_id(0) % parts
     stripe = tl.program_id(0) // parts % STRIPES
     sample = (tl.program_id(0) // parts // STRIPES * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
@@ -96,9 +99,10 @@ def revise_tile(
     """Scores, weights and revised logits of BLOCK_N classes and BLOCK_B samples.
 
     logits (B, N), any strides; operand (B, n, C), any strides, and memory (n, N, C), the matmul's operands; squares
-    (n, parts, squares_row) float32. Results, each where its pointer is not None: revised (B, N) in the logits' dtype; scores
-    (n, B, score_row) float32, 0 beyond N; scale (n, B) float32, 1 / max(||f_i||, 1e-12). Classes are the tile's rows: a few of them fill a tensor core's instruction,
-    and without tensor cores the lanes of a warp, side by side along the samples, share a memory row by broadcast.
+    (n, parts, squares_row) float32. Results, each where its pointer is not None: revised (B, N) in the logits' dtype;
+    scores (n, B, score_row) float32, 0 beyond N; scale (n, B) float32, 1 / max(||f_i||, 1e-12). Classes are the tile's
+    rows: a few of them fill a tensor core's instruction, and without tensor cores the lanes of a warp, side by side along
+    the samples, share a memory row by broadcast.
     """
     sample = (batch_tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     sample_mask = sample < batch
@@ -153,7 +157,8 @@ def revise_kernel(
     """Forward: one program for each tile; tiles of the same classes are neighbours, so that L2 serves the memory."""
     batch_tiles = tl.cdiv(batch, BLOCK_B)
     revise_tile(
-        logits_pointer, operand_pointer, squares_pointer, memory_pointer, revised_pointer, scores_pointer, scale_pointer,
+        logits_pointer, operand_pointer, squares_pointer, memory_pointer,
+        revised_pointer, scores_pointer, scale_pointer,
         tl.program_id(0) % batch_tiles, tl.program_id(0) // batch_tiles,
         batch, classes, channels, parts, logits_stride_b, logits_stride_k, memory_stride_i,
         operand_stride_b, operand_stride_i, operand_stride_c, squares_row, score_row,
@@ -171,8 +176,8 @@ def grad_scores_kernel(
     """Backward, elementwise: one program for BLOCK_B samples x BLOCK_N classes.
 
     grad, logits (B, N), any strides; scores (n, B, score_row) float32 -> grad_logits (B, N), classes contiguous; and
-    unless None, grad_scores (n, B, score_row) in the matmul's dtype, 0 beyond N, and projection (n, tiles, projection_row)
-    float32, whose row first_tile + tile takes this tile's share of <ds_i, s_i>.
+    unless None, grad_scores (n, B, score_row) in the matmul's dtype, 0 beyond N, and projection (n, tiles,
+    projection_row) float32, whose row first_tile + tile takes this tile's share of <ds_i, s_i>.
     """
     batch_tiles = tl.cdiv(batch, BLOCK_B)
     class_tile = tl.program_id(0) // batch_tiles

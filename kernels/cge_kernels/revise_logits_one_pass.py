@@ -68,7 +68,8 @@ def one_pass_kernel(
     batch_tiles = tl.cdiv(batch, BLOCK_B)
     for tile in range(tl.program_id(0), batch_tiles * tl.cdiv(classes, BLOCK_N), tl.num_programs(0)):
         revise_tile(
-            logits_pointer, operand_pointer, squares_pointer, memory_pointer, revised_pointer, scores_pointer, scale_pointer,
+            logits_pointer, operand_pointer, squares_pointer, memory_pointer,
+            revised_pointer, scores_pointer, scale_pointer,
             tile % batch_tiles, tile // batch_tiles, batch, classes, channels, channel_tiles,
             logits_stride_b, logits_stride_k, tl.cast(classes, tl.int64) * channels,
             STRIPES * channels, channels, 1, squares_row, score_row,
@@ -209,7 +210,7 @@ def revise_logits_one_pass(
         TypeError, ValueError: as `stripe_pool` and `revise_logits`.
     """
     check_memory("memory", memory)
-    stripes, classes, channels = memory.shape
+    stripes, classes, _ = memory.shape
     p = check_pooling(feature_map, stripes, p)
     require_tensor("logits", logits, "(B, N)")
     require_same_device(feature_map=feature_map, logits=logits, memory=memory)

@@ -75,8 +75,8 @@ def pool_tile(
     """Pools BLOCK_C channels of one sample.
 
     map (B, C, H, W), any strides; p 0-d float32 or None. Results, each where its pointer is not None: global (B, C),
-    local (B, n, C) float32; operand (B, n, C), the local features in the matmul's dtype; squares (n, tiles, squares_row)
-    float32, this tile's share of each local feature's squared length.
+    local (B, n, C) float32; operand (B, n, C), the local features in the matmul's dtype; squares (n, tiles,
+    squares_row) float32, this tile's share of each local feature's squared length.
     """
     p = None
     if p_pointer is not None:

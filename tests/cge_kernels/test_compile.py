@@ -152,6 +152,39 @@ def test_exit_code(tmp_path, kernel, targets, problems, summary):
         assert all(int(row["spilled"]) > 0 for row in table.values())
 
 
+# Prints the PTX of the one-pass kernel
+BARRIER = """
+import torch
+from cge_kernels import launching
+from cge_kernels.compile import compile_launch
+from cge_kernels.representative import empty
+from cge_kernels.revise_logits_one_pass import launch_forward
+from cge_kernels.targets import HARDWARE
+
+target = HARDWARE["sm_80"].target
+launches = []
+with launching(launches.append, target):
+    launch_forward(empty(64, 256, 24, 8), empty(64, 100), empty(3, 100, 256), None, 1e-6)
+print(compile_launch(launches[0], target).asm["ptx"])
+"""
+
+
+def test_the_grid_barrier_orders_what_its_warps_stored(tmp_path):
+    program = tmp_path / "barrier.py"
+    program.write_text(BARRIER)
+    finished = run(str(program))
+    assert finished.returncode == 0, finished.stderr
+    lines = [line.strip() for line in finished.stdout.splitlines()]
+    arrival = next(number for number, line in enumerate(lines) if "atom" in line and "acq_rel" in line)
+    assert re.search(r"atom\.global\.gpu\.acq_rel\.add", lines[arrival])
+    # All warps wait for each other after their last store and before the one thread that arrives.
+    last_store = max(number for number, line in enumerate(lines[:arrival]) if "st.global" in line)
+    assert any(line.startswith("bar.sync") for line in lines[last_store:arrival])
+    # The spin loads with acquire, before any load of what other programs stored.
+    following = [line for line in lines[arrival + 1 :] if re.search(r"(ld|atom)\.global|cp\.async\.c", line)]
+    assert re.search(r"(ld|atom)\.global\.gpu\.acquire", following[0]), following[0]
+
+
 def test_a_real_launch(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(REVISION)

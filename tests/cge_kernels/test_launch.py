@@ -78,11 +78,10 @@ def test_hook_and_backend_hold_in_other_threads():
 def test_hooks_nest_and_end_also_after_an_error():
     outer, inner = [], []
     with cge_kernels.backend("triton"), cge_kernels.launching(outer.append):
-        with pytest.raises(ZeroDivisionError), cge_kernels.launching(inner.append):
-            cge_kernels.stripe_pool(torch.rand(1, 1, 1, 1), 1)
-            raise ZeroDivisionError
+        with pytest.raises(ValueError, match="stripes"), cge_kernels.launching(inner.append):
+            cge_kernels.stripe_pool(torch.rand(1, 1, 1, 1), 2)
         cge_kernels.stripe_pool(torch.rand(1, 1, 1, 1), 1)
-    assert len(outer) == len(inner) == 1
+    assert (len(outer), len(inner)) == (1, 0)
 
 
 def test_the_target_decides_tiles_and_grid():
@@ -158,11 +157,12 @@ def highest_addresses(launch: Launch, program: int) -> dict[str, int]:
         return converted
 
     with (
+        np.errstate(all="ignore"),  # what is computed from the zeros does not matter
         mock.patch.object(builder, "create_masked_load", load),
         mock.patch.object(builder, "create_masked_store", store),
         mock.patch.object(builder, "set_grid_idx", lambda self, *_: setattr(self, "grid_idx", (program, 0, 0))),
         mock.patch.object(interpreter.GridExecutor, "_init_args_hst", lambda self, a, kwargs: (list(a), kwargs)),
-        mock.patch.object(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None),
+        mock.patch.object(interpreter.GridExecutor, "_restore_args_dev"),
         mock.patch.object(interpreter, "_implicit_cvt", with_base),
     ):
         launch.kernel[(1,)](**launch.args, **launch.constants)
@@ -171,7 +171,7 @@ def highest_addresses(launch: Launch, program: int) -> dict[str, int]:
 
 @pytest.mark.skipif(GPU, reason="addresses are seen in the interpreter")
 def test_rows_beyond_two_to_the_31_elements_have_64_bit_offsets():
-    # n * N * C = 3 * 400,000 * 2,048 = 2.5e9 elements; the tensors that stand for them are tiny, only numbers are large.
+    # n * N * C = 3 * 400,000 * 2,048 = 2.5e9 elements; the tensors that stand for them are tiny, only numbers large.
     batch, stripes, classes, channels = 2, 3, 400_000, 2048
     revise, grad_local = (collect(step)[index] for index in (2, 4))
     sizes = {"batch": batch, "classes": classes, "channels": channels, "memory_stride_i": classes * channels}

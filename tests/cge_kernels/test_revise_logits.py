@@ -34,8 +34,9 @@ def check_parity(logits, local_features, memory, local_gradient=True):
     truth_of = [tensor.detach().double().requires_grad_() for tensor in (logits, local_features)]
     truth = cge_reference.revise_logits(*truth_of, memory.double(), local_gradient)
     truth.backward(upstream.double())
-    # The features are rounded to the memory's dtype for the product. A score is a sum of C products whose sizes add up to
-    # at most 1 (Cauchy and Schwarz); log w is no farther off than the scores; sigmoid, log, exp and the product add 8.
+    # The features are rounded to the memory's dtype for the product. A score is a sum of C products whose sizes add up
+    # to at most 1 (Cauchy and Schwarz); log w is no farther off than the scores; sigmoid, log, exp and the product of
+    # the two add 8 roundings.
     score = ROUNDING[memory.dtype] + (channels + 8) * FLOAT32
     stored = ROUNDING[logits.dtype]
     assert revised.dtype == logits.dtype
@@ -44,8 +45,8 @@ def check_parity(logits, local_features, memory, local_gradient=True):
     if not local_gradient:
         assert ours[1].grad is None
         return
-    # df = (ds M - u <ds, s>) / ||f||: ds is off by its scores, twice, and is rounded to the memory's dtype for the product;
-    # the sums run over N.
+    # df = (ds M - u <ds, s>) / ||f||: ds is off by its scores, twice, and is rounded to the memory's dtype for the
+    # product; the sums run over N.
     length = truth_of[1].detach().norm(dim=2, keepdim=True)
     unit = truth_of[1].detach() / length
     scores = torch.einsum("bic,ikc->bik", unit, memory.double())
