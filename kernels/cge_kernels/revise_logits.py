@@ -101,7 +101,7 @@ def revise_tile(
     logits (B, N), any strides; operand (B, n, C), any strides, and memory (n, N, C), the matmul's operands; squares
     (n, parts, squares_row) float32. Results, each where its pointer is not None: revised (B, N) in the logits' dtype;
     scores (n, B, score_row) float32, 0 beyond N; scale (n, B) float32, 1 / max(||f_i||, 1e-12). Classes are the tile's
-    rows: a few of them fill a tensor core's instruction, and without tensor cores the lanes of a warp, side by side along
+    rows: a few fill a tensor core's instruction, and without tensor cores the lanes of a warp, side by side along
     the samples, share a memory row by broadcast.
     """
     sample = (batch_tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
