@@ -1,6 +1,7 @@
-"""Tile sizes and warps of every kernel, by hand: edit a row here after measuring it with bench/.
+"""Tile sizes, warps and stages of every kernel, and the scratch budget.
 
-A row says for which calls it is meant; the first row that fits is taken. All block sizes are powers of two.
+The tables are written by hand: change a row after measuring it with bench/, then run python -m cge_kernels.compile,
+since a row must not spill on a target that it is chosen for. All block sizes are powers of two.
 """
 
 import os
@@ -56,84 +57,89 @@ class Configuration:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# stripe_pool: a tile of channels x positions, long along the axis that is contiguous.
-POOL_POSITIONS_CONTIGUOUS = Configuration({"BLOCK_C": 16, "BLOCK_S": 64}, num_warps=4)
-POOL_CHANNELS_CONTIGUOUS = Configuration({"BLOCK_C": 64, "BLOCK_S": 16}, num_warps=4)
+@dataclass(frozen=True)
+class Matmul:
+    """Tiles of a matmul.
 
-# Four float32 numbers for each thread: with eight, beside bfloat16 ones, a request would use half of each sector.
-POOL_BACKWARD_CHANNELS_CONTIGUOUS = Configuration({"BLOCK_C": 64, "BLOCK_S": 16}, num_warps=8)
+    BLOCK_B is 16 to 64, by the batch; BLOCK_N (or BLOCK_C) the widest of `widths` with which there is a program for each
+    multiprocessor, else the last; BLOCK_K is `depth`.
+    """
+
+    widths: tuple[int, ...]
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+# What is contiguous in memory: positions (NCHW) or channels (channels_last) -> stripe_pool's tiles, long on that axis.
+# Four numbers for each thread where bfloat16 is stored beside float32 loads: with eight, a request would use half of
+# each sector.
+POOL = {
+    "positions": Configuration({"BLOCK_C": 16, "BLOCK_S": 64}, num_warps=4),
+    "channels": Configuration({"BLOCK_C": 64, "BLOCK_S": 16}, num_warps=4),
+}
+POOL_BACKWARD = {
+    "positions": Configuration({"BLOCK_C": 16, "BLOCK_S": 64}, num_warps=4),
+    "channels": Configuration({"BLOCK_C": 64, "BLOCK_S": 16}, num_warps=8),
+}
 PREPARE = Configuration({"BLOCK_B": 16, "BLOCK_C": 32}, num_warps=4)
 GRAD_SCORES = Configuration({"BLOCK_B": 8, "BLOCK_N": 64}, num_warps=4)
 
+# (target family, bytes of an operand's number) -> the matmuls' tiles. Families: "cuda" from sm_80 on, "sm_75", "hip".
+# Stages: with one program on a multiprocessor the tiles in flight alone cover the memory's latency; 5 spill on sm_90.
+# float32 without tensor cores spills in wider tiles.
+REVISE = {
+    ("cuda", 2): Matmul((64, 32, 16), depth=64, num_warps=4, num_stages=4),
+    ("cuda", 4): Matmul((32, 16), depth=32, num_warps=4, num_stages=4),
+    ("sm_75", 2): Matmul((64, 32, 16), depth=64, num_warps=4, num_stages=2),
+    ("sm_75", 4): Matmul((32, 16), depth=32, num_warps=4, num_stages=2),
+    ("hip", 2): Matmul((64, 32, 16), depth=64, num_warps=4, num_stages=2),
+    ("hip", 4): Matmul((32, 16), depth=32, num_warps=4, num_stages=2),
+}
+# The depth differs from BLOCK_B and BLOCK_C: of tiles with one shape Triton loads the float32 ones like the 16-bit
+# ones, eight numbers for each lane, and then each request uses half of its sectors.
+GRAD_LOCAL = {
+    ("cuda", 2): Matmul((32, 16), depth=128, num_warps=4, num_stages=3),
+    ("cuda", 4): Matmul((32, 16), depth=32, num_warps=4, num_stages=3),
+    ("sm_75", 2): Matmul((32, 16), depth=128, num_warps=4, num_stages=2),
+    ("sm_75", 4): Matmul((32, 16), depth=32, num_warps=4, num_stages=2),
+    ("hip", 2): Matmul((32, 16), depth=128, num_warps=4, num_stages=3),
+    ("hip", 4): Matmul((32, 16), depth=32, num_warps=4, num_stages=3),
+}
 
-def positions_are_contiguous(feature_map: Tensor) -> bool:
-    """Whether neighbouring positions of the map are nearer in memory than neighbouring channels."""
-    return feature_map.stride(3) <= feature_map.stride(1)
 
-
-def pool_configuration(feature_map: Tensor) -> Configuration:
-    """For stripe_pool's forward."""
-    return POOL_POSITIONS_CONTIGUOUS if positions_are_contiguous(feature_map) else POOL_CHANNELS_CONTIGUOUS
-
-
-def pool_backward_configuration(feature_map: Tensor) -> Configuration:
-    """For stripe_pool's backward."""
-    return POOL_POSITIONS_CONTIGUOUS if positions_are_contiguous(feature_map) else POOL_BACKWARD_CHANNELS_CONTIGUOUS
-
-
-def prepare_configuration() -> Configuration:
-    """For the squared lengths of revise_logits."""
-    return PREPARE
-
-
-def grad_scores_configuration() -> Configuration:
-    """For the elementwise part of revise_logits' backward."""
-    return GRAD_SCORES
+def contiguous_axis(feature_map: Tensor) -> str:
+    """The key of POOL: which neighbours of the map are nearer in memory."""
+    return "positions" if feature_map.stride(3) <= feature_map.stride(1) else "channels"
 
 
 def revise_configuration(target: Target, dtype: torch.dtype, batch: int, classes: int) -> Configuration:
-    """For the matmul of revise_logits: N x B tiles, small enough to fill the machine."""
-    rows = min(64, max(16, next_power_of_2(batch)))
-    widths = (32, 16) if dtype == torch.float32 else (64, 32, 16)  # the wider one spills without tensor cores
-    columns = widest_that_fills(target, cdiv(batch, rows), classes, widths)
-    depth = 128 // dtype.itemsize
-    return Configuration(
-        {"BLOCK_B": rows, "BLOCK_N": columns, "BLOCK_K": depth}, num_warps=4, num_stages=stages(target)
-    )
+    """For the matmul of revise_logits: N x B tiles."""
+    return matmul_configuration(REVISE, "BLOCK_N", target, dtype, batch, classes)
 
 
 def grad_local_configuration(target: Target, dtype: torch.dtype, batch: int, columns: int) -> Configuration:
-    """For the matmul of revise_logits' backward: B x C tiles of all stripes, small enough to fill the machine.
+    """For the matmul of revise_logits' backward: B x C tiles; columns: the channels of all stripes."""
+    return matmul_configuration(GRAD_LOCAL, "BLOCK_C", target, dtype, batch, columns)
 
-    BLOCK_K differs from the other two: of tiles with one shape Triton loads the float32 ones like the 16-bit ones,
-    eight numbers for each lane, and then each request uses half of its sectors.
-    """
+
+def matmul_configuration(
+    table: dict[tuple[str, int], Matmul], width_name: str, target: Target, dtype: torch.dtype, batch: int, columns: int
+) -> Configuration:
+    """The tiles that a table has for a target and dtype, small enough to fill the machine."""
+    family = "sm_75" if target.backend == "cuda" and target.arch < 80 else target.backend
+    tiles = table[family, dtype.itemsize]
     rows = min(64, max(16, next_power_of_2(batch)))
-    width = widest_that_fills(target, cdiv(batch, rows), columns, (32, 16))
-    depth = 128 if dtype.itemsize == 2 else 32
-    return Configuration({"BLOCK_B": rows, "BLOCK_C": width, "BLOCK_K": depth}, num_warps=4, num_stages=3)
-
-
-def stages(target: Target) -> int:
-    """Tiles in flight, but one: with one program on a multiprocessor these alone cover the memory's latency."""
-    return 4 if target.backend == "cuda" and target.arch >= 80 else 2
+    filling = [w for w in tiles.widths if cdiv(batch, rows) * cdiv(columns, w) >= target.multiprocessors]
+    blocks = {"BLOCK_B": rows, width_name: [*filling, tiles.widths[-1]][0], "BLOCK_K": tiles.depth}
+    return Configuration(blocks, tiles.num_warps, tiles.num_stages)
 
 
 def write_configuration(target: Target, batch: int, channels: int) -> Configuration:
     """For write_memory_: a row in one block, four of its numbers in each thread if they are enough."""
     block = next_power_of_2(channels)
-    return Configuration(
-        {"BLOCK_B": min(128, next_power_of_2(batch)), "BLOCK_C": block},
-        num_warps=min(1024 // target.warp_size, max(1, block // (4 * target.warp_size))),
-    )
-
-
-def widest_that_fills(target: Target, row_tiles: int, columns: int, widths: tuple[int, ...]) -> int:
-    """The widest tile with which there is a program for each multiprocessor, else the narrowest."""
-    for width in widths:
-        if row_tiles * cdiv(columns, width) >= target.multiprocessors:
-            return width
-    return widths[-1]
+    num_warps = min(1024 // target.warp_size, max(1, block // (4 * target.warp_size)))
+    return Configuration({"BLOCK_B": min(128, next_power_of_2(batch)), "BLOCK_C": block}, num_warps)
 
 
 def next_power_of_2(number: int) -> int:

@@ -18,12 +18,12 @@ from torch import Tensor
 from cge_kernels import aten
 from cge_kernels.checks import accumulation_dtype, require_same_device, require_shape, require_tensor
 from cge_kernels.configurations import (
+    GRAD_SCORES,
+    PREPARE,
     cdiv,
     chunk_of_classes,
     grad_local_configuration,
-    grad_scores_configuration,
     next_power_of_2,
-    prepare_configuration,
     revise_configuration,
     score_row,
     scores_are_kept,
@@ -279,7 +279,7 @@ def prepare(local_features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         operand = local_features
     else:
         operand = memory.new_empty(batch, stripes, channels)
-    chosen = prepare_configuration()
+    chosen = PREPARE
     parts = cdiv(channels, chosen.blocks["BLOCK_C"])
     squares = local_features.new_empty(stripes, parts, score_row(batch), dtype=torch.float32)
     args = {
@@ -361,7 +361,7 @@ def launch_grad_scores(
 ) -> None:  # fmt: skip
     """Fills grad_logits (B, N), grad_scores (n, B, score_row) and rows of projection (n, tiles, at least B)."""
     batch, classes = logits.shape
-    chosen = grad_scores_configuration()
+    chosen = GRAD_SCORES
     args = {
         "grad_pointer": grad,
         "logits_pointer": logits,
@@ -434,7 +434,7 @@ def launch_backward(
     if not kept:
         operand, squares = prepare(local_features, memory)
     chunk = score_row(classes) if kept else chunk_of_classes(batch, stripes, classes)
-    tile = grad_scores_configuration().blocks["BLOCK_N"]
+    tile = GRAD_SCORES.blocks["BLOCK_N"]
     starts = range(0, classes, chunk)
     grad_local = local_features.new_empty((batch, stripes, channels) if local_gradient else 0)
     sums, projection = None, None

@@ -20,9 +20,10 @@ from torch import Tensor
 from cge_kernels import aten
 from cge_kernels.checks import accumulation_dtype, require_same_device, require_shape, require_tensor
 from cge_kernels.configurations import (
+    POOL,
     cdiv,
+    contiguous_axis,
     next_power_of_2,
-    pool_configuration,
     revise_configuration,
     score_row,
     scores_are_kept,
@@ -84,7 +85,7 @@ def launch_forward(
     batch, channels, height, width = feature_map.shape
     stripes, classes, _ = memory.shape
     target = current_target(feature_map)
-    pool, matmul = pool_configuration(feature_map), revise_configuration(target, memory.dtype, batch, classes)
+    pool, matmul = POOL[contiguous_axis(feature_map)], revise_configuration(target, memory.dtype, batch, classes)
     channel_tiles = cdiv(channels, pool.blocks["BLOCK_C"])
     tiles = cdiv(batch, matmul.blocks["BLOCK_B"]) * cdiv(classes, matmul.blocks["BLOCK_N"])
     local_features = feature_map.new_empty(batch, stripes, channels, dtype=torch.float32)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cge_kernels import aten
 from cge_kernels.checks import accumulation_dtype, require_tensor
-from cge_kernels.configurations import cdiv, pool_backward_configuration, pool_configuration
+from cge_kernels.configurations import POOL, POOL_BACKWARD, cdiv, contiguous_axis
 from cge_kernels.dispatch import implementation
 from cge_kernels.language import jit, product, tl, triton
 from cge_kernels.launch import launch
@@ -270,7 +270,7 @@ def launch_forward(feature_map: Tensor, stripes: int, p: Tensor | None, eps: flo
     batch, channels, height, width = feature_map.shape
     global_feature = feature_map.new_empty(batch, channels, dtype=torch.float32)
     local_features = feature_map.new_empty(batch, stripes, channels, dtype=torch.float32)
-    chosen = pool_configuration(feature_map)
+    chosen = POOL[contiguous_axis(feature_map)]
     args = {
         "map_pointer": feature_map,
         "p_pointer": p,
@@ -299,7 +299,7 @@ def launch_backward(
     batch, channels, height, width = feature_map.shape
     stripes = local_features.shape[1]
     grad_map = torch.empty_like(feature_map)
-    chosen = pool_backward_configuration(feature_map)
+    chosen = POOL_BACKWARD[contiguous_axis(feature_map)]
     programs = batch * cdiv(channels, chosen.blocks["BLOCK_C"])
     grad_p = None if p is None else feature_map.new_empty(programs, dtype=torch.float32)
     args = {
