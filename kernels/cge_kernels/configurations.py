@@ -61,8 +61,8 @@ class Configuration:
 class Matmul:
     """Tiles of a matmul.
 
-    BLOCK_B is 16 to 64, by the batch; BLOCK_N (or BLOCK_C) the widest of `widths` with which there is a program for each
-    multiprocessor, else the last; BLOCK_K is `depth`.
+    BLOCK_B is 16 to 64, by the batch; BLOCK_N (or BLOCK_C) the widest of `widths` with which there is a program for
+    each multiprocessor, else the last; BLOCK_K is `depth`.
     """
 
     widths: tuple[int, ...]
