@@ -41,7 +41,8 @@ def local_hits(local_features: Tensor, memory: Tensor, labels: Tensor, scores: T
     chunk = max(1, scratch_bytes() // (stripes * batch * 4))
     for start in range(0, classes, chunk):
         rows = memory[:, start : start + chunk].to(dtype)
-        products = torch.bmm(operand, rows.transpose(1, 2))
+        with torch.autocast(rows.device.type, enabled=False):
+            products = torch.bmm(operand, rows.transpose(1, 2))
         highest, where = products.max(dim=2)
         winner = torch.where(highest > best, where + start, winner)
         best = torch.maximum(best, highest)

@@ -7,6 +7,7 @@ from torch.nn.functional import normalize
 
 import cge_kernels
 import cge_reference
+from cge_kernels.revised_cross_entropy import local_hits
 
 BACKENDS = ["triton", "aten"]
 
@@ -58,6 +59,14 @@ def test_ties_go_to_the_lowest_index(monkeypatch, scratch):
     _, hit, local_hit = cge_kernels.revised_cross_entropy(*arguments)
     assert hit.tolist() == [True, False]
     assert local_hit.tolist() == [[True], [False]]
+
+
+def test_hits_are_the_same_under_autocast_also_without_kept_scores(monkeypatch):
+    monkeypatch.setenv("CGE_SCRATCH_MB", "0")
+    _, _, local_features, memory, _ = (tensor.cpu() for tensor in example(64, 500, 16))
+    labels = torch.einsum("bic,ikc->bik", local_features, memory)[:, 0].argmax(dim=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert local_hits(local_features, memory, labels)[:, 0].all()
 
 
 @pytest.mark.parametrize("wrong", [-1, 19])

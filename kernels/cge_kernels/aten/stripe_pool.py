@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from cge_kernels.aten.huge_pages import empty_in_huge_pages
+from cge_kernels.aten.recycle import recycled_empty_like
 from cge_kernels.checks import accumulation_dtype
 from cge_kernels.configurations import cdiv
 
@@ -140,7 +140,7 @@ def average_backward(features: list[tuple], feature_map: Tensor, local_features:
     share = empty_by_bands(feature_map, stripes).zero_()
     for bands, count, grad, _ in features:
         share[:, :, bands] += (grad / count).unsqueeze(2)
-    grad_map = empty_in_huge_pages(feature_map)
+    grad_map = recycled_empty_like(feature_map)
     for bands, rows in by_bands(grad_map, stripes):
         rows.copy_(share[:, :, bands, None, None])
     return grad_map, local_features.new_zeros(())
@@ -167,7 +167,7 @@ def gem_backward(
         sum_of_logs -= (grad * feature).mul_(log_feature).sum()
     offset = log_reference.mul_(1 - p)
 
-    grad_map = empty_in_huge_pages(feature_map)
+    grad_map = recycled_empty_like(feature_map)
     scratch = scratch_for(feature_map, 3)
     below_eps = torch.tensor(eps, dtype=dtype).nextafter(torch.tensor(-math.inf, dtype=dtype)).item()
     for block in blocks(feature_map):
