@@ -1,14 +1,9 @@
 """Argument checks shared by the operators: one line that names the argument, what came and what is wanted."""
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 def require_tensor(name: str, value: Any, shape: str, dtypes: str = "a floating") -> Tensor:
@@ -58,16 +53,3 @@ def valid_labels(labels: Tensor, classes: int) -> Tensor:
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any tensor is, else float32: the dtype in which statistics and sums are kept."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-
-
-def without_autocast(operator: Callable[P, R]) -> Callable[P, R]:
-    """Runs an operator with autocast off: its dtypes follow from its arguments alone."""
-
-    @wraps(operator)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        device_type = next((tensor.device.type for tensor in tensors), "cpu")
-        with torch.autocast(device_type, enabled=False):
-            return operator(*args, **kwargs)
-
-    return wrapper
