@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
 
 from cge_fast.head import CGEHead, Pooling
-from cge_kernels.revise_logits import revise_logits_backward_op, revise_logits_op
+from cge_kernels.revise_backward import revise_logits_backward_op
+from cge_kernels.revise_logits import revise_logits_op
 from cge_kernels.stripe_pool import stripe_pool_backward_op, stripe_pool_op
 
 BATCH, CHANNELS, HEIGHT, WIDTH, STRIPES, CLASSES = 64, 2048, 24, 8, 3, 1041

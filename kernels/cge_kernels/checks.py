@@ -53,3 +53,12 @@ def valid_labels(labels: Tensor, classes: int) -> Tensor:
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any tensor is, else float32: the dtype in which statistics and sums are kept."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def require_memory(name: str, memory: Tensor) -> None:
+    """Raises unless `memory` is a contiguous floating tensor (n, N, C)."""
+    require_tensor(name, memory, "(n, N, C)")
+    if 0 in memory.shape:
+        raise ValueError(f"{name} must have no empty dimension, got {tuple(memory.shape)}")
+    if not memory.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {memory.stride()} for shape {tuple(memory.shape)}")

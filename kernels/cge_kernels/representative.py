@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cge_kernels.revise_logits import launch_backward as revise_backward
-from cge_kernels.revise_logits import launch_forward as revise_forward
+from cge_kernels.revise_backward import launch_backward as revise_backward
+from cge_kernels.revise_forward import launch_forward as revise_forward
 from cge_kernels.revise_logits_one_pass import launch_forward as one_pass_forward
 from cge_kernels.stripe_pool import launch_backward as pool_backward
 from cge_kernels.stripe_pool import launch_forward as pool_forward

@@ -1,7 +1,7 @@
 """Pooling, local classification and revision in one launch, from feature map to revised logits.
 
 A persistent grid of at most one program per multiprocessor: its programs pool the map tile by tile (stripe_pool's
-pool_tile), meet at a grid-wide barrier, and revise the logits tile by tile (revise_logits' revise_tile). Between them
+pool_tile), meet at a grid-wide barrier, and revise the logits tile by tile (revise_forward's revise_tile). Between them
 lie only the local features and their squared lengths, which the L2 cache holds.
 
 It pays where the logits do not depend on this map's pooling: scoring against given logits, distillation, a classifier
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cge_kernels import aten
-from cge_kernels.checks import accumulation_dtype, require_same_device, require_shape, require_tensor
+from cge_kernels.checks import accumulation_dtype, require_memory, require_same_device, require_shape, require_tensor
 from cge_kernels.configurations import (
     POOL,
     cdiv,
@@ -31,7 +31,8 @@ from cge_kernels.configurations import (
 from cge_kernels.dispatch import implementation
 from cge_kernels.language import jit, tl
 from cge_kernels.launch import current_target, float32_precision, launch
-from cge_kernels.revise_logits import MAX_PARTS, check_memory, revise_logits_backward_op, revise_tile
+from cge_kernels.revise_backward import revise_logits_backward_op
+from cge_kernels.revise_forward import MAX_PARTS, revise_tile
 from cge_kernels.stripe_pool import check_pooling, is_flat, pool_tile, strides, stripe_pool_backward_op
 
 
@@ -210,7 +211,7 @@ def revise_logits_one_pass(
     Raises:
         TypeError, ValueError: as `stripe_pool` and `revise_logits`.
     """
-    check_memory("memory", memory)
+    require_memory("memory", memory)
     stripes, classes, _ = memory.shape
     p = check_pooling(feature_map, stripes, p)
     require_tensor("logits", logits, "(B, N)")

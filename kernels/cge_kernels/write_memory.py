@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from cge_kernels import aten
-from cge_kernels.checks import require_same_device, require_shape, require_tensor, valid_labels
+from cge_kernels.checks import require_memory, require_same_device, require_shape, require_tensor, valid_labels
 from cge_kernels.configurations import write_configuration
 from cge_kernels.dispatch import implementation
 from cge_kernels.language import jit, product, tl
 from cge_kernels.launch import current_target, launch
-from cge_kernels.revise_logits import check_memory
 
 MAX_CHANNELS = 32_768  # a row of more does not fit a program's registers
 NORM_EPS = 1e-12  # a mean feature below this norm counts as zero: it has no direction
@@ -136,7 +135,7 @@ def write_memory_(
         ValueError: ranks, shapes or devices do not fit, memory or shadow is not contiguous, alpha (a number or on the
             CPU) is outside [0, 1], or (on the CPU) a label is outside [0, N); on a GPU such a sample writes nothing.
     """
-    check_memory("memory", memory)
+    require_memory("memory", memory)
     if memory.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"memory must be float32 or float64 (a smaller dtype loses increments), got {memory.dtype}")
     require_tensor("local_features", local_features, "(B, n, C)")
@@ -147,7 +146,7 @@ def write_memory_(
     require_shape("local_features", local_features, (batch, stripes, channels), f"memory {tuple(memory.shape)}")
     require_shape("labels", labels, (batch,), f"local_features {tuple(local_features.shape)}")
     if shadow is not None:
-        check_memory("shadow", shadow)
+        require_memory("shadow", shadow)
         require_shape("shadow", shadow, tuple(memory.shape), "memory")
         require_same_device(memory=memory, shadow=shadow)
     if not isinstance(alpha, Tensor):

@@ -53,7 +53,7 @@ import sys
 import torch
 import cge_kernels.compile as program
 from cge_kernels.representative import empty
-from cge_kernels.revise_logits import launch_forward
+from cge_kernels.revise_forward import launch_forward
 
 def call_operators(quick, dtype, memory_dtype):
     if memory_dtype == torch.bfloat16 or (dtype == torch.float32 and torch.get_float32_matmul_precision() == "high"):

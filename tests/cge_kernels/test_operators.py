@@ -6,7 +6,8 @@ from support import KERNEL_DEVICE
 from torch.nn.functional import normalize
 
 import cge_kernels
-from cge_kernels.revise_logits import revise_logits_backward_op, revise_logits_op
+from cge_kernels.revise_backward import revise_logits_backward_op
+from cge_kernels.revise_logits import revise_logits_op
 from cge_kernels.revise_logits_one_pass import one_pass_op
 from cge_kernels.revised_cross_entropy import valid_labels
 from cge_kernels.stripe_pool import stripe_pool_backward_op, stripe_pool_op
