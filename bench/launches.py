@@ -10,7 +10,6 @@ all. Nothing is timed.
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import get_args
 
 import torch
@@ -18,6 +17,7 @@ from jsonargparse import ArgumentParser
 
 import cge_kernels
 from bench.operations import Operations
+from bench.shapes import SHAPES, Shape, named
 from bench.tables import table
 from cge_fast import CGEHead, errors
 from cge_fast.head import Pooling
@@ -28,21 +28,6 @@ MOST_OWN = 8  # what a step may launch of our own kernels
 POOLINGS = get_args(Pooling)
 KERNELS = get_args(Kernels)
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """B, C, H, W, n and N, by default the paper's."""
-
-    batch: int = 64
-    channels: int = 2048
-    height: int = 24
-    width: int = 8
-    stripes: int = 3
-    classes: int = 1041
-
-
-SMALL = Shape(batch=4, channels=8, height=6, width=2, stripes=3, classes=5)
 
 
 def count(shape: Shape, pooling: str, dtype: torch.dtype, kernels: Kernels) -> tuple[Counter[str], Counter[str]]:
@@ -74,10 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--pooling", choices=[*POOLINGS, "both"], default="both", help="of the head")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the feature map")
-    parser.add_argument("--small", action="store_true", help="a tiny shape instead of the paper's, for tests")
+    parser.add_argument("--shape", default="msmt17", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
-    shape = SMALL if options.small else Shape()
+    shape = named([options.shape])[options.shape]
     for pooling in POOLINGS if options.pooling == "both" else [options.pooling]:
         counts = [count(shape, pooling, getattr(torch, options.dtype), kernels) for kernels in KERNELS]
         own, aten = zip(*counts, strict=True)

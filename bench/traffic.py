@@ -43,14 +43,15 @@ from triton.runtime.interpreter import InterpreterBuilder
 import cge_kernels
 import cge_reference
 from bench.operations import Operations
+from bench.shapes import Shape
 from bench.tables import table
+from bench.work import INSTANCES, work
 from cge_fast import errors
 from cge_fast.errors import UserError
 from cge_kernels.language import INTERPRETED
 
 PROGRAM = "bench.traffic"
 TARGET = cge_kernels.Target("cuda", 90, 32, multiprocessors=132, shared_bytes=227 * 1024)  # H100
-INSTANCES = 4  # samples of each identity in the batch
 OWN_ONE_SAMPLE = {"stripe_pool_kernel", "stripe_pool_backward_kernel"}  # programs, in the order of the samples
 SCRATCH = {"operand", "squares", "scores", "scale", "grad_scores", "projection", "earlier", "grad_p"}
 
@@ -95,24 +96,18 @@ class Problem:
 
 
 def compulsory_bytes(problem: Problem) -> dict[str, int]:
-    """Each operator's arguments read once and results written once; of the memory, the write needs the batch's rows."""
-    b, c, n, k = problem.batch, problem.channels, problem.stripes, problem.classes
-    item = problem.torch_dtype.itemsize
-    feature_map = b * c * problem.height * problem.width * item
-    local = b * n * c * 4
-    features = b * c * 4 + local
-    logits = b * k * 4
-    memory = n * k * c * item
-    written = len(problem.labels.unique()) * n * c
-    is_gem = problem.pooling == "gem"
-    p = 4 if is_gem else 0
+    """What each operator must move, as bench/work.py says."""
+    shape = Shape(problem.batch, problem.channels, problem.height, problem.width, problem.stripes, problem.classes)
+    needed = {
+        operator: work(operator, shape, problem.pooling, problem.torch_dtype.itemsize)
+        for operator in ("stripe_pool", "revise_logits", "write_memory_")
+    }
     return {
-        "pool forward": feature_map + features + p,
-        # GeM's gradient needs the map and the features again.
-        "pool backward": feature_map + features + (feature_map + features + p if is_gem else 0),
-        "revise forward": memory + local + 2 * logits,
-        "revise backward": memory + 2 * local + 3 * logits,
-        "memory write": written * (4 + 4 + (item if item < 4 else 0)) + local + problem.labels.nbytes + 4,
+        "pool forward": needed["stripe_pool"]["forward"].bytes,
+        "pool backward": needed["stripe_pool"]["backward"].bytes,
+        "revise forward": needed["revise_logits"]["forward"].bytes,
+        "revise backward": needed["revise_logits"]["backward"].bytes,
+        "memory write": needed["write_memory_"]["forward"].bytes,
     }
 
 

@@ -10,6 +10,7 @@ import torch
 
 from bench import launches
 from bench.operations import Operations
+from bench.shapes import SHAPES
 
 
 def counted(function) -> Counter[str]:
@@ -42,7 +43,7 @@ def test_bytes_of_operations():
 @pytest.mark.parametrize("pooling", launches.POOLINGS)
 def test_a_step_launches_each_of_our_kernels_once(pooling):
     (own, beside), (one_pass, _), (no_kernel, eager) = (
-        launches.count(launches.SMALL, pooling, torch.float32, kernels)
+        launches.count(SHAPES["tiny"], pooling, torch.float32, kernels)
         for kernels in ("fused", "one_pass", "reference")
     )
     assert own == dict.fromkeys(
@@ -60,7 +61,7 @@ def test_a_step_launches_each_of_our_kernels_once(pooling):
 
 
 def test_the_program_prints_both_poolings():
-    command = [sys.executable, "-m", "bench.launches", "--small", "--markdown"]
+    command = [sys.executable, "-m", "bench.launches", "--shape", "tiny", "--markdown"]
     printed = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True).stdout
     assert printed.count("| kernel") == 2
     assert printed.count("| own kernels") == 2
