@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 from cge_fast.errors import UserError
 
 
@@ -30,6 +32,8 @@ SHAPES = {
     "small_map": Shape(channels=512, height=8, width=4, classes=751),
     "tiny": Shape(batch=4, channels=8, height=6, width=2, classes=5),  # for tests
 }
+DEFAULT = [name for name in SHAPES if name != "tiny"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def named(names: Iterable[str]) -> dict[str, Shape]:

@@ -26,3 +26,10 @@ def recycled_empty_like(tensor: Tensor) -> Tensor:
         if not is_free or _last.nbytes() != tensor.numel() * tensor.element_size():
             _last = torch.empty_like(tensor).untyped_storage()
         return tensor.new_empty(0).set_(_last, 0, tensor.shape, strides)
+
+
+def release() -> None:
+    """Lets go of the kept memory."""
+    global _last
+    with _lock:
+        _last = None
