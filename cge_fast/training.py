@@ -37,6 +37,11 @@ class EpochSums(NamedTuple):
     stripe_hits: Tensor  # (n,)
     levels: Tensor  # (n+1,): samples of which 0..n stripes are right, the hardest first
 
+    @classmethod
+    def zeros(cls, stripes: int, device: torch.device) -> "EpochSums":
+        """The sums of an epoch that begins."""
+        return cls(*(torch.zeros(shape, device=device) for shape in (2, (), (), stripes, stripes + 1)))
+
 
 class Training:
     """Everything that a run consists of.
@@ -169,8 +174,7 @@ class Training:
         """One epoch of optimiser steps, each followed by a memory write; checks that all stays finite."""
         wrapped.train()
         self.sampler.epoch = epoch
-        stripes = self.network.head.stripes
-        sums = EpochSums(*(torch.zeros(shape, device=self.device) for shape in (2, (), (), stripes, stripes + 1)))
+        sums = EpochSums.zeros(self.network.head.stripes, self.device)
         unseen: list[Tensor] = []
         if self.stopwatch:
             self.stopwatch.start()
