@@ -157,6 +157,16 @@ def cells(row: Row) -> tuple[str | int, ...]:
     )
 
 
+def report(rows: Sequence[Row], markdown: bool = False) -> str:
+    """The table and, beneath it, how much faster each setting trains with the kernels."""
+    header = ("setting", "batch", "kernels", "images/s", "ms a step (20%, 80%)", "head", WAITING)
+    by_setting: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_setting.setdefault(row.setting, {})[row.kernels] = row
+    ratios = [ratio(found[REFERENCE], found[FUSED]) for found in by_setting.values()]
+    return "\n\n".join([table(header, [cells(row) for row in rows], markdown), "\n".join(ratios)])
+
+
 def ratio(reference: Row, fused: Row) -> str:
     """The line beneath the table for one setting."""
     faster = fused.images_per_second() / reference.images_per_second()
@@ -188,10 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setting = SETTINGS[name]
         if options.identities:
             setting = replace(setting, identities=options.identities)
-        found.append(measure(name, setting, options.steps))
-    header = ("setting", "batch", "kernels", "images/s", "ms a step (20%, 80%)", "head", WAITING)
-    print(table(header, [cells(row) for rows in found for row in rows]))
-    print("", *(ratio(*rows) for rows in found), sep="\n")
+        found += measure(name, setting, options.steps)
+    print(report(found))
 
 
 if __name__ == "__main__":
