@@ -1,5 +1,6 @@
 """Times of contenders that take turns, and the peak of their memory."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ WARMUP = 2  # rounds that do not count; in the first one torch.compile compiles
 FEWEST_ROUNDS = 5
 FLUSHED = 256 << 20  # bytes written between runs on a GPU, more than any L2 cache holds
 UNCERTAIN = 0.2  # spread from which on a figure is marked
+
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes to stderr whenever it starts and stops
 
 
 def directions(has_backward: bool) -> tuple[str, ...]:

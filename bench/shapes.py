@@ -19,6 +19,11 @@ class Shape:
     stripes: int = 3
     classes: int = 1041
 
+    def __str__(self) -> str:
+        return (
+            f"B {self.batch}, C {self.channels}, map {self.height}x{self.width}, n {self.stripes}, N {self.classes:,}"
+        )
+
 
 # ResNet-50's map of a 384x128 image with last stride 1, and the identities of the paper's four training sets.
 SHAPES = {

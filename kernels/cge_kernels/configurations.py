@@ -5,13 +5,13 @@ since a row must not spill on a target that it is chosen for. All block sizes ar
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cge_kernels.launch import Target
+from cge_kernels.launch import Target, float32_precision
 
 SCRATCH_MB = 256  # default of CGE_SCRATCH_MB: what an operator may keep or allocate beyond its results
 
@@ -50,11 +50,13 @@ class Configuration:
     blocks: dict[str, int]
     num_warps: int
     num_stages: int = 1
+    max_registers: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """What Launch takes."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        bound = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **bound}
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,15 @@ class Matmul:
     """Tiles of a matmul.
 
     BLOCK_B is 16 to 64, by the batch; BLOCK_N (or BLOCK_C) the widest of `widths` with which there is a program for
-    each multiprocessor, else the last; BLOCK_K is `depth`.
+    each multiprocessor, else the last; BLOCK_K is `depth`. max_registers: of a thread; without a bound ptxas takes
+    fewer than it needs, for more programs on a multiprocessor, and spills a few of them.
     """
 
     widths: tuple[int, ...]
     depth: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 # What is contiguous in memory: positions (NCHW) or channels (channels_last) -> stripe_pool's tiles, long on that axis.
@@ -85,26 +89,31 @@ POOL_BACKWARD = {
 PREPARE = Configuration({"BLOCK_B": 16, "BLOCK_C": 32}, num_warps=4)
 GRAD_SCORES = Configuration({"BLOCK_B": 8, "BLOCK_N": 64}, num_warps=4)
 
-# (target family, bytes of an operand's number) -> the matmuls' tiles. Families: "cuda" from sm_80 on, "sm_75", "hip".
-# Stages: with one program on a multiprocessor the tiles in flight alone cover the memory's latency; 5 spill on sm_90.
-# float32 without tensor cores spills in wider tiles.
+# (target family, precision of the product) -> the matmuls' tiles. Families: "cuda" from sm_80 on, "sm_75", "hip".
+# Precisions: "half" of 16-bit operands; "tf32" and "ieee" of float32 ones, ieee without tensor cores on NVIDIA, where
+# wider tiles spill. Stages: with one program on a multiprocessor the tiles in flight alone cover the memory's latency.
 REVISE = {
-    ("cuda", 2): Matmul((64, 32, 16), depth=64, num_warps=4, num_stages=4),
-    ("cuda", 4): Matmul((32, 16), depth=32, num_warps=4, num_stages=4),
-    ("sm_75", 2): Matmul((64, 32, 16), depth=64, num_warps=4, num_stages=2),
-    ("sm_75", 4): Matmul((32, 16), depth=32, num_warps=4, num_stages=2),
-    ("hip", 2): Matmul((64, 32, 16), depth=64, num_warps=4, num_stages=2),
-    ("hip", 4): Matmul((32, 16), depth=32, num_warps=4, num_stages=2),
+    ("cuda", "half"): Matmul((64, 32, 16), depth=64, num_warps=4, num_stages=4, max_registers=255),
+    ("cuda", "tf32"): Matmul((32, 16), depth=32, num_warps=4, num_stages=4, max_registers=255),
+    ("cuda", "ieee"): Matmul((16,), depth=32, num_warps=4, num_stages=4, max_registers=255),
+    ("sm_75", "half"): Matmul((64, 32, 16), depth=64, num_warps=4, num_stages=2),
+    ("sm_75", "ieee"): Matmul((32, 16), depth=32, num_warps=4, num_stages=2),
+    ("hip", "half"): Matmul((64, 32, 16), depth=64, num_warps=4, num_stages=2),
+    ("hip", "tf32"): Matmul((32, 16), depth=32, num_warps=4, num_stages=2),
+    ("hip", "ieee"): Matmul((32, 16), depth=32, num_warps=4, num_stages=2),
 }
+WIDEST_IN_ONE_PASS = 32  # wider tiles spill beside what pooling needs
 # The depth differs from BLOCK_B and BLOCK_C: of tiles with one shape Triton loads the float32 ones like the 16-bit
 # ones, eight numbers for each lane, and then each request uses half of its sectors.
 GRAD_LOCAL = {
-    ("cuda", 2): Matmul((32, 16), depth=128, num_warps=4, num_stages=3),
-    ("cuda", 4): Matmul((32, 16), depth=32, num_warps=4, num_stages=3),
-    ("sm_75", 2): Matmul((32, 16), depth=128, num_warps=4, num_stages=2),
-    ("sm_75", 4): Matmul((32, 16), depth=32, num_warps=4, num_stages=2),
-    ("hip", 2): Matmul((32, 16), depth=128, num_warps=4, num_stages=3),
-    ("hip", 4): Matmul((32, 16), depth=32, num_warps=4, num_stages=3),
+    ("cuda", "half"): Matmul((32, 16), depth=128, num_warps=4, num_stages=3, max_registers=255),
+    ("cuda", "tf32"): Matmul((32, 16), depth=32, num_warps=4, num_stages=3, max_registers=255),
+    ("cuda", "ieee"): Matmul((16,), depth=32, num_warps=4, num_stages=3, max_registers=255),
+    ("sm_75", "half"): Matmul((32, 16), depth=128, num_warps=4, num_stages=2),
+    ("sm_75", "ieee"): Matmul((32, 16), depth=32, num_warps=4, num_stages=2),
+    ("hip", "half"): Matmul((32, 16), depth=128, num_warps=4, num_stages=3),
+    ("hip", "tf32"): Matmul((32, 16), depth=32, num_warps=4, num_stages=3),
+    ("hip", "ieee"): Matmul((32, 16), depth=32, num_warps=4, num_stages=3),
 }
 
 
@@ -115,24 +124,33 @@ def contiguous_axis(feature_map: Tensor) -> str:
 
 def revise_configuration(target: Target, dtype: torch.dtype, batch: int, classes: int) -> Configuration:
     """For the matmul of revise_logits: N x B tiles."""
-    return matmul_configuration(REVISE, "BLOCK_N", target, dtype, batch, classes)
+    return matmul_configuration(matmul(REVISE, target, dtype), "BLOCK_N", target, batch, classes)
+
+
+def one_pass_configuration(target: Target, dtype: torch.dtype, batch: int, classes: int) -> Configuration:
+    """For the matmul of revise_logits_one_pass: N x B tiles."""
+    tiles = matmul(REVISE, target, dtype)
+    narrow = replace(tiles, widths=tuple(width for width in tiles.widths if width <= WIDEST_IN_ONE_PASS))
+    return matmul_configuration(narrow, "BLOCK_N", target, batch, classes)
 
 
 def grad_local_configuration(target: Target, dtype: torch.dtype, batch: int, columns: int) -> Configuration:
     """For the matmul of revise_logits' backward: B x C tiles; columns: the channels of all stripes."""
-    return matmul_configuration(GRAD_LOCAL, "BLOCK_C", target, dtype, batch, columns)
+    return matmul_configuration(matmul(GRAD_LOCAL, target, dtype), "BLOCK_C", target, batch, columns)
 
 
-def matmul_configuration(
-    table: dict[tuple[str, int], Matmul], width_name: str, target: Target, dtype: torch.dtype, batch: int, columns: int
-) -> Configuration:
-    """The tiles that a table has for a target and dtype, small enough to fill the machine."""
+def matmul(table: dict[tuple[str, str], Matmul], target: Target, dtype: torch.dtype) -> Matmul:
+    """A table's row for a target and the operands' dtype."""
     family = "sm_75" if target.backend == "cuda" and target.arch < 80 else target.backend
-    tiles = table[family, dtype.itemsize]
+    return table[family, float32_precision(target) if dtype == torch.float32 else "half"]
+
+
+def matmul_configuration(tiles: Matmul, width_name: str, target: Target, batch: int, columns: int) -> Configuration:
+    """The tiles that are small enough to fill the machine."""
     rows = min(64, max(16, next_power_of_2(batch)))
     filling = [w for w in tiles.widths if cdiv(batch, rows) * cdiv(columns, w) >= target.multiprocessors]
     blocks = {"BLOCK_B": rows, width_name: [*filling, tiles.widths[-1]][0], "BLOCK_K": tiles.depth}
-    return Configuration(blocks, tiles.num_warps, tiles.num_stages)
+    return Configuration(blocks, tiles.num_warps, tiles.num_stages, tiles.max_registers)
 
 
 def write_configuration(target: Target, batch: int, channels: int) -> Configuration:

@@ -50,7 +50,7 @@ class Launch:
     """One kernel launch: `kernel[grid](**args, **constants, **options)`.
 
     args: run-time arguments by name, tensors as tensors. constants: tl.constexpr arguments by name.
-    options: num_warps, num_stages, launch_cooperative_grid.
+    options: num_warps, num_stages, maxnreg, launch_cooperative_grid.
     """
 
     kernel: Any

@@ -24,7 +24,7 @@ from cge_kernels.configurations import (
     cdiv,
     contiguous_axis,
     next_power_of_2,
-    revise_configuration,
+    one_pass_configuration,
     score_row,
     scores_are_kept,
 )
@@ -86,7 +86,7 @@ def launch_forward(
     batch, channels, height, width = feature_map.shape
     stripes, classes, _ = memory.shape
     target = current_target(feature_map)
-    pool, matmul = POOL[contiguous_axis(feature_map)], revise_configuration(target, memory.dtype, batch, classes)
+    pool, matmul = POOL[contiguous_axis(feature_map)], one_pass_configuration(target, memory.dtype, batch, classes)
     channel_tiles = cdiv(channels, pool.blocks["BLOCK_C"])
     tiles = cdiv(batch, matmul.blocks["BLOCK_B"]) * cdiv(classes, matmul.blocks["BLOCK_N"])
     local_features = feature_map.new_empty(batch, stripes, channels, dtype=torch.float32)

@@ -1,0 +1,82 @@
+"""Contenders take turns, their times are summed up by medians, and their memory is what their tensors hold."""
+
+import pytest
+import torch
+
+from bench import ceilings, measure
+from bench.measure import Contender, Instant, Times, peak_bytes, take_turns
+
+CPU = torch.device("cpu")
+
+
+def test_contenders_take_turns_and_each_is_first_at_times():
+    calls = []
+    contenders = {name: Contender(lambda name=name: calls.append(name)) for name in "abc"}
+    times = take_turns(contenders, CPU, rounds=3)
+    rounds = [tuple(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert len(rounds) == measure.WARMUP + 3
+    assert rounds[-3:] == [("a", "b", "c"), ("b", "c", "a"), ("c", "a", "b")]
+    assert {len(times[name]["forward"].seconds) for name in "abc"} == {3}
+    assert set(times["a"]) == {"forward"}
+
+
+def test_backward_takes_what_forward_returns(monkeypatch):
+    moments = iter(range(100))  # forward lasts 1, backward 1
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(moments)))
+    taken = []
+    found = measure.run(Contender(lambda: "result", taken.append), CPU)
+    assert taken == ["result"]
+    assert found == {"forward": 1.0, "backward": 1.0, "step": 2.0}
+
+
+def test_rounds_end_early_but_not_before_five(monkeypatch):
+    times = take_turns({"slow": Contender(lambda: None)}, CPU, rounds=100, seconds=0.0)
+    assert len(times["slow"]["forward"].seconds) == measure.FEWEST_ROUNDS
+
+
+@pytest.mark.parametrize(("seconds", "mark"), [([1.0, 1.0, 1.0, 1.1, 1.1], ""), ([1.0, 1.0, 1.0, 2.0, 2.0], "~")])
+def test_median_and_spread(seconds, mark):
+    times = Times(torch.tensor(seconds))
+    low, high = times.percentiles
+    assert (times.median, low) == (1.0, 1.0)
+    assert times.spread == pytest.approx(high - 1.0)
+    assert times.mark == mark
+
+
+def test_on_a_gpu_moments_are_events(monkeypatch):
+    class Event:
+        moments = iter((0.0, 3.0))  # milliseconds
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.moment = next(self.moments)
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.moment - self.moment
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    start, end = Instant(torch.device("cuda")), Instant(torch.device("cuda"))
+    assert end - start == pytest.approx(3e-3)
+
+
+def test_peak_memory_is_the_most_that_is_held_at_a_time():
+    source = torch.ones(1000)
+
+    def forward():
+        first = source + source  # 4,000 bytes
+        second = first.double()  # and 8,000
+        del first
+        return second + second  # and 8,000, less 4,000
+
+    assert peak_bytes(Contender(forward), CPU) == 16_000
+
+
+def test_ceilings_bound_from_below():
+    measured = ceilings.Ceilings(bandwidth=100.0, flops=10.0)
+    assert measured.seconds(moved=200, flops=5) == 2.0
+    assert measured.seconds(moved=200, flops=50) == 5.0

@@ -1,0 +1,49 @@
+"""Compulsory bytes and FLOPs are those that one counts by hand at a tiny shape."""
+
+import pytest
+
+from bench.shapes import SHAPES, Shape, named
+from bench.work import Work, work
+from cge_fast.errors import UserError
+
+# B 4, C 3, map 5x2, n 2, N 7: 120 numbers in the map, 12 global and 24 local features, 28 logits, 42 in the memory
+SHAPE = Shape(batch=4, channels=3, height=5, width=2, stripes=2, classes=7)
+
+
+@pytest.mark.parametrize(
+    ("operator", "pooling", "direction", "expected"),
+    [
+        ("stripe_pool", "average", "forward", Work(4 * (120 + 12 + 24), 120)),
+        ("stripe_pool", "average", "backward", Work(4 * (120 + 12 + 24), 120)),
+        ("stripe_pool", "gem", "backward", Work(4 * (2 * 120 + 2 * 36 + 1), 120)),
+        # 2 * B * n * N * C
+        ("revise_logits", "average", "forward", Work(4 * (42 + 24 + 2 * 28), 2 * 4 * 2 * 7 * 3)),
+        ("revise_logits", "average", "backward", Work(4 * (42 + 2 * 24 + 3 * 28), 336)),
+        ("revise_logits_one_pass", "gem", "forward", Work(4 * (120 + 1 + 42 + 24 + 2 * 28), 120 + 336)),
+        # 21 numbers in the classifier; labels of 8 bytes, hits of 1
+        ("revised_cross_entropy", "average", "forward", Work(4 * (12 + 21 + 24 + 42 + 4) + 32 + 12, 336 + 168)),
+        ("revised_cross_entropy", "average", "backward", Work(4 * (4 + 2 * (12 + 21 + 24) + 42) + 32, 336 + 336)),
+        # 4 samples are one identity: 2 rows of 3
+        ("write_memory_", "average", "forward", Work(2 * 3 * 8 + 4 * 24 + 32 + 4, 3 * 24)),
+    ],
+)
+def test_work_by_hand(operator, pooling, direction, expected):
+    assert work(operator, SHAPE, pooling)[direction] == expected
+
+
+def test_half_precision_halves_map_and_memory():
+    assert work("stripe_pool", SHAPE, itemsize=2)["forward"].bytes == 2 * 120 + 4 * 36
+    assert work("revise_logits", SHAPE, itemsize=2)["forward"].bytes == 2 * 42 + 4 * (24 + 56)
+    assert work("write_memory_", SHAPE, itemsize=2)["forward"].bytes == 2 * 3 * 10 + 4 * 24 + 36  # and its shadow
+
+
+def test_the_head_is_the_sum_of_its_operators():
+    parts = [work(operator, SHAPE)["backward"] for operator in ("stripe_pool", "revised_cross_entropy")]
+    assert work("head", SHAPE)["backward"] == parts[0] + parts[1]
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="got 'convolve'"):
+        work("convolve", SHAPE)
+    with pytest.raises(UserError, match=f"shapes: must be of {', '.join(SHAPES)}, got 'huge'"):
+        named(["tiny", "huge"])
