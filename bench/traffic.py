@@ -3,8 +3,8 @@
 One training step of the operators runs at the given shape (by default the paper's): stripe_pool and revise_logits
 forward and backward, and write_memory_. The map, the memory that revision reads and the gradient of the map have the
 chosen dtype; pooled features, logits and the written memory are float32; for a smaller dtype the write refreshes a
-shadow too. The kernels run in Triton's interpreter, with tiles as for the GPU `TARGET`, and every address that they
-load, store or change atomically (tl.atomic_cas apart) counts, unless its lane is masked. Nothing is timed.
+shadow too. The kernels run in Triton's interpreter, with tiles as for the GPU that `--target` names, and every address
+that they load, store or change atomically (tl.atomic_cas apart) counts, unless its lane is masked. Nothing is timed.
 
 All programs of a kernel run, except those of the pooling kernels: each of these owns a part of one sample and does the
 same for every sample, so `--pool_samples` of them run, and their bytes are multiplied.
@@ -14,20 +14,24 @@ programs was run. What is loaded again comes from L2 as far as it fits there; di
 for each kernel.
 
 Second table: each operator, over its kernels.
-- compulsory: its arguments read once and its results written once, by formula (`compulsory_bytes`).
+- compulsory: its arguments read once and its results written once, by formula (`compulsory`).
 - distinct: distinct elements of those same tensors, loaded and stored, and as a ratio to compulsory.
 - scratch: distinct elements of what our kernels hand to one another (`SCRATCH`), and the bytes of the few ATen
   operations beside them.
 - eager: the same operator of cge_reference, as bench/operations.py counts the bytes of ATen operations, and as a ratio
   to distinct + scratch.
 Bytes are those of elements, not of the 32-byte sectors that a GPU moves.
+
+`--json` prints the rows of the first table alone, each with the number of its launch.
 """
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import count
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -45,13 +49,13 @@ import cge_reference
 from bench.operations import Operations
 from bench.shapes import Shape
 from bench.tables import table
-from bench.work import INSTANCES, work
+from bench.work import INSTANCES, Work, work
 from cge_fast import errors
 from cge_fast.errors import UserError
 from cge_kernels.language import INTERPRETED
+from cge_kernels.targets import HARDWARE
 
 PROGRAM = "bench.traffic"
-TARGET = cge_kernels.Target("cuda", 90, 32, multiprocessors=132, shared_bytes=227 * 1024)  # H100
 OWN_ONE_SAMPLE = {"stripe_pool_kernel", "stripe_pool_backward_kernel"}  # programs, in the order of the samples
 SCRATCH = {"operand", "squares", "scores", "scale", "grad_scores", "projection", "earlier", "grad_p"}
 
@@ -95,19 +99,19 @@ class Problem:
         return torch.arange(self.batch) // INSTANCES % self.classes
 
 
-def compulsory_bytes(problem: Problem) -> dict[str, int]:
-    """What each operator must move, as bench/work.py says."""
+def compulsory(problem: Problem) -> dict[str, Work]:
+    """What each operator must move and compute, as bench/work.py says."""
     shape = Shape(problem.batch, problem.channels, problem.height, problem.width, problem.stripes, problem.classes)
     needed = {
         operator: work(operator, shape, problem.pooling, problem.torch_dtype.itemsize)
         for operator in ("stripe_pool", "revise_logits", "write_memory_")
     }
     return {
-        "pool forward": needed["stripe_pool"]["forward"].bytes,
-        "pool backward": needed["stripe_pool"]["backward"].bytes,
-        "revise forward": needed["revise_logits"]["forward"].bytes,
-        "revise backward": needed["revise_logits"]["backward"].bytes,
-        "memory write": needed["write_memory_"]["forward"].bytes,
+        "pool forward": needed["stripe_pool"]["forward"],
+        "pool backward": needed["stripe_pool"]["backward"],
+        "revise forward": needed["revise_logits"]["forward"],
+        "revise backward": needed["revise_logits"]["backward"],
+        "memory write": needed["write_memory_"]["forward"],
     }
 
 
@@ -145,6 +149,7 @@ class Traffic:
     """Bytes that one launch loads from and stores to one of its tensors: all, and those of distinct elements."""
 
     operator: str
+    launch: int  # its number in the step
     kernel: str
     tensor: str
     loaded: int
@@ -184,10 +189,10 @@ class Accesses:
         return self.total[direction] * self.itemsize * times, all_distinct * self.itemsize
 
 
-def run_counted(operator: str, launch: cge_kernels.Launch, times: int) -> list[Traffic]:
+def run_counted(operator: str, number: int, launch: cge_kernels.Launch, times: int) -> list[Traffic]:
     """What a launch loads from and stores to each of its tensors, seen in the interpreter.
 
-    times: how many times the first programs, which are run, make the whole grid.
+    number: of the launch in the step; times: how many times the first programs, which are run, make the whole grid.
 
     Raises:
         RuntimeError: it touches an address outside of them.
@@ -229,6 +234,7 @@ def run_counted(operator: str, launch: cge_kernels.Launch, times: int) -> list[T
     return [
         Traffic(
             operator,
+            number,
             name,
             key.removesuffix("_pointer"),
             *access.bytes("load", times),
@@ -239,20 +245,22 @@ def run_counted(operator: str, launch: cge_kernels.Launch, times: int) -> list[T
     ]
 
 
-def measure_project(problem: Problem) -> tuple[list[Traffic], dict[str, int]]:
-    """Traffic of our kernels, and for each operator the bytes of the ATen operations beside them."""
+def measure_project(problem: Problem, target: cge_kernels.Target) -> tuple[list[Traffic], dict[str, int]]:
+    """Traffic of our kernels with the target's tiles, and for each operator the bytes of the ATen operations beside."""
     found: list[Traffic] = []
+    numbers = count()
     beside: dict[str, int] = {}
 
     @contextmanager
     def operator(name: str) -> Iterator[None]:
         launches: list[cge_kernels.Launch] = []
-        with cge_kernels.launching(launches.append, TARGET), Operations() as operations:
+        with cge_kernels.launching(launches.append, target), Operations() as operations:
             yield
         # Only now, so that what the interpreter does to tensors is not counted. Nothing between depends on the results.
         for launch in launches:
             is_alike = launch.kernel.__name__ in OWN_ONE_SAMPLE
-            found.extend(run_counted(name, launch, problem.batch // problem.pool_samples if is_alike else 1))
+            times = problem.batch // problem.pool_samples if is_alike else 1
+            found.extend(run_counted(name, next(numbers), launch, times))
         beside[name] = sum(operation.moved for operation in operations.found)
 
     with cge_kernels.backend("triton"):
@@ -293,18 +301,19 @@ def tensor_rows(found: list[Traffic]) -> list[tuple[str | int, ...]]:
 
 
 def operator_rows(
-    compulsory: dict[str, int], found: list[Traffic], beside: dict[str, int], eager: dict[str, int]
+    needed: dict[str, Work], found: list[Traffic], beside: dict[str, int], eager: dict[str, int]
 ) -> list[tuple[str | int, ...]]:
     """Rows of the second table; the last is the whole step."""
     rows = []
-    for operators in [*([name] for name in compulsory), list(compulsory)]:
-        needed, other, plain = (sum(figures[name] for name in operators) for figures in (compulsory, beside, eager))
+    for operators in [*([name] for name in needed), list(needed)]:
+        least = sum(needed[name].bytes for name in operators)
+        other, plain = (sum(figures[name] for name in operators) for figures in (beside, eager))
         mine = [t for t in found if t.operator in operators]
         distinct = sum(t.distinct for t in mine if t.tensor not in SCRATCH)
         scratch = other + sum(t.distinct for t in mine if t.tensor in SCRATCH)
         name = operators[0] if len(operators) == 1 else "step"
-        ratios = f"{distinct / needed:.3f}", f"{plain / (distinct + scratch):.2f}"
-        rows.append((name, needed, distinct, ratios[0], scratch, plain, ratios[1]))
+        ratios = f"{distinct / least:.3f}", f"{plain / (distinct + scratch):.2f}"
+        rows.append((name, least, distinct, ratios[0], scratch, plain, ratios[1]))
     return rows
 
 
@@ -318,15 +327,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         exit_on_error=False,
     )
     parser.add_class_arguments(Problem)
+    parser.add_argument("--target", choices=list(HARDWARE), default="sm_90", help="the GPU whose tiles run")
     parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
+    parser.add_argument("--json", action="store_true", help="the first table's rows as JSON, and nothing else")
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     problem = Problem(**{field.name: options[field.name] for field in fields(Problem)})
     if problem.stripes > problem.height:
         raise UserError(f"stripes: must be at most the height {problem.height}, got {problem.stripes}")
     if problem.batch % problem.pool_samples:
         raise UserError(f"pool_samples: must divide the batch {problem.batch}, got {problem.pool_samples}")
-    found, beside = measure_project(problem)
-    print(f"Bytes, counted in Triton's interpreter: {problem}\n")
+    found, beside = measure_project(problem, HARDWARE[options.target].target)
+    if options.json:
+        print(json.dumps([asdict(traffic) for traffic in found], indent=1))
+        return
+    print(f"Bytes, counted in Triton's interpreter with the tiles of {options.target}: {problem}\n")
     header = ("operator", "kernel", "tensor", "loaded", "distinct", "factor", "stored", "distinct", "factor", "run")
     print(table(header, tensor_rows(found), options.markdown), end="\n\n")
     header = (
@@ -338,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "eager",
         "eager/(distinct+scratch)",
     )
-    rows = operator_rows(compulsory_bytes(problem), found, beside, measure_eager(problem))
+    rows = operator_rows(compulsory(problem), found, beside, measure_eager(problem))
     print(table(header, rows, options.markdown))
 
 

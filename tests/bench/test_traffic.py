@@ -1,5 +1,6 @@
 """Counted bytes are those that one gets by hand from shapes, labels and tiles."""
 
+import json
 import subprocess
 import sys
 from functools import cache
@@ -90,6 +91,24 @@ def test_pooling_of_one_sample_stands_for_all():
     assert {row[6] for row in whole[0].values()} == {"all", "run"}
 
 
+def test_json_by_launch():
+    command = [sys.executable, "-m", "bench.traffic", "--json", "--target", "sm_80", *SMALL]
+    rows = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert list(dict.fromkeys((row["launch"], row["operator"], row["kernel"]) for row in rows)) == [
+        (0, "pool forward", "stripe_pool_kernel"),
+        (1, "pool backward", "stripe_pool_backward_kernel"),
+        (2, "revise forward", "prepare_kernel"),
+        (3, "revise forward", "revise_kernel"),
+        (4, "revise backward", "grad_scores_kernel"),
+        (5, "revise backward", "grad_local_kernel"),
+        (6, "memory write", "write_memory_kernel"),
+    ]
+    written = next(row for row in rows if (row["launch"], row["tensor"]) == (6, "memory"))
+    bytes_of_rows = 2 * 2 * 20 * 4  # 2 identities in 2 stripes, 20 channels
+    names = ("loaded", "distinct_loaded", "stored", "distinct_stored")
+    assert [written[name] for name in names] == [bytes_of_rows] * 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -97,6 +116,7 @@ def test_pooling_of_one_sample_stands_for_all():
         (["--pool_samples", "3"], "pool_samples: must divide the batch 64, got 3"),
         (["--batch", "0"], "batch"),
         (["--dtype", "float64"], "dtype"),
+        (["--target", "sm_70"], "target"),
     ],
 )
 def test_wrong_options(arguments, named):

@@ -1,0 +1,133 @@
+"""Predictions follow from counted bytes, compiled kernels and a GPU's figures by the formulas that are printed."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from bench import predict
+from bench.gpus import GPUS
+from bench.predict import KernelPrediction, OperatorPrediction
+from cge_fast.errors import UserError
+from cge_kernels.targets import HARDWARE
+
+ROOT = Path(__file__).parents[2]
+H100 = GPUS["h100"]
+# 66 programs on 132 multiprocessors: half of them idle
+MATMUL = KernelPrediction(
+    kernel="revise_kernel", gpu=H100, programs=66, occupancy=4, limit="registers", in_flight=30_000, loaded=60_000_000,
+    stored=1_000_000, distinct=14_000_000, flops=800_000_000, rate=H100.tensor_rate, special=0,
+)  # fmt: skip
+POOLING = replace(
+    MATMUL, kernel="stripe_pool_kernel", programs=8192, occupancy=16, limit="warps", in_flight=2048, loaded=50_000_000,
+    distinct=51_000_000, flops=0, special=50_000_000,
+)  # fmt: skip
+
+
+def test_tiny_step_by_hand():
+    script = (
+        "import json, dataclasses; from bench.predict import predict; "
+        "print(json.dumps([dataclasses.asdict(p) for p in predict('h100', 'tiny', 'bfloat16', 'gem')]))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script]
+    printed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    operators = {operator["operator"]: operator for operator in json.loads(printed)}
+    assert {name: [kernel["kernel"] for kernel in operator["kernels"]] for name, operator in operators.items()} == {
+        "pool forward": ["stripe_pool_kernel"],
+        "pool backward": ["stripe_pool_backward_kernel"],
+        "revise forward": ["prepare_kernel", "revise_kernel"],
+        "revise backward": ["grad_scores_kernel", "grad_local_kernel"],
+        "memory write": ["write_memory_kernel"],
+    }
+    b, c, height, width, n, k = 4, 8, 6, 2, 3, 5
+    pooling, revise = operators["pool forward"]["kernels"][0], operators["revise forward"]["kernels"][1]
+    assert pooling["special"] == 2 * b * c * height * width
+    # memory and operand in bfloat16, squares, logits; revised, scores (rows of 16), scale
+    loaded, stored = 2 * n * k * c + 2 * b * n * c + 4 * n * b + 4 * b * k, 4 * b * k + 4 * n * b * 16 + 4 * n * b
+    assert (revise["loaded"], revise["stored"], revise["distinct"]) == (loaded, stored, loaded + stored)
+    assert (revise["programs"], revise["flops"], revise["rate"]) == (1, 2 * b * n * k * c, 989e12)
+    latency = loaded * 370e-9 / revise["in_flight"]
+    predicted = KernelPrediction(**revise | {"gpu": H100})
+    assert predicted.predicted_us == pytest.approx(2.5 + 1e6 * latency)
+    assert (predicted.bound_by, predicted.waves) == ("launch", 1)
+    assert operators["pool backward"]["aten"] == ["aten.sum"]  # of the programs' shares of p's gradient
+    assert operators["pool backward"]["aten_us"] == pytest.approx(2.5)
+    least = 2 * b * c * height * width + 4 * (b * c + b * n * c + 1)
+    assert operators["pool forward"]["floor_us"] == pytest.approx(1e6 * least / 3.35e12)
+
+
+def test_a_matmul_by_hand():
+    assert (MATMUL.resident, MATMUL.waves, MATMUL.busy) == (66, 1, 0.5)
+    assert MATMUL.tail == 66 / (4 * 132)
+    assert MATMUL.memory_us == pytest.approx(14 / 3.35)
+    assert MATMUL.latency_us == pytest.approx(60e6 * 0.37 / (66 * 30_000))
+    assert MATMUL.l2_us == pytest.approx(61 / 9.7 / 0.5)
+    assert MATMUL.math_us == pytest.approx(800 / 989 / 0.5)
+    assert MATMUL.predicted_us == pytest.approx(2.5 + 61 / 9.7 / 0.5)
+    assert MATMUL.bound_by == "L2"
+
+
+def test_pooling_by_hand():
+    assert (POOLING.resident, POOLING.waves, POOLING.busy) == (2112, 4, 1.0)
+    assert POOLING.tail == pytest.approx(8192 / 2112 - 3)
+    assert POOLING.math_us == pytest.approx(50 / (67 / 16))
+    assert POOLING.predicted_us == pytest.approx(2.5 + 51 / 3.35)
+    assert POOLING.bound_by == "memory"
+
+
+@pytest.mark.parametrize("kernel", [MATMUL, POOLING], ids=lambda kernel: kernel.kernel)
+@pytest.mark.parametrize("figure", ["memory_bandwidth", "tensor_rate", "l2_bandwidth", "special_rate"])
+def test_a_faster_gpu_is_never_slower(kernel, figure):
+    faster = replace(kernel, gpu=replace(H100, **{figure: 2 * getattr(H100, figure)}))
+    assert faster.predicted_us <= kernel.predicted_us
+
+
+@pytest.mark.parametrize("kernel", [MATMUL, POOLING], ids=lambda kernel: kernel.kernel)
+@pytest.mark.parametrize("figure", ["memory_latency", "launch"])
+def test_longer_waits_are_never_faster(kernel, figure):
+    slower = replace(kernel, gpu=replace(H100, **{figure: 10 * getattr(H100, figure)}))
+    assert slower.predicted_us > kernel.predicted_us
+
+
+def test_what_is_printed(monkeypatch, capsys):
+    operators = [
+        OperatorPrediction("pool forward", (POOLING,), (), 0.0, 15.0),
+        OperatorPrediction("revise forward", (MATMUL,), ("aten.sum",), 2.5, 4.0),
+    ]
+    monkeypatch.setattr(predict, "predict", lambda *_: operators)
+    predict.main(["--gpu", "h100", "--markdown"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("PREDICTION for H100 SXM5: nothing was measured")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
+    total = POOLING.predicted_us + MATMUL.predicted_us + 2.5
+    assert ["step", f"{total:.1f}", "19.0", f"{total / 19:.1f}", ""] in cells
+    assert [row[-1] for row in cells if row[0] in ("pool forward", "revise forward")][:2] == ["memory", "L2"]
+    assert "- predicted_us = launch + max(memory, latency, L2, math)" in printed
+
+
+def test_every_gpu_is_one_that_kernels_are_compiled_for():
+    assert {gpu.family for gpu in GPUS.values()} <= set(HARDWARE)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "shape", "message"),
+    [
+        ("b200", "tiny", "gpu: must be one of h100, a100, rtx4090, mi300x, got 'b200'"),
+        ("h100", "huge", "shapes: must be of market1501, .*, tiny, got 'huge'"),
+    ],
+)
+def test_unknown_names(gpu, shape, message):
+    with pytest.raises(UserError, match=message):
+        predict.main(["--gpu", gpu, "--shape", shape])
+
+
+def test_interpreted_kernels_are_refused(monkeypatch):
+    monkeypatch.setattr(predict, "INTERPRETED", SimpleNamespace(value=True))
+    with pytest.raises(UserError, match="TRITON_INTERPRET: must not be set"):
+        predict.main(["--gpu", "h100", "--shape", "tiny"])
