@@ -43,7 +43,7 @@ class Times:
     @property
     def median(self) -> float:
         """Seconds."""
-        return self.seconds.median().item()
+        return self.seconds.quantile(0.5).item()
 
     @property
     def percentiles(self) -> tuple[float, float]:

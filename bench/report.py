@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -23,6 +23,7 @@ from bench import drawings, launches, machine, predict, scaling, train_step
 from bench.cases import CASES, COMPILED, EAGER, OURS, Case, compare, default_device
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.compiler import missing_compiler
+from bench.gpus import GPUS
 from bench.measure import Times
 from bench.scaling import Point
 from bench.shapes import DEFAULT, DTYPES, SHAPES, Shape, named
@@ -284,18 +285,30 @@ def as_html(markdown: str) -> str:
     return "\n".join(found + [f"<p>{html.escape(line)}</p>" for line in lines if line and line[0] != "|"])
 
 
+# An operator's direction here, and what bench/predict.py calls it.
+PREDICTED = {
+    ("stripe_pool", "forward"): "pool forward",
+    ("stripe_pool", "backward"): "pool backward",
+    ("revise_logits", "forward"): "revise forward",
+    ("revise_logits", "backward"): "revise backward",
+    ("write_memory_", "forward"): "memory write",
+}
+
+
 def compare_with_prediction(rows: Sequence[Row], gpu: str, dtype: str) -> list[tuple[str, str, str, str, str]]:
     """Shape, operator, predicted and measured microseconds and their ratio, of the operators that are predicted."""
-    measured = {(row.shape, row.case, row.direction): row.times.median for row in rows if row.contender == OURS}
+
+    @cache
+    def predicted(shape: str, pooling: str) -> dict[str, float]:
+        return {found.operator: found.predicted_us for found in predict.predict(gpu, shape, dtype, pooling)}
+
     found = []
-    for name in dict.fromkeys(row.shape for row in rows):
-        for pooling in launches.POOLINGS:
-            for (operator, direction), predicted in predict.seconds(gpu, SHAPES[name], dtype, pooling).items():
-                case = Case(operator, pooling if operator == "stripe_pool" else None)
-                seconds = measured.get((name, case, direction))
-                if seconds and (pooling == "gem" or case.pooling):
-                    cells = f"{predicted * 1e6:.1f}", f"{seconds * 1e6:.1f}", f"{seconds / predicted:.2f}"
-                    found.append((name, f"{case}, {direction}", *cells))
+    for row in rows:
+        name = PREDICTED.get((row.case.operator, row.direction))
+        if name and row.contender == OURS:
+            expected, measured = predicted(row.shape, row.case.pooling or "gem")[name], row.times.median * 1e6
+            cells = f"{expected:.1f}", f"{measured:.1f}", f"{measured / expected:.2f}"
+            found.append((row.shape, f"{row.case}, {row.direction}", *cells))
     return found
 
 
@@ -316,9 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--settings", nargs="*", choices=list(train_step.SETTINGS), default=["resnet18"], help="training steps, or none"
     )
-    parser.add_argument(
-        "--against-prediction", choices=list(predict.GPUS), help="the GPU here, beside what it should do"
-    )
+    parser.add_argument("--against-prediction", choices=list(GPUS), help="the GPU here, beside what it should do")
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     shapes = named(options.shapes)
     if options.against_prediction and default_device().type != "cuda":
