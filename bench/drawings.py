@@ -33,26 +33,27 @@ def save(figure: Figure, machine: str, file: Path) -> None:
 
 def roofline(rows: Sequence["Row"], ceilings: Ceilings, machine: str, file: Path) -> None:
     """FLOP/s over FLOPs per byte at the first shape: one point for each operator, direction and contender."""
-    shape = rows[0].shape
-    figure, axes = plt.subplots(figsize=(10, 6))
-    intensity = np.geomspace(0.05, 200, 200)
-    axes.plot(intensity, np.minimum(intensity * ceilings.bandwidth, ceilings.flops) / 1e9, color="#444444", lw=1.5)
-    axes.text(0.06, 0.06 * ceilings.bandwidth / 1e9 * 1.3, f"copy, {ceilings.bandwidth / 1e9:.0f} GB/s", rotation=29)
-    axes.text(30, ceilings.flops / 1e9 * 1.1, f"matmul, {ceilings.flops / 1e9:.0f} GFLOP/s")
-    for row in rows:
-        if row.shape == shape and row.direction in MARKS and row.work.flops:
-            x, y = row.work.flops / row.work.bytes, row.flops_per_second / 1e9
-            axes.scatter(x, y, marker=MARKS[row.direction], color=COLOURS[row.contender], s=32, zorder=3)
-            if row.contender == OURS:
-                axes.annotate(
-                    f"{row.case}, {row.direction}", (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7
-                )
-    for name, colour in COLOURS.items():
-        axes.scatter([], [], color=colour, label=name)
+    mine = [row for row in rows if row.shape == rows[0].shape and row.direction in MARKS]
+    figure, axes = plt.subplots(figsize=(11, 6))
+    reach = [row.work.flops / row.work.bytes for row in mine]
+    intensity = np.geomspace(min(reach) / 2, max(max(reach), ceilings.flops / ceilings.bandwidth) * 4, 200)
+    roof = f"copy {ceilings.bandwidth / 1e9:.0f} GB/s, matmul {ceilings.flops / 1e9:.0f} GFLOP/s"
+    axes.plot(intensity, np.minimum(intensity * ceilings.bandwidth, ceilings.flops) / 1e9, color="#444444", label=roof)
+    numbers = {place: index for index, place in enumerate(dict.fromkeys((row.case, row.direction) for row in mine), 1)}
+    for row in mine:
+        x, y = row.work.flops / row.work.bytes, row.flops_per_second / 1e9
+        axes.scatter(x, y, marker=MARKS[row.direction], color=COLOURS[row.contender], s=32, zorder=3)
+        if row.contender == OURS:
+            number = str(numbers[row.case, row.direction])
+            axes.annotate(number, (x, y), xytext=(-4, 5), textcoords="offset points", fontsize=8)
+    for name in dict.fromkeys(row.contender for row in mine):
+        axes.scatter([], [], color=COLOURS[name], label=name)
     for direction, mark in MARKS.items():
         axes.scatter([], [], color="black", marker=mark, label=direction)
+    listed = "\n".join(f"{number} {case}, {direction}" for (case, direction), number in numbers.items())
+    axes.text(1.02, 1, listed, transform=axes.transAxes, va="top", fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="FLOPs per compulsory byte", ylabel="GFLOP/s")
-    axes.set_title(f"Operators at the shape {shape}")
+    axes.set_title(f"Operators at the shape {rows[0].shape}")
     axes.legend(loc="lower right", fontsize=8)
     axes.grid(alpha=0.25)
     save(figure, machine, file)
@@ -87,6 +88,9 @@ def scaling(points: Sequence[Point], machine: str, file: Path) -> None:
                 axes.plot(sizes, numbers, "o-", color=COLOURS[contender], label=f"{contender}, slope {exponent:.2f}")
         for axes, label in zip(grid[:, column], ("ms a step", "peak MB beyond the arguments"), strict=True):
             axes.set(xscale="log", yscale="log", xlabel=name, ylabel=label)
+            ticks = sorted({point.size for point in points if point.sweep == name})
+            axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+            axes.minorticks_off()
             axes.legend(fontsize=8)
             axes.grid(alpha=0.25, which="both")
     save(figure, machine, file)

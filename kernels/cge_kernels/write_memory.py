@@ -16,7 +16,7 @@ from cge_kernels.dispatch import implementation
 from cge_kernels.language import jit, product, tl
 from cge_kernels.launch import current_target, launch
 
-MAX_CHANNELS = 16_384  # a row of more does not fit a program's registers
+MAX_CHANNELS = 8_192  # a row of more does not fit a program's registers
 NORM_EPS = 1e-12  # a mean feature below this norm counts as zero: it has no direction
 
 
