@@ -63,13 +63,14 @@ class Inputs:
         self.case, self.shape, self.dtype, self.device = case, shape, dtype, device
 
     def draw(self, *size: int) -> Tensor:
-        """Between 0 and 1, like features after a ReLU."""
+        """Between 0 and 1: positive, like features that were pooled after a ReLU."""
         return torch.rand(size, device=self.device)
 
     @cached_property
     def feature_map(self) -> Tensor:
         s = self.shape
-        return self.draw(s.batch, s.channels, s.height, s.width).to(self.dtype).requires_grad_()
+        activations = torch.randn(s.batch, s.channels, s.height, s.width, device=self.device).relu_()
+        return activations.to(self.dtype).requires_grad_()
 
     @cached_property
     def p(self) -> Tensor | None:
@@ -108,10 +109,13 @@ class Inputs:
         return torch.arange(self.shape.batch, device=self.device) // INSTANCES % self.shape.classes
 
 
-def compare(case: Case, shape: Shape, dtype: torch.dtype, rounds: int, seconds: float) -> dict[str, dict[str, Times]]:
-    """Times by contender and direction, on the GPU if there is one."""
+def compare(
+    case: Case, shape: Shape, dtype: torch.dtype, rounds: int, seconds: float, only: str | None = None
+) -> dict[str, dict[str, Times]]:
+    """Times by contender and direction, on the GPU if there is one; of all contenders, or of one alone."""
     device = default_device()
-    return take_turns(contenders(case, shape, dtype, device, not missing_compiler()), device, rounds, seconds)
+    compared = contenders(case, shape, dtype, device, not missing_compiler())
+    return take_turns({only: compared[only]} if only else compared, device, rounds, seconds)
 
 
 def default_device() -> torch.device:

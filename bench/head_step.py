@@ -1,175 +1,87 @@
-"""Time of the head's forward and backward on the CPU at the paper's size: python -m bench.head_step
+"""Time of the head's step against its floor, and where it goes: python -m bench.head_step
 
-The same head, from the feature map to the gradients of map, classifier, neck and exponent, with three sets of
-operators: cge_kernels, cge_reference as it stands, and cge_reference under torch.compile. One step of each in turn, so
-that whatever else the machine does falls on all of them. Beneath the table: the floor that follows from the bytes and
-FLOPs a step cannot do without and the rates measured here, and where the time of cge_kernels goes.
+The step is the head's forward and backward, without the memory's write, as bench/cases.py has it for the project and
+for cge_reference, eager and under torch.compile, which take turns. Beneath: what such a step takes at least, if bytes
+move at the rate of a large copy, products are computed at that of a large matmul and powers x^p at that of log2 followed
+by exp2, one after the other, all measured in the same run; and the project's operators one by one.
 """
 
 import argparse
-import time
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
-from tqdm import tqdm
 
-from cge_fast.head import CGEHead, Pooling
-from cge_kernels.revise_backward import revise_logits_backward_op
-from cge_kernels.revise_logits import revise_logits_op
-from cge_kernels.stripe_pool import stripe_pool_backward_op, stripe_pool_op
+from bench.cases import OURS, Case, compare, default_device
+from bench.ceilings import measure_ceilings
+from bench.compiler import missing_compiler
+from bench.measure import Contender, Times, take_turns
+from bench.shapes import SHAPES, Shape, named
+from bench.work import work
+from cge_fast import errors
 
-BATCH, CHANNELS, HEIGHT, WIDTH, STRIPES, CLASSES = 64, 2048, 24, 8, 3, 1041
-EPS = 1e-6
-WARMUP = 2
-OURS, EAGER, COMPILED = "cge_kernels", "cge_reference", "cge_reference, torch.compile"
-
-
-class Example:
-    """A head, its feature map (B, C, H, W) float32 after a ReLU, and labels (B,)."""
-
-    def __init__(self, pooling: Pooling):
-        torch.manual_seed(0)
-        sizes = {"in_channels": CHANNELS, "num_classes": CLASSES, "epochs": 120, "stripes": STRIPES}
-        self.head = CGEHead(**sizes, pooling=pooling)
-        self.head.memory.copy_(normalize(torch.randn_like(self.head.memory), dim=2))
-        self.reference = CGEHead(**sizes, pooling=pooling, kernels="reference")
-        self.reference.load_state_dict(self.head.state_dict())
-        self.feature_map = torch.randn(BATCH, CHANNELS, HEIGHT, WIDTH).relu_().requires_grad_()
-        self.labels = torch.randint(CLASSES, (BATCH,))
-
-    def step(self, head: Callable) -> None:
-        """Forward and backward; gradients of the step before are let go."""
-        self.feature_map.grad = None
-        self.head.zero_grad()
-        self.reference.zero_grad()
-        head(self.feature_map, self.labels).loss.backward()
-
-    def contenders(self) -> dict[str, Callable[[], None]]:
-        """A step with each set of operators; without a compiler the last is left out."""
-        compiled = torch.compile(self.reference)
-        contenders = {
-            OURS: lambda: self.step(self.head),
-            EAGER: lambda: self.step(self.reference),
-            COMPILED: lambda: self.step(compiled),
-        }
-        try:
-            contenders[COMPILED]()
-        except torch._inductor.exc.InductorError as error:
-            print(f"torch.compile is left out, it cannot run here: {str(error).splitlines()[0]}")
-            del contenders[COMPILED]
-        return contenders
-
-    def parts(self) -> dict[str, Callable[[], object]]:
-        """What a step with cge_kernels consists of."""
-        feature_map, memory, p = self.feature_map.detach(), self.head.memory, self.head.p
-        p = None if p is None else p.detach()
-        global_feature, local_features = stripe_pool_op(feature_map, STRIPES, p, EPS)
-        logits = torch.randn(BATCH, CLASSES)
-        _, scores, scale = revise_logits_op(logits, local_features, memory, True)
-        grad_global, grad_local = torch.randn_like(global_feature), torch.randn_like(local_features)
-
-        def classify() -> None:
-            self.head.zero_grad()
-            leaf = global_feature.detach().requires_grad_()
-            cross_entropy(self.head.classifier(self.head.neck(leaf)), self.labels, label_smoothing=0.1).backward()
-
-        return {
-            "pool, forward": lambda: stripe_pool_op(feature_map, STRIPES, p, EPS),
-            "revise, forward": lambda: revise_logits_op(logits, local_features, memory, True),
-            "neck, classifier and cross entropy, both ways": classify,
-            "revise, backward": lambda: revise_logits_backward_op(
-                logits, logits, local_features, memory, scores, scale, True
-            ),
-            "pool, backward": lambda: stripe_pool_backward_op(
-                grad_global, grad_local, feature_map, global_feature, local_features, p, EPS
-            ),
-        }
+PROGRAM = "bench.head_step"
+SECONDS = 60.0  # for each comparison, at most about
+POWERS = 1 << 19  # numbers whose logarithms stay in the cache
 
 
-def milliseconds(function: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    function()
-    return (time.perf_counter() - start) * 1e3
-
-
-def in_turn(functions: dict[str, Callable[[], object]], repeats: int, title: str) -> dict[str, Tensor]:
-    """Milliseconds (repeats,) of each function; one call of each in turn, after a few that do not count."""
-    times = {name: [] for name in functions}
-    for _ in tqdm(range(WARMUP + repeats), title):
-        for name, function in functions.items():
-            times[name].append(milliseconds(function))
-    return {name: torch.tensor(values[WARMUP:]) for name, values in times.items()}
-
-
-def rates(repeats: int) -> tuple[float, float, float]:
-    """Bytes per ms of a copy (read and written), FLOPs per ms of a matmul, numbers per ms of log2 then exp2."""
-    source = torch.randn(BATCH, CHANNELS, HEIGHT * WIDTH)
-    target = torch.empty_like(source)
-    left, right = torch.randn(2, CHANNELS, CHANNELS)
-    numbers = torch.rand(1 << 19) + EPS
+def power_rate(device: torch.device, rounds: int) -> float:
+    """Numbers per second of log2, then exp2."""
+    numbers = torch.rand(POWERS, device=device) + 0.5
     logs = torch.empty_like(numbers)
-    functions = {
-        "copy": lambda: target.copy_(source),
-        "matmul": lambda: left @ right,
-        "power": lambda: torch.log2(numbers, out=logs).exp2_(),
-    }
-    best = {name: times.median().item() for name, times in in_turn(functions, repeats, "rates").items()}
-    return 2 * source.nbytes / best["copy"], 2 * CHANNELS**3 / best["matmul"], len(numbers) / best["power"]
+    times = take_turns({"power": Contender(lambda: torch.log2(numbers, out=logs).exp2_())}, device, rounds)
+    return POWERS / times["power"]["forward"].median
 
 
-def print_floor(pooling: str, bandwidth: float, flops_rate: float, power_rate: float) -> None:
-    """What a step must move and compute, and how long that takes at the measured rates."""
-    numbers = BATCH * CHANNELS * HEIGHT * WIDTH
-    classifier = CLASSES * CHANNELS
-    # The map is read for the features, its gradient written; GeM's gradient takes the map a second time. Memory and
-    # classifier are read in both directions, the classifier's gradient is written.
-    moved = 4 * ((3 if pooling == "gem" else 2) * numbers + 2 * STRIPES * classifier + 3 * classifier)
-    # A product with the memory in each direction for each stripe, and the classifier's three.
-    flops = 2 * BATCH * classifier * (2 * STRIPES + 3)
-    powers = 2 * numbers if pooling == "gem" else 0
-    floor = {"bytes": moved / bandwidth, "FLOPs": flops / flops_rate, "powers": powers / power_rate}
-    print(f"  measured: copy {bandwidth / 1e6:.1f} GB/s, matmul {flops_rate / 1e6:.0f} GFLOP/s", end="")
-    print(f", log2 and exp2 {power_rate / 1e6:.2f} G/s")
-    print(f"  floor: {sum(floor.values()):.1f} ms = {moved / 1e6:.0f} MB in {floor['bytes']:.1f}", end="")
-    print(f" + {flops / 1e9:.2f} GFLOP in {floor['FLOPs']:.1f} + {powers / 1e6:.0f} M powers in {floor['powers']:.1f}")
+def floor_lines(shape: Shape, pooling: str, rounds: int) -> list[str]:
+    """What the step needs at least, and the rates by which."""
+    device = default_device()
+    ceilings, powers_per_second = measure_ceilings(device, torch.float32, rounds), power_rate(device, rounds)
+    needed = work("head", shape, pooling)
+    both = needed["forward"] + needed["backward"]
+    # GeM takes x^p of each number in the forward and x^(p-1) in the backward.
+    powers = 2 * shape.batch * shape.channels * shape.height * shape.width if pooling == "gem" else 0
+    parts = both.bytes / ceilings.bandwidth, both.flops / ceilings.flops, powers / powers_per_second
+    moving, multiplying, raising = (part * 1e3 for part in parts)
+    return [
+        f"copy {ceilings.bandwidth / 1e9:.1f} GB/s, matmul {ceilings.flops / 1e9:.0f} GFLOP/s, "
+        f"log2 and exp2 {powers_per_second / 1e9:.2f} G/s",
+        f"floor {sum(parts) * 1e3:.1f} ms: {both.bytes / 1e6:.0f} MB in {moving:.1f}, {both.flops / 1e9:.2f} GFLOP in "
+        f"{multiplying:.1f}, {powers / 1e6:.0f} M powers in {raising:.1f}",
+    ]
 
 
-def run(pooling: Pooling, repeats: int, measured_rates: tuple[float, float, float]) -> None:
-    """Prints table, floor and parts for one pooling."""
-    example = Example(pooling)
-    steps = in_turn(example.contenders(), repeats, f"{pooling}: steps")
-    print(f"\n{pooling}: B {BATCH}, C {CHANNELS}, map {HEIGHT}x{WIDTH}, n {STRIPES}, N {CLASSES}, float32, ms a step")
-    ours = steps[OURS].median().item()
-    for name, times in steps.items():
-        low, median, high = times.quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-        spread = f"20% {low:.1f}, 80% {high:.1f}, least {times.min():.1f}"
-        print(f"  {name:<30} {median:8.1f}  ({spread})  {median / ours:.2f}x")
-    print_floor(pooling, *measured_rates)
-    parts = {
-        name: times.median().item() for name, times in in_turn(example.parts(), repeats, f"{pooling}: parts").items()
-    }
-    for name, median in parts.items():
-        print(f"  {name:<46} {median:8.1f} ms")
-    print(f"  {'the rest':<46} {ours - sum(parts.values()):8.1f} ms")
+def line(name: str, times: Times, ours: Times) -> str:
+    """Median, percentiles and ratio."""
+    low, high = (moment * 1e3 for moment in times.percentiles)
+    ratio = times.median / ours.median
+    return f"  {name:<34}{times.median * 1e3:9.1f} ms{times.mark:1} (20% {low:.1f}, 80% {high:.1f})  {ratio:.2f}x"
+
+
+def report(shape: Shape, pooling: str, rounds: int) -> str:
+    """Table, floor and parts of one pooling."""
+    steps = compare(Case("head", pooling), shape, torch.float32, rounds, SECONDS)
+    ours = steps[OURS]["step"]
+    lines = [f"{pooling}: {shape}, float32", *(line(name, laps["step"], ours) for name, laps in steps.items())]
+    lines += [f"  {text}" for text in floor_lines(shape, pooling, rounds)]
+    for case in (Case("stripe_pool", pooling), Case("revised_cross_entropy")):
+        laps = compare(case, shape, torch.float32, rounds, SECONDS, only=OURS)[OURS]
+        lines += [line(f"{case.operator}, {direction}", laps[direction], ours) for direction in ("forward", "backward")]
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and measures."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.head_step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m {PROGRAM}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pooling", choices=("gem", "average", "both"), default="both", help="default both")
-    parser.add_argument("--repeats", type=int, default=15, help="steps that count, of each; default 15")
-    parser.add_argument("--threads", type=int, default=2, help="default 2")
+    parser.add_argument("--shape", default="msmt17", help=f"of {', '.join(SHAPES)}; default msmt17")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each, at most; default 15")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    measured_rates = rates(options.repeats)
-    for pooling in ("gem", "average") if options.pooling == "both" else (options.pooling,):
-        run(pooling, options.repeats, measured_rates)
+    shape = named([options.shape])[options.shape]
+    if missing_compiler():
+        print(f"torch.compile is left out, it cannot run here: {missing_compiler()}")
+    for pooling in ("gem", "average"):
+        print(report(shape, pooling, options.rounds), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main, PROGRAM)
