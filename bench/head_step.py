@@ -2,8 +2,8 @@
 
 The step is the head's forward and backward, without the memory's write, as bench/cases.py has it for the project and
 for cge_reference, eager and under torch.compile, which take turns. Beneath: what such a step takes at least, if bytes
-move at the rate of a large copy, products are computed at that of a large matmul and powers x^p at that of log2 followed
-by exp2, one after the other, all measured in the same run; and the project's operators one by one.
+move at the rate of a large copy, products are computed at that of a large matmul and powers x^p at that of log2
+followed by exp2, one after the other, all measured in the same run; and the project's operators one by one.
 """
 
 import argparse
