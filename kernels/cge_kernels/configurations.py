@@ -89,13 +89,15 @@ POOL_BACKWARD = {
 PREPARE = Configuration({"BLOCK_B": 16, "BLOCK_C": 32}, num_warps=4)
 GRAD_SCORES = Configuration({"BLOCK_B": 8, "BLOCK_N": 64}, num_warps=4)
 
-# (target family, precision of the product) -> the matmuls' tiles. Families: "cuda" from sm_80 on, "sm_75", "hip".
+# (target, precision of the product) -> the matmuls' tiles. Targets: "cuda" or "hip", and single ones that differ.
 # Precisions: "half" of 16-bit operands; "tf32" and "ieee" of float32 ones, ieee without tensor cores on NVIDIA, where
-# wider tiles spill. Stages: with one program on a multiprocessor the tiles in flight alone cover the memory's latency.
+# wider tiles spill. Stages: with one program on a multiprocessor the tiles in flight alone cover the memory's latency;
+# on sm_100 a fourth one spills.
 REVISE = {
     ("cuda", "half"): Matmul((64, 32, 16), depth=64, num_warps=4, num_stages=4, max_registers=255),
     ("cuda", "tf32"): Matmul((32, 16), depth=32, num_warps=4, num_stages=4, max_registers=255),
-    ("cuda", "ieee"): Matmul((16,), depth=32, num_warps=4, num_stages=4, max_registers=255),
+    ("cuda", "ieee"): Matmul((16,), depth=16, num_warps=4, num_stages=4, max_registers=255),
+    ("sm_100", "half"): Matmul((64, 32, 16), depth=64, num_warps=4, num_stages=3, max_registers=255),
     ("sm_75", "half"): Matmul((64, 32, 16), depth=64, num_warps=4, num_stages=2),
     ("sm_75", "ieee"): Matmul((32, 16), depth=32, num_warps=4, num_stages=2),
     ("hip", "half"): Matmul((64, 32, 16), depth=64, num_warps=4, num_stages=2),
@@ -141,8 +143,8 @@ def grad_local_configuration(target: Target, dtype: torch.dtype, batch: int, col
 
 def matmul(table: dict[tuple[str, str], Matmul], target: Target, dtype: torch.dtype) -> Matmul:
     """A table's row for a target and the operands' dtype."""
-    family = "sm_75" if target.backend == "cuda" and target.arch < 80 else target.backend
-    return table[family, float32_precision(target) if dtype == torch.float32 else "half"]
+    precision = float32_precision(target) if dtype == torch.float32 else "half"
+    return table.get((target.family, precision)) or table[target.backend, precision]
 
 
 def matmul_configuration(tiles: Matmul, width_name: str, target: Target, batch: int, columns: int) -> Configuration:
