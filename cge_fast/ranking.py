@@ -9,7 +9,9 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 CURVE_RANKS = 50
-CHUNK_DISTANCES = 2**22  # distances held at a time; the ranking of a chunk takes about 40 bytes for each
+CHUNK_DISTANCES = 2**25  # distances held at a time, of some queries to the whole gallery; they take about 6 bytes each
+BLOCK_IMAGES = 1024  # gallery images whose float64 features, or whose keys, are held at a time
+BEHIND_ALL = torch.iinfo(torch.int64).max  # a key greater than any image's
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,56 @@ class Retrieval:
 def distances(query: Tensor, gallery: Tensor, metric: Literal["cosine", "euclidean"]) -> Tensor:
     """(Q, G) float32 distances that rank as the metric does: minus the cosine, or half the squared distance.
 
-    They are computed in float64 (cosine expects normalised features): the matmul form of the squared distance cancels,
-    and equal rows of the gallery must get equal distances whatever tile of the product they fall into.
+    They are computed in float64: the matmul form of the squared distance cancels, and equal rows of the gallery must
+    get equal distances whatever tile of the product they fall into.
     """
-    products = query @ gallery.T
-    if metric == "cosine":
-        return products.neg_().float()
-    squares = (query.square().sum(dim=1) / 2)[:, None] + gallery.square().sum(dim=1) / 2
-    return squares.sub_(products).float()
+    result = torch.empty(len(query), len(gallery), dtype=torch.float32, device=query.device)
+    query = normalize(query.double()) if metric == "cosine" else query.double()
+    half_squares = query.square().sum(dim=1, keepdim=True) / 2
+    for images, columns in zip(gallery.split(BLOCK_IMAGES), result.split(BLOCK_IMAGES, dim=1), strict=True):
+        images = normalize(images.double()) if metric == "cosine" else images.double()
+        products = query @ images.T
+        if metric == "cosine":
+            columns.copy_(products.neg_())
+        else:
+            columns.copy_((half_squares + images.square().sum(dim=1) / 2).sub_(products))
+    return result
+
+
+def order_keys(distance: Tensor, index: Tensor) -> Tensor:
+    """int64 that order as the float32 distances do, and equal distances by index; NaN comes behind infinity."""
+    bits = (distance + 0.0).view(torch.int32)  # the sum makes -0.0 a 0.0
+    bits ^= (bits >> 31) & 0x7FFFFFFF  # a float's bits ascend with it, but those of negative ones descend
+    return bits.long().mul_(2**32).add_(index)
+
+
+def match_ranks(
+    distance: Tensor, identities: Tensor, cameras: Tensor, gallery_identities: Tensor, gallery_cameras: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Ranks (Q, M) int64 of each query's matches, ascending, and which of them are no padding.
+
+    Args:
+        distance: (Q, G) float32; that of junk is overwritten.
+        identities, cameras: (Q,); gallery_identities, gallery_cameras (G,).
+    """
+    query, image = (identities[:, None] == gallery_identities).nonzero(as_tuple=True)
+    junk = cameras[query] == gallery_cameras[image]
+    distance[query, image] = distance[query, image].masked_fill(junk, torch.nan)
+
+    # Matches are few: only their keys are sorted, those of a query in a row of its own, padded.
+    count = query.bincount(minlength=len(distance))
+    column = torch.arange(len(query), device=query.device) - (count.cumsum(0) - count)[query]
+    match = torch.full((len(distance), max([1, *count.tolist()])), BEHIND_ALL, device=query.device)
+    match[query, column] = order_keys(distance[query, image], image).masked_fill(junk, BEHIND_ALL)
+    match = match.sort(dim=1).values
+
+    # A rank is how many images are up to the match: they are counted from one match to the next.
+    images = match.new_zeros(len(match), match.shape[1] + 1)
+    indices = torch.arange(distance.shape[1], device=distance.device)
+    for part, index in zip(distance.split(BLOCK_IMAGES, dim=1), indices.split(BLOCK_IMAGES), strict=True):
+        place = torch.searchsorted(match, order_keys(part, index))
+        images.scatter_add_(1, place, images.new_ones(()).expand_as(place))
+    return images.cumsum(dim=1)[:, :-1], match < BEHIND_ALL
 
 
 @torch.no_grad()
@@ -67,40 +111,34 @@ def evaluate_ranking(
         ValueError: a feature is not finite, or no query has a match.
     """
     for name, features in (("query_features", query_features), ("gallery_features", gallery_features)):
-        if not all(chunk.isfinite().all() for chunk in features.split(4096)):
+        if not all(chunk.isfinite().all() for chunk in features.split(1024)):
             raise ValueError(f"{name} must be finite, got NaN or infinity")
-    query_features, gallery_features = query_features.double(), gallery_features.double()
-    if metric == "cosine":
-        query_features, gallery_features = normalize(query_features), normalize(gallery_features)
     rows = max(1, CHUNK_DISTANCES // max(1, len(gallery_features)))
-    average_precisions, penalties, first_ranks = [], [], []
+    average_precisions, penalties, first_ranks, counted = [], [], [], []
     chunks = zip(query_features.split(rows), query_identities.split(rows), query_cameras.split(rows), strict=True)
     with tqdm(total=len(query_features), desc="ranking", unit=" query", disable=not progress, leave=False) as bar:
         for features, identities, cameras in chunks:
-            order = distances(features, gallery_features, metric).sort(dim=1, stable=True).indices
-            same_identity = gallery_identities[order] == identities[:, None]
-            junk = same_identity & (gallery_cameras[order] == cameras[:, None])
-            match = same_identity & ~junk
-            # Matches are few: from here on work with their positions (query, place in the order) alone.
-            query, place = match.nonzero(as_tuple=True)
-            rank = (~junk).cumsum(dim=1, dtype=torch.int32)[query, place]
-            matches = match.sum(dim=1)
-            start = matches.cumsum(0) - matches
-            number = torch.arange(1, len(query) + 1, device=query.device) - start[query]
-            has_match = matches > 0
-            counts = matches[has_match]
-            precision_sums = torch.zeros(len(features), dtype=torch.float64, device=query.device)
-            precision_sums.index_add_(0, query, number.double() / rank)
-            average_precisions.append(precision_sums[has_match] / counts)
-            first_ranks.append(rank[start[has_match]])
-            penalties.append(counts.double() / rank[start[has_match] + counts - 1])
+            rank, is_match = match_ranks(
+                distances(features, gallery_features, metric),
+                identities,
+                cameras,
+                gallery_identities,
+                gallery_cameras,
+            )
+            matches = is_match.sum(dim=1).double()
+            number = torch.arange(1, rank.shape[1] + 1, dtype=torch.float64, device=rank.device)
+            average_precisions.append((number / rank).where(is_match, 0).sum(dim=1) / matches)
+            penalties.append(matches / rank.where(is_match, 0).amax(dim=1))
+            first_ranks.append(rank[:, 0])
+            counted.append(matches > 0)
             bar.update(len(features))
-    first = torch.cat(first_ranks)
+    has_match = torch.cat(counted)
+    first = torch.cat(first_ranks)[has_match]
     if len(first) == 0:
         raise ValueError("no query has a match of another camera in the gallery, so there is nothing to average")
     return Retrieval(
-        mAP=torch.cat(average_precisions).mean().item(),
-        mINP=torch.cat(penalties).mean().item(),
+        mAP=torch.cat(average_precisions)[has_match].mean().item(),
+        mINP=torch.cat(penalties)[has_match].mean().item(),
         cmc=tuple((first <= k).double().mean().item() for k in range(1, CURVE_RANKS + 1)),
         queries=len(first),
         skipped=len(query_features) - len(first),

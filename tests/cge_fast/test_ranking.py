@@ -110,3 +110,65 @@ def test_features_that_are_not_finite_are_refused():
     good, ids = torch.ones(1, 2), torch.tensor([1])
     with pytest.raises(ValueError, match="gallery_features must be finite"):
         evaluate_ranking(good, ids, ids, good * torch.nan, ids, ids + 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    gallery=st.integers(1, 60),
+    distinct=st.integers(1, 3),
+    identities=st.integers(1, 3),
+    block=st.sampled_from([1, 7, 1024]),
+)
+def test_blocks_of_a_gallery_of_few_distinct_images_rank_as_the_obvious_implementation(
+    seed, gallery, distinct, identities, block
+):
+    random = np.random.default_rng(seed)
+    g = integers(random, distinct, 2)[torch.from_numpy(random.integers(distinct, size=gallery))]
+    q = integers(random, 4, 2)
+    ids = [torch.from_numpy(random.integers(0, identities, size=count)) for count in (4, gallery)]
+    cameras = [torch.from_numpy(random.integers(0, 2, size=count)) for count in (4, gallery)]
+    distance = ((q[:, None] - g[None]) ** 2).sum(dim=2).tolist()
+    expected = obvious(distance, ids[0].tolist(), cameras[0].tolist(), ids[1].tolist(), cameras[1].tolist())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranking, "BLOCK_IMAGES", block)
+        arguments = (q, ids[0], cameras[0], g, ids[1], cameras[1], "euclidean")
+        if not expected:
+            with pytest.raises(ValueError, match="no query has a match"):
+                evaluate_ranking(*arguments)
+            return
+        result = evaluate_ranking(*arguments)
+    assert result.mAP == pytest.approx(np.mean([ap for ap, _, _ in expected]))
+    assert result.mINP == pytest.approx(np.mean([inp for _, inp, _ in expected]))
+    assert result.cmc == pytest.approx([np.mean([first <= k for *_, first in expected]) for k in range(1, 51)])
+
+
+def test_keys_order_by_distance_then_by_index():
+    ascending = [
+        -torch.inf,
+        -3e38,
+        -2.5,
+        -1.0,
+        -1e-45,
+        0.0,
+        -0.0,
+        0.0,
+        1e-45,
+        1.0,
+        1.0,
+        2.5,
+        3e38,
+        torch.inf,
+        torch.nan,
+    ]
+    keys = ranking.order_keys(torch.tensor(ascending), torch.arange(len(ascending))).tolist()
+    assert keys == sorted(set(keys))
+    assert keys[-1] < ranking.BEHIND_ALL
+    negative = ranking.order_keys(torch.tensor([-1.0, 1.0, -1.0]), torch.tensor([9, 0, 2])).tolist()
+    assert negative[2] < negative[0] < negative[1]
+
+
+def test_an_empty_gallery_has_no_match():
+    ids = torch.tensor([1])
+    with pytest.raises(ValueError, match="no query has a match"):
+        evaluate_ranking(torch.ones(1, 2), ids, ids, torch.ones(0, 2), ids[:0], ids[:0])
