@@ -70,7 +70,7 @@ def step(rows: Sequence["StepRow"], machine: str, file: Path) -> None:
         left += widths
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds of a step, medians of the parts")
-    axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.4, 1.35))
+    axes.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.4, 1.0))
     save(figure, machine, file)
 
 
@@ -90,7 +90,7 @@ def scaling(points: Sequence[Point], machine: str, file: Path) -> None:
             axes.set(xscale="log", yscale="log", xlabel=name, ylabel=label)
             ticks = sorted({point.size for point in points if point.sweep == name})
             axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-            axes.minorticks_off()
+            axes.set_xticks([], minor=True)
             axes.legend(fontsize=8)
             axes.grid(alpha=0.25, which="both")
     save(figure, machine, file)
