@@ -86,7 +86,7 @@ def test_hooks_nest_and_end_also_after_an_error():
 
 def test_the_target_decides_tiles_and_grid():
     def revise():
-        cge_kernels.revise_logits(torch.rand(64, 1041), torch.rand(64, 3, 8), torch.rand(3, 1041, 8))
+        cge_kernels.revise_logits(torch.rand(64, 1041), torch.rand(64, 3, 8), torch.rand(3, 1041, 8).bfloat16())
 
     small = collect(revise, Target("cuda", 80, 32, 4, 163 * 1024))[1]
     large = collect(revise, H100)[1]
