@@ -84,7 +84,7 @@ POOL = {
 }
 POOL_BACKWARD = {
     "positions": Configuration({"BLOCK_C": 16, "BLOCK_S": 64}, num_warps=4),
-    "channels": Configuration({"BLOCK_C": 64, "BLOCK_S": 16}, num_warps=8),
+    "channels": Configuration({"BLOCK_C": 64, "BLOCK_S": 8}, num_warps=4),
 }
 PREPARE = Configuration({"BLOCK_B": 16, "BLOCK_C": 32}, num_warps=4)
 GRAD_SCORES = Configuration({"BLOCK_B": 8, "BLOCK_N": 64}, num_warps=4)
