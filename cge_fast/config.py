@@ -33,10 +33,20 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 class DataConfig:
     """The data set and how its images become batches."""
 
-    name: Literal["pedestrians", "pedestrians-trap", "market1501", "folder"] = "pedestrians"
+    name: Literal[
+        "pedestrians",
+        "pedestrians-trap",
+        "market1501",
+        "msmt17",
+        "msmt17-train-only",
+        "cuhk03-detected",
+        "cuhk03-labeled",
+        "veri776",
+        "folder",
+    ] = "pedestrians"
     """Data set; the pedestrians are drawn on first use, the others are read from data.root."""
     root: Path | None = None
-    """Folder of the data set market1501 or folder."""
+    """Folder of a data set that is not drawn."""
     height: PositiveInt = 96
     """Image height after resizing, pixels."""
     width: PositiveInt = 48

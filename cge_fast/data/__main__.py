@@ -1,4 +1,4 @@
-"""Writes data sets in Market-1501's folder format: python -m cge_fast.data --help"""
+"""Looks at a data set, or writes one in Market-1501's folder format: python -m cge_fast.data --help"""
 
 import sys
 from collections.abc import Sequence
@@ -8,9 +8,11 @@ from jsonargparse import ArgumentParser
 
 from cge_fast import errors
 from cge_fast.data.contact_sheet import contact_sheet
+from cge_fast.data.counts import count, require_published, table
 from cge_fast.data.market1501 import read_market1501
 from cge_fast.data.omniglot import export_omniglot
 from cge_fast.data.pedestrians import draw
+from cge_fast.data.sets import SETS
 
 PROGRAM = "cge_fast.data"
 CONTACT_SHEET = "contact_sheet.png"
@@ -19,7 +21,9 @@ CONTACT_SHEET = "contact_sheet.png"
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program; `arguments` default to the command line's."""
     parser = ArgumentParser(
-        prog=PROGRAM, description="Writes data sets in Market-1501's folder format.", exit_on_error=False
+        prog=PROGRAM,
+        description="Counts a data set's identities, images and cameras, or writes a set in Market-1501's format.",
+        exit_on_error=False,
     )
     commands = parser.add_subcommands()
     for name, help_ in (
@@ -32,8 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name == "omniglot":
             command.add_argument("--source", type=Path, required=True, help="folder with the archives, unzipped")
         commands.add_subcommand(name, command, help=help_)
+    for name in SETS:
+        help_ = f"counts of {name}, beside the published ones if there are any, and a contact sheet"
+        command = ArgumentParser(prog=f"{PROGRAM} {name}", exit_on_error=False, description=f"Shows {help_}.")
+        command.add_argument("--root", type=Path, required=True, help="folder of the data set")
+        command.add_argument(
+            "--sheet", type=Path, default=Path(f"{name}_{CONTACT_SHEET}"), help="file of the contact sheet, a PNG"
+        )
+        commands.add_subcommand(name, command, help=help_)
     parsed = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     options = parsed[parsed.subcommand]
+    if parsed.subcommand in SETS:
+        show(parsed.subcommand, options.root, options.sheet)
+        return
     if parsed.subcommand == "omniglot":
         export_omniglot(options.source, options.export)
     else:
@@ -41,6 +56,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sheet = options.export / CONTACT_SHEET
     contact_sheet(read_market1501(options.export), sheet)
     print(f"{options.export} written; a look at it: {sheet}")
+
+
+def show(name: str, root: Path, sheet: Path) -> None:
+    """Prints the counts of a data set beside the published ones and writes its contact sheet.
+
+    Raises:
+        UserError: the set cannot be read, or its counts are not the published ones (after all is printed and written).
+    """
+    reader, published = SETS[name]
+    reid_set = reader(root)
+    found = count(reid_set)
+    print(table(found, published))
+    contact_sheet(reid_set, sheet)
+    print(f"a look at it: {sheet}")
+    if published is not None:
+        require_published(found, published)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ def read_folder(root: Path) -> ReidSet:
         for split in ("train", "query", "gallery")
         for path in image_files(root / split)
     ]
-    identities = {name: number for number, name in enumerate(sorted({identity for _, _, identity, _ in found}))}
+    # From 1 on, since identity 0 would be distractors.
+    names = sorted({identity for _, _, identity, _ in found})
+    identities = {name: number for number, name in enumerate(names, start=1)}
     cameras = {name: number for number, name in enumerate(sorted({camera for *_, camera in found}))}
     images = {"train": [], "query": [], "gallery": []}
     for split, path, identity, camera in found:

@@ -3,6 +3,7 @@
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import PIL.Image
 from tqdm import tqdm
@@ -10,6 +11,7 @@ from tqdm import tqdm
 from cge_fast.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
+MOST_SHOWN = 6  # names of a folder in an error
 TOO_LARGE = (PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError)
 UNREADABLE = (OSError, SyntaxError, ValueError, *TOO_LARGE)  # what Pillow raises for damaged files
 
@@ -32,6 +34,42 @@ class ReidSet:
     gallery: list[Image]
 
 
+def missing(kind: Literal["file", "folder"], path: Path, option: str = "data.root") -> UserError:
+    """The error that names what is not there, and what the nearest folder above it holds instead."""
+    above = next(folder for folder in path.absolute().parents if folder.is_dir())
+    names = sorted(entry.name for entry in above.iterdir())
+    shown = [f"{name}/" if (above / name).is_dir() else name for name in names[:MOST_SHOWN]]
+    more = [f"{len(names) - MOST_SHOWN} more"] if len(names) > MOST_SHOWN else []
+    return UserError(f"{option}: there is no {kind} {path}; {above} holds {', '.join(shown + more) or 'nothing'}")
+
+
+def file_at(path: Path) -> Path:
+    """`path` itself.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if not path.is_file():
+        raise missing("file", path)
+    return path
+
+
+def all_there(images: list[Image], folder: Path, file: Path) -> list[Image]:
+    """The images below `folder` that an archive's list `file` names, all of them on the disk.
+
+    Raises:
+        UserError: there is no such folder, the list is empty, or an image is missing.
+    """
+    if not folder.is_dir():
+        raise missing("folder", folder)
+    if not images:
+        raise UserError(f"{file} lists no image: the archive is not whole")
+    for image in images:
+        if not image.path.is_file():
+            raise UserError(f"image {image.path} is missing, but {file} lists it: the archive is not whole")
+    return images
+
+
 def image_files(folder: Path, option: str = "data.root") -> list[Path]:
     """The jpg and png files below a folder, at any depth, sorted; errors name the option that the folder came from.
 
@@ -39,7 +77,7 @@ def image_files(folder: Path, option: str = "data.root") -> list[Path]:
         UserError: there is no such folder, or it holds no image.
     """
     if not folder.is_dir():
-        raise UserError(f"{option}: there is no folder {folder}")
+        raise missing("folder", folder, option)
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
         raise UserError(f"{option}: {folder} holds no jpg or png image")

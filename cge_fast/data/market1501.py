@@ -3,12 +3,16 @@
 import re
 from pathlib import Path
 
+from cge_fast.data.counts import Counts
 from cge_fast.data.images import Image, ReidSet, image_files
 from cge_fast.errors import UserError
 
 NAME = re.compile(r"(?P<identity>-?\d+)_c(?P<camera>\d+)")  # 0002_c1s1_000451_03.jpg
 SPLITS = ("bounding_box_train", "query", "bounding_box_test")
 JUNK = -1  # boxes without a person; 0 are distractors: people who are nobody's match, kept in the gallery
+
+# 3,819 of the 19,732 files in bounding_box_test are junk; of the rest, 2,798 are distractors.
+PUBLISHED = {"train": Counts(751, 12_936, 6), "query": Counts(750, 3_368, 6), "gallery": Counts(751, 15_913, 6)}
 
 
 def read_market1501(root: Path) -> ReidSet:

@@ -3,16 +3,31 @@
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from cge_fast.config import DataConfig
+from cge_fast.data import cuhk03, market1501, msmt17, veri776
+from cge_fast.data.counts import SetCounts
 from cge_fast.data.folder import read_folder
 from cge_fast.data.images import ReidSet, without_corrupt
-from cge_fast.data.market1501 import read_market1501
 from cge_fast.data.pedestrians import draw
+from cge_fast.data.whole_folder import once
 from cge_fast.errors import UserError
 
 DRAWING = 1  # number of the embedded sets' present drawing: a change of the pixels takes the next
+
+# Sets that are read from a folder: their readers, and the counts that were published of them.
+SETS: dict[str, tuple[Callable[[Path], ReidSet], SetCounts | None]] = {
+    "market1501": (market1501.read_market1501, market1501.PUBLISHED),
+    "msmt17": (msmt17.read_msmt17, msmt17.PUBLISHED),
+    "msmt17-train-only": (msmt17.read_msmt17_train_only, msmt17.PUBLISHED_TRAIN_ONLY),
+    "cuhk03-detected": (partial(cuhk03.read_cuhk03, boxes="detected"), cuhk03.PUBLISHED["detected"]),
+    "cuhk03-labeled": (partial(cuhk03.read_cuhk03, boxes="labeled"), cuhk03.PUBLISHED["labeled"]),
+    "veri776": (veri776.read_veri776, veri776.PUBLISHED),
+    "folder": (read_folder, None),
+}
 
 
 def read(config: DataConfig) -> ReidSet:
@@ -22,11 +37,12 @@ def read(config: DataConfig) -> ReidSet:
         UserError: the root is missing or does not hold such a set.
     """
     if config.name in ("pedestrians", "pedestrians-trap"):
-        reid_set = read_market1501(pedestrians(trap=config.name == "pedestrians-trap"))
+        reid_set = market1501.read_market1501(pedestrians(trap=config.name == "pedestrians-trap"))
     elif config.root is None:
         raise UserError(f"data.root: the data set {config.name} needs the folder where it lies")
     else:
-        reid_set = {"market1501": read_market1501, "folder": read_folder}[config.name](config.root)
+        reader, _ = SETS[config.name]
+        reid_set = reader(config.root)
     if config.skip_corrupt:
         reid_set, corrupt = without_corrupt(reid_set)
         print(f"left out {len(corrupt)} corrupt images" + "".join(f"\n  {path}" for path in corrupt), file=sys.stderr)
@@ -51,10 +67,5 @@ def pedestrians(trap: bool) -> Path:
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     cache = Path(os.environ.get("CGE_CACHE", home / "cge-fast"))
     folder = cache / f"pedestrians{'-trap' if trap else ''}-{DRAWING}"
-    if not folder.is_dir():
-        try:
-            draw(folder, trap)
-        except (OSError, UserError):
-            if not folder.is_dir():  # else another process drew the same in the meantime
-                raise
+    once(folder, partial(draw, trap=trap))
     return folder

@@ -1,7 +1,7 @@
 """Folders that are written whole or not at all."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,3 +24,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         unfinished.mkdir()
         yield unfinished
         unfinished.rename(folder)
+
+
+def once(folder: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write(folder)`, which writes the whole folder, unless it is there or another process writes it meanwhile.
+
+    Raises:
+        What `write` raises.
+    """
+    if not folder.is_dir():
+        try:
+            write(folder)
+        except (OSError, UserError):
+            if not folder.is_dir():
+                raise

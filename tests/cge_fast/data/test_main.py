@@ -7,6 +7,9 @@ from cge_fast import errors
 from cge_fast.config import DataConfig
 from cge_fast.data import pedestrians, read
 from cge_fast.data.__main__ import main
+from cge_fast.data.counts import Counts
+from cge_fast.data.market1501 import read_market1501
+from cge_fast.data.sets import SETS
 
 
 @pytest.fixture
@@ -56,6 +59,8 @@ def test_a_broken_drawing_leaves_nothing_behind(omniglot, tmp_path):
     [
         (["omniglot", "--source", "/nix", "--export", "x"], "source: there is no folder /nix/images_background_small1"),
         (["pedestrians"], "pedestrians.export"),
+        (["veri776"], "veri776.root"),
+        (["msmt17", "--root", "/nix"], "data.root: there is no file /nix/list_train.txt; / holds "),
         (["elephants", "--export", "x"], "elephants"),
     ],
 )
@@ -84,3 +89,48 @@ def test_the_embedded_set_is_written_with_a_contact_sheet(tmp_path, monkeypatch,
     main(["pedestrians", "--export", str(tmp_path / "set")])
     assert "contact_sheet.png" in capsys.readouterr().out
     assert len(read(DataConfig(name="market1501", root=tmp_path / "set")).train) == 36
+
+
+def test_counts_that_are_not_the_published_ones_fail_after_table_and_sheet(market, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        errors.run(
+            lambda: main(["market1501", "--root", str(market), "--sheet", str(tmp_path / "sheet.png")]), "cge_fast.data"
+        )
+    assert exit_.value.code == 2
+    printed = capsys.readouterr()
+    assert [line.split() for line in printed.out.splitlines()] == [
+        ["found", "identities", "images", "cameras", "published", "identities", "images", "cameras"],
+        ["train", "4", "24", "3", "751", "12,936", "6"],
+        ["query", "4", "4", "1", "750", "3,368", "6"],
+        ["gallery", "4", "20", "3", "751", "15,913", "6"],
+        ["a", "look", "at", "it:", str(tmp_path / "sheet.png")],
+    ]
+    assert len({len(line) for line in printed.out.splitlines()[:4]}) == 1, "the columns stand below one another"
+    (error,) = printed.err.splitlines()
+    assert "data.root: these are not the published counts: train identities 4, not 751; train images 24, not" in error
+    with PIL.Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 72
+
+
+def test_a_single_count_that_differs_is_the_one_named(market, tmp_path, monkeypatch):
+    published = {"train": Counts(4, 24, 3), "query": Counts(4, 4, 1), "gallery": Counts(4, 20, 3)}
+    arguments = ["market1501", "--root", str(market), "--sheet", str(tmp_path / "sheet.png")]
+    monkeypatch.setitem(SETS, "market1501", (read_market1501, published))
+    main(arguments)
+    monkeypatch.setitem(SETS, "market1501", (read_market1501, published | {"query": Counts(4, 4, 6)}))
+    with pytest.raises(errors.UserError, match=r"not the published counts: query cameras 1, not 6$"):
+        main(arguments)
+
+
+def test_a_set_of_which_nothing_was_published_is_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for split, camera in (("train", "north"), ("query", "north"), ("gallery", "south")):
+        folder = tmp_path / "crops" / split / "anna"
+        folder.mkdir(parents=True)
+        PIL.Image.new("RGB", (4, 8)).save(folder / f"{camera}_1.png")
+    main(["folder", "--root", "crops"])
+    printed = capsys.readouterr().out
+    assert "published" not in printed
+    assert ["gallery", "1", "1", "1"] in [line.split() for line in printed.splitlines()]
+    with PIL.Image.open(tmp_path / "folder_contact_sheet.png") as sheet:
+        assert sheet.size == (72 + 2 * 64, 2 * 126), "anna is no distractor: a row of each split"

@@ -1,11 +1,13 @@
 """Readers: what they find, and what they say when they do not."""
 
+from typing import get_args, get_type_hints
+
 import PIL.Image
 import pytest
 
 from cge_fast.config import DataConfig
 from cge_fast.data import read
-from cge_fast.data.sets import pedestrians
+from cge_fast.data.sets import SETS, pedestrians
 from cge_fast.errors import UserError
 
 
@@ -60,6 +62,29 @@ def test_market1501_names_what_is_missing_or_wrong(market, tmp_path):
     touch(market / "query" / "-1_c1s1_000001_00.jpg")
     with pytest.raises(UserError, match=r"/query holds only junk images"):
         market1501(market)
+
+
+def test_a_root_above_or_below_the_right_folder_is_told_what_is_there(market, tmp_path):
+    unpacked = market / "Market-1501-v15.09.15"
+    unpacked.mkdir()
+    for split in ("bounding_box_train", "query", "bounding_box_test"):
+        (market / split).rename(unpacked / split)
+    with pytest.raises(
+        UserError, match=rf"there is no folder .*/bounding_box_train; {market} holds Market-1501-v15.09.15/$"
+    ):
+        market1501(market)
+    for number in range(1, 10):
+        touch(unpacked / "query" / f"0009_c2s1_000001_0{number}.jpg")
+    with pytest.raises(UserError, match=r"query holds 0009_c2s1_000001_00.jpg, .*, 0009_c2s1_000001_05.jpg, 4 more$"):
+        market1501(unpacked / "query")
+    (unpacked / "empty").mkdir()
+    with pytest.raises(UserError, match=r"there is no folder .*; .*/empty holds nothing$"):
+        market1501(unpacked / "empty")
+
+
+def test_every_set_with_a_reader_can_be_chosen():
+    chosen = get_args(get_type_hints(DataConfig)["name"])
+    assert {*SETS, "pedestrians", "pedestrians-trap"} == set(chosen)
 
 
 def test_a_set_without_a_root_asks_for_it():

@@ -1,0 +1,51 @@
+"""How many identities, images and cameras the splits of a data set have, beside what was published of it."""
+
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, fields
+
+from cge_fast.data.images import ReidSet
+from cge_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one split. Distractors count as one identity, as they do in the published tables."""
+
+    identities: int
+    images: int
+    cameras: int
+
+
+SetCounts = Mapping[str, Counts]  # of train, query and gallery
+
+
+def count(reid_set: ReidSet) -> SetCounts:
+    """The counts of each split."""
+    return {
+        split: Counts(len({image.identity for image in images}), len(images), len({image.camera for image in images}))
+        for split, images in vars(reid_set).items()
+    }
+
+
+def table(found: SetCounts, published: SetCounts | None) -> str:
+    """A line for each split: what was found and, if something was published, that beside it."""
+    sides = (found,) if published is None else (found, published)
+    names = "".join(f"{column.name:>12}" for column in fields(Counts))
+    heads = (f"{'found':8}" + names, f"    {'published':9}" + names)
+    lines = ["".join(heads[: len(sides)])]
+    for split in found:
+        cells = ["".join(f"{value:>12,}" for value in astuple(side[split])) for side in sides]
+        lines.append(f"{split:8}" + f"{'':13}".join(cells))
+    return "\n".join(lines)
+
+
+def require_published(found: SetCounts, published: SetCounts) -> None:
+    """Raises UserError, which names every count that differs, if the set is not the published one."""
+    differing = [
+        f"{split} {column.name} {getattr(found[split], column.name):,}, not {getattr(published[split], column.name):,}"
+        for split in published
+        for column in fields(Counts)
+        if getattr(found[split], column.name) != getattr(published[split], column.name)
+    ]
+    if differing:
+        raise UserError("data.root: these are not the published counts: " + "; ".join(differing))
