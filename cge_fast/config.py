@@ -18,7 +18,9 @@ from jsonargparse.typing import (
 
 from cge_fast.backbones import Backbone
 from cge_fast.errors import UserError
-from cge_fast.head import Alpha, Pooling
+from cge_fast.head import Alpha, Pooling, Revision
+from cge_fast.losses.classification import Classification
+from cge_fast.losses.metric import Metric
 from cge_fast.operators import Kernels
 
 Settings = TypeVar("Settings")
@@ -83,24 +85,40 @@ class ModelConfig:
     """n: horizontal stripes, each a local classifier."""
     alpha: Alpha = "linear"
     """How much of a memory row stays at a write, by epoch."""
+    revision: Revision = "logits"
+    """What the weights multiply: the logits, the classifier's N maps before they are pooled, or none of them."""
     local_gradient: bool = True
     """Let the gradient flow through the revision's weights to the backbone."""
+    shuffle_memory: bool = False
+    """A control: revise by a memory whose rows are permuted among the identities."""
+    classifier_std: PositiveFloat = 0.001
+    """Standard deviation of the classifier's weights at the start: 0.001 in BagTricks, 0.01 in FastReID."""
     logit_scale: PositiveFloat = 1.0
     """Factor of the logits; revision alone multiplies them by about 0.7, so compare with baselines scaled alike."""
 
 
 @dataclass
 class LossConfig:
-    """l1 * cross entropy + l2 * batch-hard triplet."""
+    """l1 * classification loss + l2 * metric loss + centre * centre loss."""
 
+    classification: Classification = "cross_entropy"
+    """Loss of the logits, revised if there is CGE; sphere: cross entropy with SphereFace's angular margin of 4."""
     label_smoothing: ClosedUnitInterval = 0.1
     """e: the target is (1-e) * onehot + e/N."""
+    smoothed: Literal["all", "others"] = "all"
+    """What e is spread over: all classes (e/N each), or the other ones (e/(N-1) each), as FastReID does."""
+    metric: Metric = "triplet"
+    """Loss of the features before BNNeck: batch-hard triplet, AGW's weighted regularisation triplet, ..."""
     margin: NonNegativeFloat | Literal["soft"] = 0.3
     """Triplet margin (hinge), or soft: log(1 + exp(d_ap - d_an))."""
     l1: NonNegativeFloat = 1.0
-    """Weight of the cross entropy."""
+    """Weight of the classification loss."""
     l2: NonNegativeFloat = 1.0
-    """Weight of the triplet loss."""
+    """Weight of the metric loss."""
+    centre: NonNegativeFloat = 0.0
+    """Weight of the centre loss; AGW's published settings have 5e-4."""
+    centre_lr: PositiveFloat = 0.5
+    """Learning rate of the centres."""
 
 
 @dataclass
@@ -115,10 +133,16 @@ class OptimConfig:
     """Weight decay (coupled L2, on every parameter)."""
     warmup: NonNegativeFloat = 0.1
     """Length of the linear warm-up: epochs, or below 1 a share of all epochs."""
+    warmup_steps: NonNegativeInt = 0
+    """Length of the warm-up in optimiser steps; 0: as `warmup` says."""
     warmup_factor: PositiveFloat = 0.1
     """Learning rate at the start of the warm-up, as a factor."""
+    by_epoch: bool = False
+    """Change the learning rate once an epoch, by its number counted from 1, not at every step."""
     milestones: list[PositiveFloat] = field(default_factory=lambda: [0.6, 0.85])
     """When the learning rate falls: epochs done, or below 1 shares of all epochs."""
+    milestones_after_warmup: bool = False
+    """Count the milestones' epochs from the end of the warm-up."""
     gamma: PositiveFloat = 0.1
     """Factor at each milestone."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

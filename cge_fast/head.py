@@ -5,9 +5,9 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from cge_fast.distributed import gather
+from cge_fast.losses.classification import Classification, classification_losses, sphere_logits
 from cge_fast.operators import Kernels, local_hits, operators, require_shape, require_tensor, valid_labels
 
 GEM_INITIAL_P = 3.0
@@ -16,12 +16,13 @@ CONSTANT_ALPHA = 0.01
 
 Pooling = Literal["average", "gem"]
 Alpha = Literal["linear", "exponential", "constant"]
+Revision = Literal["logits", "features", "none"]
 
 
 class HeadOutput(NamedTuple):
     """What a training forward returns; B batch, C channels, n stripes."""
 
-    loss: Tensor  # 0-d: mean cross entropy of the revised logits over the batch
+    loss: Tensor  # 0-d: mean classification loss of the revised logits over the batch
     global_feature: Tensor  # (B, C) float32, before BNNeck: what metric losses take
     embedding: Tensor  # (B, C) float32, after BNNeck
     local_features: Tensor | None  # (B, n, C) float32, detached: what write_memory takes; None without CGE
@@ -45,18 +46,24 @@ def memory_alpha(strategy: Alpha, epoch: int, epochs: int) -> float:
             return CONSTANT_ALPHA
 
 
-def smoothed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """Mean label-smoothed cross entropy, 0-d, and hits (B,) of logits (B, N).
+def valid_targets(labels: Tensor, batch: int, classes: int) -> tuple[Tensor, Tensor]:
+    """Mask (B,) of the labels in [0, N), and int64 labels with 0 for the others.
 
-    Labels are checked and masked as in `revised_cross_entropy`: outside [0, N) they are a ValueError on the CPU, a NaN
-    loss on a GPU.
+    As in `revised_cross_entropy` a label outside is a ValueError on the CPU, and masked on a GPU.
     """
     require_tensor("labels", labels, "(B,)", "an integer")
-    require_shape("labels", labels, (len(logits),), f"logits {tuple(logits.shape)}")
-    valid = valid_labels(labels, logits.shape[1])  # if nobody took the mask, torch.compile would drop the check
-    targets = torch.where(valid, labels, 0).long()
-    loss = cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
-    return torch.where(valid, loss, torch.nan).mean(), logits.argmax(dim=1) == labels
+    require_shape("labels", labels, (batch,), f"a batch of {batch}")
+    valid = valid_labels(labels, classes)  # if nobody took the mask, torch.compile would drop the check
+    return valid, torch.where(valid, labels, 0).long()
+
+
+def rows_of_stripes(stripes: int, height: int) -> Tensor:
+    """(n, H) float32: which stripes a row belongs to, as shares that add up to 1 for each row (stripes may overlap)."""
+    row = torch.arange(height)
+    first = torch.arange(stripes)[:, None] * height // stripes
+    last = -(-(torch.arange(stripes)[:, None] + 1) * height // stripes)  # rounded up
+    member = ((row >= first) & (row < last)).float()
+    return member / member.sum(dim=0)
 
 
 class CGEHead(nn.Module):
@@ -73,7 +80,14 @@ class CGEHead(nn.Module):
         pooling: "average", or "gem" with one learnable exponent for the global and the stripe features.
         alpha: how much of a memory row a write keeps: "linear", "exponential" or "constant" (`memory_alpha`).
         cge: False leaves out memory, stripes and revision: the BagTricks baseline.
+        revision: what w multiplies. "logits", the paper's; "features": the classifier, a 1x1 convolution, makes N maps,
+            the rows of stripe i are multiplied by sigmoid(s_i[k]) and the maps are averaged; "none": the memory is
+            written and its precision known, but the logits stay as they are.
+        shuffle_memory: a control: class k is revised by another class's rows, by a fixed permutation without a fixed
+            point (`local_hit` takes the true ones).
+        classification: loss of the logits: "cross_entropy", "focal" or "sphere".
         label_smoothing: e of the target (1-e) * onehot + e/N.
+        classifier_std: standard deviation of the classifier's weights at the start.
         logit_scale: factor of the logits, 1 in the paper. Revision itself multiplies logits by 0.5 to 0.73, so a
             baseline with a smaller scale is the fair comparison.
         local_gradient: False detaches the revision's weights from the backbone.
@@ -93,7 +107,11 @@ class CGEHead(nn.Module):
         pooling: Pooling = "gem",
         alpha: Alpha = "linear",
         cge: bool = True,
+        revision: Revision = "logits",
+        shuffle_memory: bool = False,
+        classification: Classification = "cross_entropy",
         label_smoothing: float = 0.1,
+        classifier_std: float = CLASSIFIER_STD,
         logit_scale: float = 1.0,
         local_gradient: bool = True,
         kernels: Kernels = "fused",
@@ -103,21 +121,39 @@ class CGEHead(nn.Module):
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        choices = (("pooling", pooling, Pooling), ("alpha", alpha, Alpha), ("kernels", kernels, Kernels))
+        choices = (
+            ("pooling", pooling, Pooling),
+            ("alpha", alpha, Alpha),
+            ("revision", revision, Revision),
+            ("classification", classification, Classification),
+            ("kernels", kernels, Kernels),
+        )
         for name, value, known in choices:
             if value not in known.__args__:
                 raise ValueError(f"{name} must be one of {', '.join(known.__args__)}, got {value!r}")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+        if revision == "features" and (pooling, classification) != ("average", "cross_entropy"):
+            raise ValueError(
+                "revision 'features' averages the classifier's maps, so it goes with pooling 'average' and classification "
+                f"'cross_entropy', got {pooling!r} and {classification!r}"
+            )
+        if shuffle_memory and num_classes < 2:
+            raise ValueError(f"shuffle_memory needs at least 2 classes, got {num_classes}")
         self.epochs, self.alpha, self.cge, self.kernels = epochs, alpha, cge, kernels
         self.stripes = stripes if cge else 1
+        self.revision, self.shuffle_memory, self.classification = revision, shuffle_memory, classification
         self.label_smoothing, self.logit_scale, self.local_gradient = label_smoothing, logit_scale, local_gradient
         self.p = nn.Parameter(torch.tensor(GEM_INITIAL_P)) if pooling == "gem" else None
         self.neck = nn.BatchNorm1d(in_channels)
         self.neck.bias.requires_grad_(False)
         self.classifier = nn.Linear(in_channels, num_classes, bias=False)
-        nn.init.normal_(self.classifier.weight, std=CLASSIFIER_STD)
+        nn.init.normal_(self.classifier.weight, std=classifier_std)
         self.register_buffer("memory", torch.zeros(stripes, num_classes, in_channels) if cge else None)
+        # A rotation of a random order has no fixed point; the same for every seed, so that a resumed run has it too.
+        order = torch.randperm(num_classes, generator=torch.Generator().manual_seed(0))
+        shuffled = order.roll(1)[order.argsort()] if shuffle_memory else None
+        self.register_buffer("shuffled", shuffled, persistent=False)
 
     def forward(self, feature_map: Tensor, labels: Tensor | None = None) -> HeadOutput | Tensor:
         """The training output with labels, the embedding without.
@@ -134,21 +170,22 @@ class CGEHead(nn.Module):
         """
         if labels is None:
             return self.embed(feature_map)
-        if self.cge and self.kernels != "one_pass":
+        as_published = (self.revision, self.classification, self.shuffled) == ("logits", "cross_entropy", None)
+        if self.cge and as_published and self.kernels != "one_pass":
             return self._forward_fused(feature_map, labels)
-        global_feature = self.embed(feature_map, after_neck=False)
-        embedding = self._normalise(global_feature)
-        logits, local_features, local_hit = self._logits(embedding), None, None
-        if self.cge:
-            logits, local_features = self._revise_in_one_pass(feature_map, logits)
-            local_features = local_features.detach()
-        loss, hit = smoothed_cross_entropy(logits, labels, self.label_smoothing)
-        if self.cge:
-            local_hit = local_hits(local_features, self.memory, labels)
+        valid, targets = valid_targets(labels, len(feature_map), self.classifier.out_features)
+        global_feature, local_features = self.pool(feature_map)
+        logits, embedding = self._revised(feature_map, global_feature, local_features, targets)
+        losses = classification_losses(logits, targets, self.classification, self.label_smoothing)
+        loss, hit = torch.where(valid, losses, torch.nan).mean(), logits.argmax(dim=1) == labels
+        if not self.cge:
+            return HeadOutput(loss, global_feature, embedding, None, hit, None)
+        local_features = local_features.detach()
+        local_hit = local_hits(local_features, self.memory, labels)
         return HeadOutput(loss, global_feature, embedding, local_features, hit, local_hit)
 
     def _forward_fused(self, feature_map: Tensor, labels: Tensor) -> HeadOutput:
-        """Training with CGE, where the loss takes the features: `revised_cross_entropy`."""
+        """Training with the paper's CGE, where the loss takes the features: `revised_cross_entropy`."""
         global_feature, local_features = self.pool(feature_map)
         embedding = self._normalise(global_feature)
         loss, hit, local_hit = operators(self.kernels).revised_cross_entropy(
@@ -162,11 +199,52 @@ class CGEHead(nn.Module):
         )
         return HeadOutput(loss.mean(), global_feature, embedding, local_features.detach(), hit, local_hit)
 
-    def _revise_in_one_pass(self, feature_map: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Revised logits (B, N) and local features (B, n, C) in one launch."""
-        return operators(self.kernels).revise_logits_one_pass(
-            feature_map, logits, self.memory, self.p, local_gradient=self.local_gradient
+    def _revised(
+        self, feature_map: Tensor, global_feature: Tensor, local_features: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Revised logits (B, N) and embedding (B, C); `labels` (B,) int64 give the margin of classification "sphere"."""
+        if self.cge and self.revision == "features":
+            return self._revised_maps(feature_map, local_features)
+        embedding = self._normalise(global_feature)
+        logits = self._logits(embedding, labels)
+        if not self.cge or self.revision == "none":
+            return logits, embedding
+        memory = self._revising_memory()
+        if self.kernels == "one_pass":
+            revise = operators(self.kernels).revise_logits_one_pass
+            return revise(feature_map, logits, memory, self.p, local_gradient=self.local_gradient)[0], embedding
+        revise = operators(self.kernels).revise_logits
+        return revise(logits, local_features, memory, self.local_gradient), embedding
+
+    def _revised_maps(self, feature_map: Tensor, local_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, N) from N maps whose rows are multiplied by their stripe's sigmoid(s_i), then averaged; embedding.
+
+        BNNeck normalises the map's positions here; the average commutes with it, so the embedding in use is the same.
+        """
+        batch, channels, height, width = feature_map.shape
+        positions = feature_map.permute(0, 2, 3, 1).reshape(-1, channels).float()
+        rows = self._normalise(positions).view(batch, height, width, channels).mean(dim=2)
+        maps = self._logits(rows)  # (B, H, N): the convolution commutes with the average over a row
+        memory = self._revising_memory()
+        ones = local_features.new_ones(batch, memory.shape[1])
+        revise = operators(self.kernels).revise_logits  # of one stripe's memory it gives sigmoid(s_i)
+        weights = torch.stack(
+            [
+                revise(ones, local_features[:, i : i + 1], memory[i : i + 1], self.local_gradient)
+                for i in range(self.stripes)
+            ]
         )
+        share = rows_of_stripes(self.stripes, height).to(weights)
+        return torch.einsum("ibk,ih,bhk->bk", weights, share, maps) / height, rows.mean(dim=1)
+
+    def _revising_memory(self) -> Tensor:
+        return self.memory if self.shuffled is None else self.memory[:, self.shuffled]
+
+    def revision_weights(self, local_features: Tensor) -> Tensor:
+        """w (B, N) float32 of local features (B, n, C): what the logits are multiplied by; no gradient."""
+        with torch.no_grad():
+            ones = local_features.new_ones(len(local_features), self.classifier.out_features)
+            return operators(self.kernels).revise_logits(ones, local_features, self._revising_memory())
 
     def embed(self, feature_map: Tensor, after_neck: bool = True) -> Tensor:
         """The global feature (B, C) float32 of a feature map (B, C, H, W), after BNNeck or before it."""
@@ -178,12 +256,8 @@ class CGEHead(nn.Module):
 
         What write_memory then takes: `_, local_features = head.pool(feature_map.detach())`.
         """
-        if not self.cge or self.kernels == "one_pass":
-            logits = self._logits(self.embed(feature_map))
-            return self._revise_in_one_pass(feature_map, logits)[0] if self.cge else logits
         global_feature, local_features = self.pool(feature_map)
-        logits = self._logits(self._normalise(global_feature))
-        return operators(self.kernels).revise_logits(logits, local_features, self.memory, self.local_gradient)
+        return self._revised(feature_map, global_feature, local_features, None)[0]
 
     def write_memory(self, local_features: Tensor, labels: Tensor, epoch: int) -> None:
         """Writes one optimiser step's local features into the memory; call it after `optimizer.step()`.
@@ -211,6 +285,8 @@ class CGEHead(nn.Module):
         with torch.autocast(global_feature.device.type, enabled=False):
             return self.neck(global_feature)
 
-    def _logits(self, embedding: Tensor) -> Tensor:
+    def _logits(self, embedding: Tensor, labels: Tensor | None = None) -> Tensor:
         with torch.autocast(embedding.device.type, enabled=False):
+            if self.classification == "sphere" and labels is not None:
+                return sphere_logits(embedding, self.classifier.weight, labels) * self.logit_scale
             return self.classifier(embedding * self.logit_scale)

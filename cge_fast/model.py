@@ -63,7 +63,12 @@ def build(
         pooling=model.pooling,
         alpha=model.alpha,
         cge=model.cge,
-        label_smoothing=loss.label_smoothing,
+        revision=model.revision,
+        shuffle_memory=model.shuffle_memory,
+        classification=loss.classification,
+        # e' of the form that spreads e' over all classes: e over the others is e N/(N-1) over all.
+        label_smoothing=smoothing * num_classes / (num_classes - 1) if loss.smoothed == "others" else smoothing,
+        classifier_std=model.classifier_std,
         logit_scale=model.logit_scale,
         local_gradient=model.local_gradient,
         kernels=kernels,

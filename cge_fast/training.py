@@ -12,14 +12,15 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from cge_fast import checkpoint, data, model
-from cge_fast.config import TrainConfig, to_yaml
+from cge_fast.config import LossConfig, TrainConfig, to_yaml
 from cge_fast.data.batches import train_labels, train_loader
 from cge_fast.data.sampler import PKSampler
 from cge_fast.distributed import copy_from_first_rank, gather_with_gradient, rank, sum_over_ranks, world_size
 from cge_fast.errors import UserError
 from cge_fast.head import memory_alpha
 from cge_fast.log import Log
-from cge_fast.losses import batch_hard_triplet
+from cge_fast.losses.centre import CentreLoss
+from cge_fast.losses.metric import metric_loss
 from cge_fast.operators import check_backend
 from cge_fast.profile import Stopwatch
 from cge_fast.schedule import learning_rate
@@ -31,16 +32,17 @@ RETRIEVAL = ("mAP", "rank1", "rank5", "rank10", "mINP")
 class EpochSums(NamedTuple):
     """What an epoch adds up, on the device."""
 
-    losses: Tensor  # (2,): cross entropy and triplet loss, times samples
+    losses: Tensor  # (3,): classification, metric and centre loss, times samples
     samples: Tensor  # 0-d
     hits: Tensor  # 0-d
+    weights: Tensor  # (3,): w of the label, mean w over all classes, samples; of the steps that are looked at
     stripe_hits: Tensor  # (n,)
     levels: Tensor  # (n+1,): samples of which 0..n stripes are right, the hardest first
 
     @classmethod
     def zeros(cls, stripes: int, device: torch.device) -> "EpochSums":
         """The sums of an epoch that begins."""
-        return cls(*(torch.zeros(shape, device=device) for shape in (2, (), (), stripes, stripes + 1)))
+        return cls(*(torch.zeros(shape, device=device) for shape in (3, (), (), 3, stripes, stripes + 1)))
 
 
 class Training:
@@ -71,7 +73,7 @@ class Training:
             raise UserError(f"optim.accumulate: {share} identities cannot be cut evenly into {pieces}")
         if config.loss.l2 and config.data.identities // pieces < 2:
             raise UserError(
-                "loss.l2: the triplet loss needs 2 identities in a micro-batch, so at least twice as many "
+                "loss.l2: the metric loss needs 2 identities in a micro-batch, so at least twice as many "
                 f"data.identities as optim.accumulate, got {config.data.identities} and {pieces}"
             )
         if share // pieces * config.data.instances < 2:
@@ -94,6 +96,10 @@ class Training:
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay, fused=True
         )
+        channels = self.network.head.classifier.in_features
+        self.centre = (
+            CentreLoss(max(labels) + 1, channels, config.loss.centre_lr, device) if config.loss.centre else None
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.stopwatch = Stopwatch(device) if profile else None
         if self.stopwatch:
@@ -115,6 +121,8 @@ class Training:
         try:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
+            if self.centre:
+                self.centre.centres.copy_(state["centres"])
             set_random_state(state["random"])
             self.epochs_done, self.best_map = state["epoch"], state["best_map"]
             self.untrained, self.result = state["untrained"], state["result"]
@@ -181,14 +189,15 @@ class Training:
         for step, (images, labels) in enumerate(self.loader):
             images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
             self.lap("waiting for data")
-            rate = learning_rate(self.config.optim, epoch - 1 + step / len(self.loader))
+            rate = learning_rate(self.config.optim, epoch - 1 + step / len(self.loader), len(self.loader))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            unseen.append(self.step(wrapped, images, labels, epoch, sums))
+            looks = len(unseen) == STEPS_BETWEEN_LOOKS - 1 or step == len(self.loader) - 1
+            unseen.append(self.step(wrapped, images, labels, epoch, sums, looks))
             bar.update()
-            if len(unseen) == STEPS_BETWEEN_LOOKS or step == len(self.loader) - 1:
-                weights = torch.tensor([self.config.loss.l1, self.config.loss.l2], device=self.device)
-                losses = (torch.stack(unseen) @ weights).tolist()
+            if looks:
+                factors = torch.tensor(loss_factors(self.config.loss), device=self.device)
+                losses = (torch.stack(unseen) @ factors).tolist()
                 for number, loss in enumerate(losses, start=step + 2 - len(losses)):
                     if not math.isfinite(loss):
                         raise self.not_finite(f"the loss of step {number} of epoch {epoch}")
@@ -202,12 +211,18 @@ class Training:
         copy_from_first_rank(self.network.buffers())
         return sums
 
-    def step(self, wrapped: nn.Module, images: Tensor, labels: Tensor, epoch: int, sums: EpochSums) -> Tensor:
-        """One optimiser step and memory write; returns cross entropy and triplet loss (2,), detached."""
+    def step(
+        self, wrapped: nn.Module, images: Tensor, labels: Tensor, epoch: int, sums: EpochSums, looks: bool = False
+    ) -> Tensor:
+        """One optimiser step and memory write; returns classification, metric and centre loss (3,), detached.
+
+        looks: add up the revision's weights too, which costs one more revision.
+        """
         config, pieces = self.config.loss, self.config.optim.accumulate
+        factors = torch.tensor(loss_factors(config), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        losses = torch.zeros(2, device=self.device)
-        local_features = []
+        losses = torch.zeros(3, device=self.device)
+        local_features, centred = [], []
         for number, (piece, piece_labels) in enumerate(
             zip(images.chunk(pieces), labels.chunk(pieces), strict=True), start=1
         ):
@@ -215,13 +230,16 @@ class Training:
             with wrapped.no_sync() if waits else nullcontext():
                 out = wrapped(piece, piece_labels)
                 all_features, all_labels = gather_with_gradient(out.global_feature), gather_with_gradient(piece_labels)
-                triplet = batch_hard_triplet(all_features, all_labels, config.margin)
-                loss = config.l1 * out.loss + config.l2 * triplet
+                metric = metric_loss(all_features, all_labels, config.metric, config.margin)
+                centre = self.centre(all_features, all_labels) if self.centre else metric.new_zeros(())
+                parts = torch.stack([out.loss, metric, centre])
+                loss = parts @ factors
                 self.lap("head forward and losses")
                 self.scaler.scale(loss / pieces).backward()
                 self.lap("backbone backward")
-            losses += torch.stack([out.loss.detach(), triplet.detach()]) / pieces
+            losses += parts.detach() / pieces
             local_features.append(out.local_features)
+            centred.append((all_features.detach(), all_labels))
             sums.hits.add_(out.hit.sum())
             if out.local_hit is not None:
                 sums.stripe_hits.add_(out.local_hit.sum(dim=0))
@@ -229,8 +247,15 @@ class Training:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.lap("optimiser")
+        for all_features, all_labels in centred if self.centre else []:
+            self.centre.update(all_features, all_labels)
         if self.network.head.cge:
-            self.network.head.write_memory(torch.cat(local_features), labels, epoch)
+            features = torch.cat(local_features)
+            if looks:
+                weights = self.network.head.revision_weights(features)
+                own = weights.gather(1, labels[:, None].long())
+                sums.weights.add_(torch.stack([own.sum(), weights.mean(dim=1).sum(), own.new_tensor(len(labels))]))
+            self.network.head.write_memory(features, labels, epoch)
         self.lap("memory write")
         sums.losses.add_(losses * len(labels))
         sums.samples.add_(len(labels))
@@ -244,16 +269,18 @@ class Training:
     def figures(self, epoch: int, sums: EpochSums, seconds: float) -> dict[str, Any]:
         """An epoch's row of metrics.jsonl, but for the evaluation."""
         samples = sums.samples.item()
-        entropy, triplet = (sums.losses / samples).tolist()
+        losses = (sums.losses / samples).tolist()
+        label_weight, mean_weight = (sums.weights[:2] / sums.weights[2]).tolist()
         cge = self.config.model.cge
         return {
             "epoch": epoch,
-            "loss": self.config.loss.l1 * entropy + self.config.loss.l2 * triplet,
-            "cross_entropy": entropy,
-            "triplet": triplet,
+            "loss": sum(factor * loss for factor, loss in zip(loss_factors(self.config.loss), losses, strict=True)),
+            **dict(zip(("classification", "metric", "centre"), losses, strict=True)),
             "lr": self.optimizer.param_groups[0]["lr"],
             "alpha": memory_alpha(self.config.model.alpha, epoch, self.config.optim.epochs) if cge else None,
             "train_accuracy": sums.hits.item() / samples,
+            "label_weight": label_weight if cge else None,
+            "mean_weight": mean_weight if cge else None,
             "stripe_precision": (sums.stripe_hits / samples).tolist() if cge else None,
             "levels": (sums.levels / samples).tolist() if cge else None,
             "images_per_second": samples / seconds,
@@ -266,6 +293,7 @@ class Training:
             "epoch": self.epochs_done,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "centres": self.centre.centres if self.centre else None,
             "random": random_state(),
             "best_map": self.best_map,
             "untrained": self.untrained,
@@ -291,6 +319,11 @@ class Training:
             f"the last finite checkpoint is {last}, of epoch {self.epochs_done}" if last.exists() else "none is saved"
         )
         return UserError(f"{what} is not finite ({kept}); try a smaller optim.lr or optim.precision float32")
+
+
+def loss_factors(config: LossConfig) -> list[float]:
+    """Factors of the classification, the metric and the centre loss."""
+    return [config.l1, config.l2, config.centre]
 
 
 def random_state() -> dict[str, Any]:

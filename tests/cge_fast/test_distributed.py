@@ -12,7 +12,7 @@ from torch import nn
 
 from cge_fast import CGEHead, checkpoint, model, train, training
 from cge_fast.distributed import gather, gather_with_gradient
-from cge_fast.losses import batch_hard_triplet
+from cge_fast.losses.triplet import batch_hard_triplet
 from cge_fast.model import ReidModel
 from cge_reference import write_memory_
 

@@ -6,21 +6,36 @@ from cge_fast.config import OptimConfig
 from cge_fast.schedule import learning_rate
 
 
+def rates(optim, *epochs_done, steps_per_epoch=100):
+    return [learning_rate(optim, done, steps_per_epoch) for done in epochs_done]
+
+
 def test_the_papers_schedule():
     optim = OptimConfig(epochs=120, lr=3.5e-4, warmup=10, warmup_factor=0.1, milestones=[40, 90], gamma=0.1)
-    rates = {done: learning_rate(optim, done) for done in (0, 5, 10, 39.99, 40, 89.99, 90, 119.99)}
-    assert rates == pytest.approx(
-        {0: 3.5e-5, 5: 1.925e-4, 10: 3.5e-4, 39.99: 3.5e-4, 40: 3.5e-5, 89.99: 3.5e-5, 90: 3.5e-6, 119.99: 3.5e-6}
+    found = rates(optim, 0, 5, 10, 39.99, 40, 89.99, 90, 119.99)
+    assert found == pytest.approx([3.5e-5, 1.925e-4, 3.5e-4, 3.5e-4, 3.5e-5, 3.5e-5, 3.5e-6, 3.5e-6])
+
+
+def test_bagtricks_goes_by_epochs_counted_from_one():
+    optim = OptimConfig(epochs=120, lr=1.0, warmup=10, warmup_factor=0.01, by_epoch=True, milestones=[40, 70])
+    published = {e: 0.01 * (1 - e / 10) + e / 10 for e in (1, 5, 9)} | {10: 1.0, 39: 1.0, 40: 0.1, 69: 0.1, 70: 0.01}
+    for epoch, factor in published.items():
+        assert rates(optim, epoch - 1, epoch - 0.01) == pytest.approx([factor, factor]), epoch
+
+
+def test_fastreid_warms_up_by_steps_and_counts_milestones_afterwards():
+    optim = OptimConfig(
+        epochs=120, lr=1.0, warmup_steps=2000, warmup_factor=0.1, milestones=[40, 90], milestones_after_warmup=True
     )
+    found = rates(optim, 0, 5, 10, 49.99, 50, 99.99, 100, steps_per_epoch=200)
+    assert found == pytest.approx([0.1, 0.55, 1, 1, 0.1, 0.1, 0.01])
 
 
 def test_numbers_below_one_are_shares_of_the_training():
     optim = OptimConfig(epochs=20, lr=1.0, warmup=0.1, warmup_factor=0.5, milestones=[0.6, 0.85], gamma=0.1)
-    assert [learning_rate(optim, done) for done in (0, 1, 2, 11.9, 12, 17)] == pytest.approx(
-        [0.5, 0.75, 1, 1, 0.1, 0.01]
-    )
+    assert rates(optim, 0, 1, 2, 11.9, 12, 17) == pytest.approx([0.5, 0.75, 1, 1, 0.1, 0.01])
 
 
 def test_no_warmup_and_no_milestones_is_a_constant():
     optim = OptimConfig(epochs=3, lr=1.0, warmup=0, milestones=[])
-    assert [learning_rate(optim, done) for done in (0, 2.9)] == [1.0, 1.0]
+    assert rates(optim, 0, 2.9) == [1.0, 1.0]

@@ -65,7 +65,7 @@ def test_metrics_have_a_row_for_each_epoch(options, tmp_path, capsys):
     assert [untrained["epoch"], first["epoch"], last["epoch"]] == [0, 1, 2]
     assert first["mAP"] is None
     assert last["mAP"] > 0
-    assert first["loss"] == pytest.approx(first["cross_entropy"] + first["triplet"])
+    assert first["loss"] == pytest.approx(first["classification"] + first["metric"])
     assert [first["alpha"], last["alpha"]] == [0.5, 1.0]
     assert len(last["stripe_precision"]) == 3
     assert len(last["levels"]) == 4
@@ -220,7 +220,7 @@ def test_the_profile_leaves_evaluation_out(options, monkeypatch):
 
 def test_bfloat16_trains(options, tmp_path, capsys):
     run([*options, "--optim.precision", "bfloat16"], capsys)
-    assert all(row["cross_entropy"] > 0 for row in rows(tmp_path / "run")[1:])
+    assert all(row["classification"] > 0 for row in rows(tmp_path / "run")[1:])
     assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} <= {torch.float32, torch.int64}
 
 

@@ -7,6 +7,12 @@ from torch import Tensor
 from torch.nn.functional import relu, softplus
 
 
+def pairwise_distance(features: Tensor) -> Tensor:
+    """(B, B) Euclidean distances of features (B, C)."""
+    # Differences, not the matmul form: near-equal features lose all digits there, and cdist's gradient at 0 is 0.
+    return torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 def batch_hard_triplet(features: Tensor, labels: Tensor, margin: float | Literal["soft"] = 0.0) -> Tensor:
     """Mean over anchors of the hardest triplet in the batch (Hermans et al. 2017), Euclidean, not normalised.
 
@@ -15,17 +21,14 @@ def batch_hard_triplet(features: Tensor, labels: Tensor, margin: float | Literal
     sample of another identity contributes 0.
 
     Args:
-        features: (B, C), floating; distances are computed in float32 at least.
+        features: (B, C), float32 or float64.
         labels: (B,), integer.
         margin: the hinge's margin, or "soft".
 
     Returns:
         the loss, 0-d.
     """
-    if features.dtype in (torch.float16, torch.bfloat16):
-        features = features.float()
-    # Differences, not the matmul form: near-equal features lose all digits there, and cdist's gradient at 0 is 0.
-    distance = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+    distance = pairwise_distance(features)
     same = labels[:, None] == labels[None, :]
     hardest_positive = distance.masked_fill(~same, 0).amax(dim=1)
     hardest_negative = distance.masked_fill(same, torch.inf).amin(dim=1)

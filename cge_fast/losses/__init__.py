@@ -1,0 +1,1 @@
+"""Losses of logits (`classification`) and of features (`metric`)."""
