@@ -21,10 +21,12 @@ from cge_fast.errors import UserError
 from cge_fast.head import Alpha, Pooling, Revision
 from cge_fast.losses.classification import Classification
 from cge_fast.losses.metric import Metric
+from cge_fast.non_local import NonLocal
 from cge_fast.operators import Kernels
 
 Settings = TypeVar("Settings")
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])
+ErasingArea = restricted_number_type("ErasingArea", float, [(">=", 0.02), ("<=", 1)])
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -58,7 +60,13 @@ class DataConfig:
     pad: NonNegativeInt = 4
     """Zeros padded on each side before a random crop back to size, pixels; 0 for none."""
     erasing: ClosedUnitInterval = 0.5
-    """Probability of random erasing (area 0.02 to 0.4, aspect 0.3 to 3.33, filled with the mean colour)."""
+    """Probability of random erasing (aspect 0.3 to 3.33)."""
+    erasing_area: ErasingArea = 0.4
+    """Largest share of the image that is erased; the smallest is 0.02."""
+    erased: Literal["zero", "mean"] = "zero"
+    """What is written there after normalisation: zero (the mean colour) or ImageNet's mean (BagTricks' public code)."""
+    normalisation: Literal["imagenet", "luperson"] = "imagenet"
+    """Mean and standard deviation of the colours: ImageNet's, or LUPerson's for its weights."""
     identities: PositiveInt = 16
     """P: identities in a batch, over all ranks."""
     instances: PositiveInt = 4
@@ -77,6 +85,12 @@ class ModelConfig:
     """Network below the head."""
     pretrained: bool = False
     """Start from torchvision's ImageNet weights."""
+    weights: Path | None = None
+    """Start from the backbone's weights in this file: .pth or .pt (torchvision's names, MoCo's too) or .safetensors."""
+    non_local: NonLocal = "none"
+    """AGW's non-local blocks: none, with one inner channel (its public code), or with half of the channels."""
+    map_norm: bool = False
+    """BatchNorm of the feature map before the head, as in LUPerson's code."""
     pooling: Pooling = "average"
     """Pooling of the global and the local features."""
     cge: bool = True
@@ -247,7 +261,7 @@ def plain(value: Any) -> Any:
 def to_yaml(config: TrainConfig) -> str:
     """The settings as YAML that --config reads back."""
     values = asdict(config)
-    for section, key in ((values, "output"), (values["data"], "root")):
+    for section, key in ((values, "output"), (values["data"], "root"), (values["model"], "weights")):
         section[key] = None if section[key] is None else str(section[key])
     return yaml.safe_dump(values, sort_keys=False)
 

@@ -46,9 +46,10 @@ def build(
     """The network that the settings describe, on the CPU.
 
     Raises:
-        UserError: more stripes than the feature map has rows, or pre-trained weights that cannot be had.
+        UserError: more stripes than the feature map has rows, images too small for the backbone, or weights to start
+            from that cannot be had or do not fit.
     """
-    backbone = backbones.build(model.backbone, model.pretrained)
+    backbone = backbones.build(model.backbone, model.pretrained, model.weights, model.non_local, model.map_norm)
     channels, height, width = backbones.map_size(backbone, data.height, data.width)
     if model.cge and not 1 <= model.stripes <= height:
         raise UserError(

@@ -10,9 +10,11 @@ from torchvision.transforms import v2
 from cge_fast.config import DataConfig
 from cge_fast.data.images import Image, open_rgb
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-ERASED_AREA = (0.02, 0.4)  # the paper's parameters of random erasing
+NORMALISATIONS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "luperson": ((0.3525, 0.3106, 0.3140), (0.2505, 0.2522, 0.2504)),
+}
+SMALLEST_ERASED_AREA = 0.02  # the paper's parameters of random erasing
 ERASED_ASPECT = (0.3, 1 / 0.3)
 
 
@@ -21,28 +23,39 @@ def to_size(config: DataConfig) -> list[v2.Transform]:
     return [v2.Resize((config.height, config.width), antialias=True), v2.ToImage()]
 
 
-def normalised() -> list[v2.Transform]:
-    """To float32 with ImageNet's mean and deviation."""
-    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+def mean_and_std(config: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Means and standard deviations of red, green and blue, of values from 0 to 1, that images are normalised with."""
+    return NORMALISATIONS[config.normalisation]
+
+
+def normalised(config: DataConfig) -> list[v2.Transform]:
+    """To float32 values from 0 to 1, less their mean, by their standard deviation."""
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(*mean_and_std(config))]
 
 
 def train_transform(config: DataConfig) -> v2.Compose:
-    """Resize, flip, pad and crop, normalise, random erasing: BagTricks' order. Erased pixels get the mean colour."""
+    """Resize, flip, pad and crop, normalise, random erasing: BagTricks' order."""
     size = (config.height, config.width)
+    imagenet_mean, _ = NORMALISATIONS["imagenet"]
     return v2.Compose(
         [
             *to_size(config),
             v2.RandomHorizontalFlip(config.flip),
             *([v2.RandomCrop(size, padding=config.pad)] if config.pad else []),
-            *normalised(),
-            v2.RandomErasing(config.erasing, scale=ERASED_AREA, ratio=ERASED_ASPECT, value=0),
+            *normalised(config),
+            v2.RandomErasing(
+                config.erasing,
+                scale=(SMALLEST_ERASED_AREA, config.erasing_area),
+                ratio=ERASED_ASPECT,
+                value=imagenet_mean if config.erased == "mean" else 0,
+            ),
         ]
     )
 
 
 def test_transform(config: DataConfig) -> v2.Compose:
     """Resize and normalise."""
-    return v2.Compose([*to_size(config), *normalised()])
+    return v2.Compose([*to_size(config), *normalised(config)])
 
 
 class TrainImages(Dataset):

@@ -9,9 +9,8 @@ import torch
 from cge_fast.config import DataConfig
 from cge_fast.data import Image
 from cge_fast.data.batches import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     TrainImages,
+    mean_and_std,
     test_loader,
     test_transform,
     train_labels,
@@ -43,18 +42,28 @@ def test_labels_follow_the_order_of_the_identities(images):
     assert train_labels(images) == [3, 3, 3, 2, 2, 2, 1, 1, 1, 0, 0, 0]
 
 
-def test_evaluation_resizes_and_normalises_and_nothing_else(images):
-    (batch,) = test_loader(images[:1], 4, config())
-    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+@pytest.mark.parametrize(
+    ("normalisation", "mean", "std"),
+    [
+        ("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("luperson", (0.3525, 0.3106, 0.3140), (0.2505, 0.2522, 0.2504)),
+    ],
+)
+def test_evaluation_resizes_and_normalises_and_nothing_else(images, normalisation, mean, std):
+    settings = config(normalisation=normalisation)
+    assert mean_and_std(settings) == (mean, std)
+    (batch,) = test_loader(images[:1], 4, settings)
+    mean, std = torch.tensor(mean), torch.tensor(std)
     expected = (torch.tensor([0, 10, 200]) / 255 - mean) / std
     assert batch.shape == (1, 3, 16, 8)
     torch.testing.assert_close(batch, expected[None, :, None, None].expand_as(batch))
 
 
-def test_without_augmentation_training_sees_what_evaluation_sees(images):
+@pytest.mark.parametrize("normalisation", ["imagenet", "luperson"])
+def test_without_augmentation_training_sees_what_evaluation_sees(images, normalisation):
     picture = open_rgb(images[3].path)
-    plain = train_transform(config(flip=0, pad=0, erasing=0))(picture)
-    assert torch.equal(plain, test_transform(config())(picture))
+    plain = train_transform(config(flip=0, pad=0, erasing=0, normalisation=normalisation))(picture)
+    assert torch.equal(plain, test_transform(config(normalisation=normalisation))(picture))
 
 
 def test_a_certain_flip_mirrors(tmp_path):
@@ -63,12 +72,23 @@ def test_a_certain_flip_mirrors(tmp_path):
     assert torch.equal(flipped, test_transform(config())(picture).flip(2))
 
 
-def test_erasing_takes_2_to_40_percent_and_leaves_the_mean_colour():
+@pytest.mark.parametrize(
+    ("erased", "written"), [("zero", torch.zeros(3)), ("mean", torch.tensor([0.485, 0.456, 0.406]))]
+)
+@pytest.mark.parametrize("normalisation", ["imagenet", "luperson"])
+def test_erasing_takes_2_to_40_percent_and_leaves_the_chosen_values(normalisation, erased, written):
     picture = PIL.Image.new("RGB", (48, 96), (255, 255, 255))
-    transform = train_transform(DataConfig(flip=0, pad=0, erasing=1))
-    shares = [(transform(picture) == 0).all(dim=0).float().mean().item() for _ in range(100)]
+    transform = train_transform(DataConfig(flip=0, pad=0, erasing=1, erased=erased, normalisation=normalisation))
+    shares = [(transform(picture) == written[:, None, None]).all(dim=0).float().mean().item() for _ in range(100)]
     assert 0.01 < min(shares) < 0.1
     assert 0.3 < max(shares) < 0.42
+
+
+def test_the_largest_erased_area_can_be_chosen():
+    picture = PIL.Image.new("RGB", (48, 96), (255, 255, 255))
+    transform = train_transform(DataConfig(flip=0, pad=0, erasing=1, erasing_area=0.1))
+    shares = [(transform(picture) == 0).all(dim=0).float().mean().item() for _ in range(100)]
+    assert 0.08 < max(shares) < 0.11
 
 
 def test_cropping_shifts_by_at_most_the_padding():
