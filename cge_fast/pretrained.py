@@ -13,11 +13,11 @@ IBN_A = "https://github.com/XingangPan/IBN-Net/releases/download/v1.0/resnet50_i
 CONTAINERS = ("state_dict", "model")  # MoCo's and FastReID's checkpoints have the weights beneath
 PREFIXES = (
     "",
-    "module.",
-    "module.encoder_q.",
-    "backbone.",
-    "base.",
-)  # DataParallel, MoCo, FastReID and ours, BagTricks
+    "module.",  # DataParallel
+    "module.encoder_q.",  # MoCo
+    "backbone.",  # FastReID, and our own checkpoints
+    "base.",  # BagTricks
+)
 OTHER_PARTS = ("fc", "classifier", "queue", "queue_ptr")
 
 
@@ -56,7 +56,7 @@ def file_tensors(file: Path, name: str) -> dict[str, Tensor]:
         UserError: there is no such file, or it cannot be read, or holds more than tensors and plain values.
     """
     if not file.is_file():
-        wanted = IBN_A if name == "resnet50_ibn_a" else f"a file with weights of {name} under torchvision's names"
+        wanted = IBN_A if name == "resnet50_ibn_a" else f"weights of {name} (.pth, .pt or .safetensors)"
         raise UserError(f"model.weights: there is no file {file}; place {wanted} there")
     try:
         if file.suffix == ".safetensors":

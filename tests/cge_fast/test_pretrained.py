@@ -127,7 +127,7 @@ def test_a_file_without_names_holds_no_tensors(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "wanted"),
-    [("resnet50_ibn_a", r"https://.*/resnet50_ibn_a-d9d0bb7b\.pth"), ("resnet50", "weights of resnet50 under torchv")],
+    [("resnet50_ibn_a", r"https://.*/resnet50_ibn_a-d9d0bb7b\.pth"), ("resnet50", r"weights of resnet50 \(\.pth")],
 )
 def test_a_missing_file_says_what_to_place_there(tmp_path, name, wanted):
     with pytest.raises(UserError, match=rf"model\.weights: there is no file .*/w\.pth; place .*{wanted}.* there"):
