@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_backend(trained.kernels, device)
     only_on_gpu = trained.optim.precision == "float16" and device.type == "cpu"
     precision = model.compute_precision("auto" if only_on_gpu else trained.optim.precision, device)
-    trained.model.pretrained = False  # the checkpoint's weights follow
+    trained.model.pretrained, trained.model.weights = False, None  # the checkpoint's weights follow
     classes = checkpoint.classes(weights, folder)
     network = model.build(
         trained.model, trained.loss, config.data, classes, trained.optim.epochs, precision, trained.kernels

@@ -51,11 +51,18 @@ def build(
     """
     backbone = backbones.build(model.backbone, model.pretrained, model.weights, model.non_local, model.map_norm)
     channels, height, width = backbones.map_size(backbone, data.height, data.width)
+    if model.cge and model.revision == "features" and (model.pooling, loss.classification) != ("average", "cross_entropy"):
+        raise UserError(
+            "model.revision: features goes with model.pooling average and loss.classification cross_entropy, got "
+            f"{model.pooling} and {loss.classification}"
+        )
     if model.cge and not 1 <= model.stripes <= height:
         raise UserError(
             f"model.stripes: {model.stripes} do not fit the feature map, which has {height} rows and {width} columns "
             f"for images of {data.height} x {data.width}"
         )
+    # e' of the form that spreads e' over all classes: e over the others is e N/(N-1) over all.
+    spread = num_classes / max(1, num_classes - 1) if loss.smoothed == "others" else 1.0
     head = CGEHead(
         channels,
         num_classes,
@@ -67,8 +74,7 @@ def build(
         revision=model.revision,
         shuffle_memory=model.shuffle_memory,
         classification=loss.classification,
-        # e' of the form that spreads e' over all classes: e over the others is e N/(N-1) over all.
-        label_smoothing=smoothing * num_classes / (num_classes - 1) if loss.smoothed == "others" else smoothing,
+        label_smoothing=loss.label_smoothing * spread,
         classifier_std=model.classifier_std,
         logit_scale=model.logit_scale,
         local_gradient=model.local_gradient,

@@ -14,7 +14,7 @@ import yaml
 import cge_kernels
 import cge_reference
 from cge_fast import checkpoint, errors, evaluate, train
-from cge_fast.config import RECIPES, TrainConfig, read_settings, recipes
+from cge_fast.config import read_settings
 from cge_fast.operators import Kernels
 from cge_fast.training import Training
 
@@ -376,35 +376,6 @@ def test_a_damaged_run_is_not_resumed(options, tmp_path, capsys, name, content, 
     status, _, err = run(["--output", str(tmp_path / "run"), "--resume", "--optim.epochs", "3"], capsys)
     assert status == 2
     assert message in err.strip().splitlines()[-1]
-
-
-def test_the_defaults_are_the_recipe_pedestrians_cge():
-    assert asdict(read_settings(RECIPES / "pedestrians_cge.yaml")) == asdict(TrainConfig())
-
-
-@pytest.mark.parametrize("data", ["pedestrians", "market1501"])
-def test_the_baseline_differs_from_cge_in_nothing_else(data):
-    bot, cge = (asdict(read_settings(RECIPES / f"{data}_{kind}.yaml")) for kind in ("bot", "cge"))
-    assert not bot["model"].pop("cge")
-    assert cge["model"].pop("cge")
-    assert bot == cge
-
-
-def test_the_market1501_recipe_has_the_papers_settings():
-    settings = read_settings(RECIPES / "market1501_cge.yaml")
-    data, model, loss, optim = settings.data, settings.model, settings.loss, settings.optim
-    assert (data.height, data.width, data.identities, data.instances) == (384, 128, 16, 4)
-    assert (data.flip, data.erasing, data.pad) == (0.5, 0.5, 10)
-    assert (model.backbone, model.pretrained, model.stripes, model.alpha) == ("resnet50", True, 3, "linear")
-    assert (loss.label_smoothing, loss.margin, loss.l1, loss.l2) == (0.1, 0.0, 1.0, 1.0)
-    assert (optim.epochs, optim.lr, optim.weight_decay) == (120, 3.5e-4, 5e-4)
-    assert (optim.warmup, optim.warmup_factor, optim.milestones, optim.gamma) == (10, 0.1, [40, 90], 0.1)
-
-
-def test_a_recipe_is_found_by_its_name(capsys):
-    assert recipes() == ["market1501_bot", "market1501_cge", "pedestrians_bot", "pedestrians_cge"]
-    config, _, _ = train.parse(["--config", "market1501_bot", "--data.root", "/somewhere"])
-    assert (config.model.backbone, config.model.cge, config.data.root) == ("resnet50", False, Path("/somewhere"))
 
 
 def test_print_config_prints_settings_that_config_reads_back(options, tmp_path, capsys):
