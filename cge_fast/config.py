@@ -179,6 +179,8 @@ class EvaluationConfig:
     """Take the feature after BNNeck or before it."""
     flip_test: bool = False
     """Average the features of an image and its mirror image."""
+    rerank: bool = False
+    """Re-rank with k-reciprocal neighbours (k1 20, k2 6, lambda 0.3); it looks at all queries at once."""
     batch: PositiveInt = 128
     """Images per forward pass."""
 

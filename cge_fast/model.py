@@ -13,6 +13,7 @@ from cge_fast.errors import UserError
 from cge_fast.head import CGEHead, HeadOutput
 from cge_fast.operators import Kernels
 from cge_fast.ranking import Retrieval, evaluate_ranking
+from cge_fast.reranking import evaluate_reranking
 
 
 class ReidModel(nn.Module):
@@ -137,7 +138,8 @@ def evaluate(model: ReidModel, reid_set: ReidSet, data: DataConfig, evaluation: 
         identities = torch.tensor([image.identity for image in images], device=features.device)
         cameras = torch.tensor([image.camera for image in images], device=features.device)
         arguments += [features, identities, cameras]
+    evaluated = evaluate_reranking if evaluation.rerank else evaluate_ranking
     try:
-        return evaluate_ranking(*arguments, metric=evaluation.metric, progress=rank() == 0)
+        return evaluated(*arguments, metric=evaluation.metric, progress=rank() == 0)
     except ValueError as error:
         raise UserError(f"evaluation: {error}") from error

@@ -1,5 +1,6 @@
 """Market-1501's evaluation protocol: mAP, mINP and the cumulative matching curve, in chunks of queries."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,6 +85,18 @@ def match_ranks(
     return images.cumsum(dim=1)[:, :-1], match < BEHIND_ALL
 
 
+def chunk_rows(images: int) -> int:
+    """How many rows of distances to so many images are held at a time."""
+    return max(1, CHUNK_DISTANCES // max(1, images))
+
+
+def require_finite(**features: Tensor) -> None:
+    """Raises ValueError if features are NaN or infinite."""
+    for name, values in features.items():
+        if not all(chunk.isfinite().all() for chunk in values.split(1024)):
+            raise ValueError(f"{name} must be finite, got NaN or infinity")
+
+
 @torch.no_grad()
 def evaluate_ranking(
     query_features: Tensor,
@@ -95,11 +108,7 @@ def evaluate_ranking(
     metric: Literal["cosine", "euclidean"] = "cosine",
     progress: bool = False,
 ) -> Retrieval:
-    """Ranks the gallery for every query and averages over queries.
-
-    Gallery images of the query's identity from the query's camera are junk and taken out. AP is the mean of the
-    precisions at the matches; INP is matches / rank of the last match. Equal distances rank by gallery index. Memory
-    does not grow with queries x gallery.
+    """Ranks the gallery for every query by the features' distance and averages over queries: `evaluate_distances`.
 
     Args:
         query_features: (Q, C), floating; gallery_features (G, C).
@@ -110,18 +119,49 @@ def evaluate_ranking(
     Raises:
         ValueError: a feature is not finite, or no query has a match.
     """
-    for name, features in (("query_features", query_features), ("gallery_features", gallery_features)):
-        if not all(chunk.isfinite().all() for chunk in features.split(1024)):
-            raise ValueError(f"{name} must be finite, got NaN or infinity")
-    rows = max(1, CHUNK_DISTANCES // max(1, len(gallery_features)))
+    require_finite(query_features=query_features, gallery_features=gallery_features)
+    return evaluate_distances(
+        lambda queries: distances(query_features[queries], gallery_features, metric),
+        query_identities,
+        query_cameras,
+        gallery_identities,
+        gallery_cameras,
+        progress,
+    )
+
+
+@torch.no_grad()
+def evaluate_distances(
+    distances_of: Callable[[slice], Tensor],
+    query_identities: Tensor,
+    query_cameras: Tensor,
+    gallery_identities: Tensor,
+    gallery_cameras: Tensor,
+    progress: bool = False,
+) -> Retrieval:
+    """Ranks the gallery for every query by distances that are asked for a chunk of queries at a time.
+
+    Gallery images of the query's identity from the query's camera are junk and taken out. AP is the mean of the
+    precisions at the matches; INP is matches / rank of the last match. Equal distances rank by gallery index. Memory
+    does not grow with queries x gallery.
+
+    Args:
+        distances_of: gives the distances (rows, G) float32, not NaN, of a slice of the queries; they are overwritten.
+        query_identities, query_cameras: (Q,) integer; gallery_identities, gallery_cameras (G,).
+        progress: draw a progress bar.
+
+    Raises:
+        ValueError: no query has a match.
+    """
+    queries, rows = len(query_identities), chunk_rows(len(gallery_identities))
     average_precisions, penalties, first_ranks, counted = [], [], [], []
-    chunks = zip(query_features.split(rows), query_identities.split(rows), query_cameras.split(rows), strict=True)
-    with tqdm(total=len(query_features), desc="ranking", unit=" query", disable=not progress, leave=False) as bar:
-        for features, identities, cameras in chunks:
+    with tqdm(total=queries, desc="ranking", unit=" query", disable=not progress, leave=False) as bar:
+        for start in range(0, queries, rows):
+            chunk = slice(start, min(start + rows, queries))
             rank, is_match = match_ranks(
-                distances(features, gallery_features, metric),
-                identities,
-                cameras,
+                distances_of(chunk),
+                query_identities[chunk],
+                query_cameras[chunk],
                 gallery_identities,
                 gallery_cameras,
             )
@@ -131,7 +171,7 @@ def evaluate_ranking(
             penalties.append(matches / rank.where(is_match, 0).amax(dim=1))
             first_ranks.append(rank[:, 0])
             counted.append(matches > 0)
-            bar.update(len(features))
+            bar.update(len(rank))
     has_match = torch.cat(counted)
     first = torch.cat(first_ranks)[has_match]
     if len(first) == 0:
@@ -141,5 +181,5 @@ def evaluate_ranking(
         mINP=torch.cat(penalties)[has_match].mean().item(),
         cmc=tuple((first <= k).double().mean().item() for k in range(1, CURVE_RANKS + 1)),
         queries=len(first),
-        skipped=len(query_features) - len(first),
+        skipped=queries - len(first),
     )

@@ -7,6 +7,8 @@ import torch
 
 from cge_fast import checkpoint, errors, evaluate, train
 from cge_fast.config import read_settings, to_yaml
+from cge_fast.ranking import evaluate_ranking
+from cge_fast.reranking import evaluate_reranking
 
 
 @pytest.fixture
@@ -48,14 +50,23 @@ def test_metric_neck_and_flip_change_what_is_compared(last, capsys, monkeypatch)
     assert [metric for _, metric in features] == ["cosine", "cosine", "cosine", "euclidean"]
 
 
-def spy(features):
-    from cge_fast.ranking import evaluate_ranking
-
+def spy(features, evaluated=evaluate_ranking):
     def remember(query, *others, metric, progress):
         features.append((query, metric))
-        return evaluate_ranking(query, *others, metric=metric)
+        return evaluated(query, *others, metric=metric)
 
     return remember
+
+
+def test_rerank_evaluates_the_same_features_by_their_reranked_distances(last, capsys, monkeypatch):
+    plain, reranked = [], []
+    monkeypatch.setattr("cge_fast.model.evaluate_ranking", spy(plain))
+    monkeypatch.setattr("cge_fast.model.evaluate_reranking", spy(reranked, evaluate_reranking))
+    evaluated(capsys, "--checkpoint", last)
+    shown = evaluated(capsys, "--checkpoint", last, "--evaluation.rerank", "true", "--evaluation.metric", "euclidean")
+    assert shown.endswith("(4 queries, 0 more without a match left out)")
+    assert ([metric for _, metric in plain], [metric for _, metric in reranked]) == (["cosine"], ["euclidean"])
+    assert torch.equal(plain[0][0], reranked[0][0])
 
 
 def test_queries_without_a_match_are_counted(last, market, capsys):
