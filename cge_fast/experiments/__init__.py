@@ -1,0 +1,1 @@
+"""The paper's tables and figures, each row by one training: python -m cge_fast.experiments --help"""
