@@ -20,7 +20,7 @@ from cge_fast.experiments.tables import Row
 from cge_fast.log import read_rows
 from cge_fast.training import holds_run
 
-SECONDS, PRINTED = "seconds.json", "printed.txt"
+FINISHED, PRINTED = "finished.json", "printed.txt"
 
 
 def run_folder(output: Path, options: Sequence[str], scaled: bool, seed: int) -> Path:
@@ -40,7 +40,13 @@ def folder_of(output: Path, row: Row, seed: int) -> Path:
 
 def is_whole(folder: Path) -> bool:
     """Whether a training there came to its end."""
-    return (folder / SECONDS).exists()
+    return (folder / FINISHED).exists()
+
+
+def require_same(folder: Path, arguments: Sequence[str]) -> None:
+    """Raises UserError if the whole training there had another command line."""
+    if json.loads((folder / FINISHED).read_text())["arguments"] != list(arguments):
+        raise UserError(f"{folder} holds a training with other settings, choose another --output")
 
 
 def run(folder: Path, arguments: Sequence[str]) -> None:
@@ -49,18 +55,20 @@ def run(folder: Path, arguments: Sequence[str]) -> None:
     Raises:
         UserError: the training failed, or the folder's run has other settings.
     """
-    arguments = [*arguments, "--output", str(folder)]
+    command = [*arguments, "--output", str(folder)]
+    before = 0.0
     if holds_run(folder):
-        wanted, _, _ = train.parse(arguments)
+        wanted, _, _ = train.parse(command)
         if read_settings(folder / checkpoint.CONFIG) != wanted:
-            raise UserError(f"{folder} holds a run with other settings, choose another --output")
-        arguments.append("--resume")
+            raise UserError(f"{folder} holds a training with other settings, choose another --output")
+        before = sum(row["seconds"] for row in read_rows(folder / "metrics.jsonl") if row["epoch"])
+        command.append("--resume")
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with (folder / PRINTED).open("w") as printed, redirect_stdout(printed), redirect_stderr(printed):
-        train.main(arguments)
-    before = sum(row["seconds"] for row in read_rows(folder / "metrics.jsonl")[:-1]) if "--resume" in arguments else 0
-    (folder / SECONDS).write_text(json.dumps(before + time.perf_counter() - start))
+        train.main(command)
+    finished = {"seconds": before + time.perf_counter() - start, "arguments": list(arguments)}
+    (folder / FINISHED).write_text(json.dumps(finished))
 
 
 def last_row(folder: Path) -> dict[str, float]:
@@ -75,7 +83,7 @@ def mean_weight(folder: Path) -> float:
 
 def seconds(folder: Path) -> float:
     """How long a training took."""
-    return json.loads((folder / SECONDS).read_text())
+    return json.loads((folder / FINISHED).read_text())["seconds"]
 
 
 def run_rows(
@@ -100,10 +108,11 @@ def run_rows(
     failed_folders: dict[Path, str] = {}
     total = {folder_of(output, row, seed) for row in rows for seed in range(seeds)}
     total |= {folder_of(output, row, seed) for row in sources for seed in range(seeds)}
-    done = {folder for folder in total if is_whole(folder)}
+    whole = {folder for folder in total if is_whole(folder)}
+    started: set[Path] = set()
     with (
         executor(jobs) as submit,
-        tqdm(total=len(total), initial=len(done), desc="trainings", unit=" run") as bar,
+        tqdm(total=len(total), initial=len(whole), desc="trainings", unit=" run") as bar,
     ):
         # Those that take another training's mean weight come after it.
         for stage in ([*plain, *sources], scaled):
@@ -111,9 +120,9 @@ def run_rows(
             for seed in range(seeds):
                 for row in stage:
                     folder = folder_of(output, row, seed)
-                    if folder in done:
+                    if folder in started:
                         continue
-                    done.add(folder)
+                    started.add(folder)
                     arguments = [*common, *row.options, "--seed", str(seed)]
                     if row.scaled_by is not None:
                         source = run_folder(output, row.scaled_by, False, seed)
@@ -121,6 +130,9 @@ def run_rows(
                             failed_folders[folder] = "the training that it takes the mean weight from failed"
                             continue
                         arguments += ["--model.logit_scale", f"{mean_weight(source):.4f}"]
+                    if folder in whole:
+                        require_same(folder, arguments)
+                        continue
                     pending[submit(run, folder, arguments)] = folder
             for future in as_completed(pending):
                 try:
