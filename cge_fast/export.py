@@ -1,0 +1,168 @@
+"""Exports a trained network's embedding to ONNX or torch.export: python -m cge_fast.export --help
+
+What is exported takes images (batch, 3, height, width), uint8, RGB, already resized to the recipe's size (bilinear,
+antialiased), in batches of any size. It scales and normalises them itself, once: give it pixels from 0 to 255. It gives
+embeddings (batch, C) float32 as `cge_fast.model.embed` does with the checkpoint's evaluation settings (before or after
+BNNeck, with the mirror image or without). They are not L2-normalised, since the metrics differ in that alone: for the
+metric cosine divide each by its norm. Everything is computed in float32, whatever the training's precision was.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torchvision.transforms import v2
+
+from cge_fast import checkpoint, errors, model
+from cge_fast.config import TrainConfig, as_dataclass, parse_settings, program_parser, read_settings
+from cge_fast.data.batches import normalised
+from cge_fast.errors import UserError
+
+PROGRAM = "cge_fast.export"
+GEM_EPS = 1e-6  # the default of stripe_pool, which has the second bound, of the mean, too
+METADATA = "metadata.json"  # the extra file of a .pt2
+
+
+@dataclass
+class ExportConfig:
+    """Settings of an export."""
+
+    checkpoint: Path
+    """Folder of the checkpoint, like runs/.../checkpoints/last."""
+    output: Path
+    """File to write: .onnx for ONNX, .pt2 for torch.export."""
+
+
+class Embedding(nn.Module):
+    """From uint8 images (B, 3, H, W) to embeddings (B, C) float32, in plain PyTorch.
+
+    The head pools with a custom operator of cge_kernels, which a graph would name without what it does, so that it ran
+    only where that package is installed. Here the same is written in PyTorch. Classifier and memory, which grow with
+    the identities, are left out.
+    """
+
+    def __init__(self, network: model.ReidModel, after_neck: bool, flip_test: bool):
+        super().__init__()
+        self.normalise = v2.Compose(normalised())
+        self.backbone, self.p = network.backbone.to(memory_format=torch.contiguous_format), network.head.p
+        self.neck = network.head.neck if after_neck else nn.Identity()
+        self.flip_test = flip_test
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The embeddings."""
+        images = self.normalise(images)
+        if self.flip_test:
+            return (self.feature(images) + self.feature(images.flip(3))) / 2
+        return self.feature(images)
+
+    def feature(self, images: Tensor) -> Tensor:
+        """(B, C) of normalised images (B, 3, H, W)."""
+        activations = self.backbone(images)
+        if self.p is None:
+            return self.neck(activations.mean(dim=(2, 3)))
+        powers = activations.clamp(min=GEM_EPS).pow(self.p).mean(dim=(2, 3))
+        return self.neck(powers.clamp(min=torch.finfo(powers.dtype).tiny).pow(1 / self.p))
+
+
+def load(folder: Path) -> tuple[Embedding, TrainConfig, dict[str, str]]:
+    """The embedding of a checkpoint's network, on the CPU, its settings, and what a user of the export must know.
+
+    Raises:
+        UserError: the checkpoint cannot be read.
+    """
+    trained = read_settings(checkpoint.config_file(folder))
+    weights = checkpoint.load_weights(folder)
+    trained.model.pretrained = False  # the checkpoint's weights follow
+    classes = checkpoint.classes(weights, folder)
+    network = model.build(
+        trained.model, trained.loss, trained.data, classes, trained.optim.epochs, torch.float32, trained.kernels
+    )
+    checkpoint.fit(network, weights, folder)
+    after_neck = trained.evaluation.neck == "after"
+    embedding = Embedding(network, after_neck, trained.evaluation.flip_test).eval().requires_grad_(False)
+    (normalise,) = (step for step in embedding.normalise.transforms if isinstance(step, v2.Normalize))
+    metadata = {
+        "height": str(trained.data.height),
+        "width": str(trained.data.width),
+        "input": "uint8 RGB, 0 to 255, (batch, 3, height, width), resized by the caller",
+        "normalisation": f"inside the model: mean {list(normalise.mean)}, std {list(normalise.std)} of values 0 to 1",
+        "l2_normalised": "false",
+        "metric": trained.evaluation.metric,
+        "neck": trained.evaluation.neck,
+        "flip_test": str(trained.evaluation.flip_test).lower(),
+        "training_identities": str(classes),
+    }
+    return embedding, trained, metadata
+
+
+def write_onnx(program: ExportedProgram, metadata: dict[str, str], file: Path) -> None:
+    """Writes ONNX, with the metadata as the model's metadata_props; input "images", output "embeddings"."""
+    onnx = torch.onnx.export(
+        program,
+        dynamo=True,
+        input_names=["images"],
+        output_names=["embeddings"],
+        dynamic_shapes={"images": {0: "batch"}},
+        verbose=False,
+    )
+    onnx.model.metadata_props.update(metadata)
+    onnx.save(file)
+
+
+def write_pt2(program: ExportedProgram, metadata: dict[str, str], file: Path) -> None:
+    """Writes what `torch.export.load` reads, with the metadata as its extra file metadata.json."""
+    torch.export.save(program, file, extra_files={METADATA: json.dumps(metadata)})
+
+
+WRITERS: dict[str, Callable[[ExportedProgram, dict[str, str], Path], None]] = {".onnx": write_onnx, ".pt2": write_pt2}
+
+
+def check_output(output: Path) -> None:
+    """Raises UserError, before any work, if the file's format is unknown or cannot be written."""
+    if output.suffix not in WRITERS or output.is_dir():
+        raise UserError(f"output: must be a file that ends in {' or '.join(WRITERS)}, got {output}")
+    if output.suffix == ".onnx":
+        try:
+            import onnx  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise UserError("output: ONNX needs onnx and onnxscript: pip install 'cge-fast[export]'") from error
+
+
+def export(folder: Path, output: Path) -> None:
+    """Exports the checkpoint in `folder` to the file `output`, which is written whole or not at all.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or the output's format is unknown or its packages are not installed.
+    """
+    check_output(output)
+    embedding, trained, metadata = load(folder)
+    example = torch.zeros(2, 3, trained.data.height, trained.data.width, dtype=torch.uint8)
+    program = torch.export.export(embedding, (example,), dynamic_shapes={"images": {0: Dim("batch")}})
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this computer, which would be written to the file
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
+        unfinished = Path(temporary) / output.name
+        WRITERS[output.suffix](program, metadata, unfinished)
+        unfinished.replace(output)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The program; `arguments` default to the command line's."""
+    parser = program_parser(PROGRAM, "Exports a trained network's embedding to ONNX or torch.export.")
+    parser.add_class_arguments(ExportConfig)
+    parsed = parse_settings(parser, sys.argv[1:] if arguments is None else arguments)
+    config = as_dataclass(parser, parsed, ExportConfig)
+    export(config.checkpoint, config.output)
+    print(f"{config.output} written")
+
+
+if __name__ == "__main__":
+    errors.run(main, PROGRAM)

@@ -1,0 +1,173 @@
+"""python -m cge_fast.export: what is exported gives the features that evaluation compares."""
+
+import json
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import PIL.Image
+import pytest
+import torch
+from torch import nn
+
+from cge_fast import checkpoint, errors, export, model, train
+from cge_fast.config import read_settings, to_yaml
+from cge_fast.data import read
+from cge_fast.head import CGEHead
+
+HEIGHT, WIDTH = 32, 16  # the files are 24 x 16
+
+
+@pytest.fixture
+def last(options, tmp_path, request):
+    """A checkpoint trained for three steps, with the pooling that the test asks for."""
+    pooling = getattr(request, "param", "average")
+    train.main(
+        [
+            *(*options, "--optim.epochs", "1", "--evaluation.untrained", "false"),
+            *("--data.height", str(HEIGHT), "--model.pooling", pooling),
+        ]
+    )
+    return tmp_path / "run" / "checkpoints" / "last"
+
+
+def change_evaluation(last, **values):
+    settings = read_settings(last / "config.yaml")
+    for name, value in values.items():
+        setattr(settings.evaluation, name, value)
+    (last / "config.yaml").write_text(to_yaml(settings))
+
+
+def eager(last):
+    """Embeddings of the queries and gallery as evaluation computes them, and their files' pixels, resized."""
+    settings, weights = read_settings(last / "config.yaml"), checkpoint.load_weights(last)
+    network = model.build(settings.model, settings.loss, settings.data, 4, 1, torch.float32, settings.kernels)
+    checkpoint.fit(network, weights, last)
+    reid_set = read(settings.data)
+    images = [*reid_set.query, *reid_set.gallery]
+    pixels = [np.asarray(PIL.Image.open(image.path).resize((WIDTH, HEIGHT), PIL.Image.BILINEAR)) for image in images]
+    features = model.embed(network, images, settings.data, settings.evaluation, "all")
+    return features.numpy(), np.stack(pixels).transpose(0, 3, 1, 2)
+
+
+def exported(last, output):
+    export.main(["--checkpoint", str(last), "--output", str(output)])
+    if output.suffix == ".onnx":
+        session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
+        return lambda pixels: session.run(["embeddings"], {"images": pixels})[0]
+    network = torch.export.load(output).module()
+    return lambda pixels: network(torch.from_numpy(pixels)).numpy()
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize("last", ["average", "gem"], indirect=True)
+def test_embeddings_are_those_of_evaluation_in_batches_of_any_size(last, suffix, tmp_path):
+    features, pixels = eager(last)
+    embed = exported(last, tmp_path / f"model{suffix}")
+    assert pixels.dtype == np.uint8
+    for batch in (24, 1, 5):
+        found = embed(pixels[:batch])
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, features[:batch], rtol=0, atol=1e-4)
+
+
+def test_neck_and_flip_are_the_checkpoints(last, tmp_path):
+    plain, _ = eager(last)
+    change_evaluation(last, neck="before", flip_test=True)
+    features, pixels = eager(last)
+    assert not np.allclose(features, plain, atol=1e-2)
+    np.testing.assert_allclose(exported(last, tmp_path / "model.pt2")(pixels), features, rtol=0, atol=1e-4)
+
+
+def test_the_graph_has_plain_operators_and_no_weights_of_training(last, tmp_path):
+    exported(last, tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2")
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert {call.namespace for call in calls} == {"aten"}
+    assert not [name for name in program.state_dict if "classifier" in name or "memory" in name]
+
+
+def test_the_files_say_what_they_take_and_give_but_not_where_they_were_made(last, tmp_path):
+    change_evaluation(last, metric="euclidean", flip_test=True)
+    exported(last, tmp_path / "model.onnx")
+    exported(last, tmp_path / "model.pt2")
+    found = onnx.load(tmp_path / "model.onnx")
+    assert {node.domain for node in found.graph.node} == {""}  # ONNX's own operators
+    assert [dimension.dim_param for dimension in found.graph.input[0].type.tensor_type.shape.dim] == [
+        "batch",
+        "",
+        "",
+        "",
+    ]
+    metadata = {entry.key: entry.value for entry in found.metadata_props}
+    assert metadata == {
+        "height": "32",
+        "width": "16",
+        "input": "uint8 RGB, 0 to 255, (batch, 3, height, width), resized by the caller",
+        "normalisation": "inside the model: mean [0.485, 0.456, 0.406], std [0.229, 0.224, 0.225] of values 0 to 1",
+        "l2_normalised": "false",
+        "metric": "euclidean",
+        "neck": "after",
+        "flip_test": "true",
+        "training_identities": "4",
+    }
+    extra = {"metadata.json": ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=extra)
+    assert json.loads(extra["metadata.json"]) == metadata
+    assert not [node for node in program.graph.nodes if node.meta.get("stack_trace")]
+    assert b"export.py" not in (tmp_path / "model.onnx").read_bytes()
+
+
+def test_pooling_is_the_heads_where_powers_underflow():
+    head = CGEHead(in_channels=3, num_classes=2, epochs=1, pooling="gem").eval()
+    nn.init.constant_(head.p, 12.0)
+    feature_map = torch.rand(4, 3, 6, 2)
+    feature_map[:, 1] = 0  # a channel that is never active: 1e-6 to the 12th is 0 in float32
+    head.neck.running_var[1] = 0  # makes the smallest difference large
+    embedding = export.Embedding(model.ReidModel(nn.Identity(), head), after_neck=True, flip_test=False)
+    torch.testing.assert_close(embedding.feature(feature_map), head(feature_map), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_a_missing_package_is_told_before_any_work(package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(errors.UserError, match=r"ONNX needs onnx and onnxscript: pip install 'cge-fast\[export\]'"):
+        export.main(["--checkpoint", "/nix", "--output", str(tmp_path / "model.onnx")])
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(last, tmp_path, monkeypatch):
+    output = tmp_path / "out" / "model.pt2"
+    output.parent.mkdir()
+    output.write_text("old")
+
+    def half(program, metadata, file):
+        file.write_text("half")
+        raise OSError("disk full")
+
+    monkeypatch.setitem(export.WRITERS, ".pt2", half)
+    with pytest.raises(OSError, match="disk full"):
+        export.main(["--checkpoint", str(last), "--output", str(output)])
+    assert [file.name for file in output.parent.iterdir()] == ["model.pt2"]
+    assert output.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "checkpoint"),
+        (["--checkpoint", "/nix", "--output", "model.pt2"], "checkpoint /nix has no file model.safetensors"),
+        (["--checkpoint", "/nix", "--output", "model.pt"], "output: must be a file that ends in .onnx or .pt2, got"),
+        (["--checkpoint", "/nix", "--output", "FOLDER"], "output: must be a file that ends in .onnx or .pt2, got"),
+    ],
+)
+def test_wrong_calls_are_one_line(tmp_path, capsys, arguments, message):
+    folder = tmp_path / "folder.onnx"
+    folder.mkdir()
+    arguments = [str(folder) if argument == "FOLDER" else argument for argument in arguments]
+    with pytest.raises(SystemExit) as exit_:
+        errors.run(lambda: export.main(arguments), "cge_fast.export")
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
