@@ -40,7 +40,7 @@ def other_people() -> tuple[str, ...]:
     once(folder, partial(draw, seed=OTHER_PEOPLE))
     return (
         *("--config", "pedestrians_bot", "--data.name", "market1501", "--data.root", str(folder), *QUIET),
-        *("--data.identities", "8", "--optim.epochs", "8", "--optim.lr", "1e-3"),
+        *("--optim.epochs", "20"),
     )
 
 

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 import cge_kernels
 from cge_fast import CGEHead
 from cge_fast.head import memory_alpha
+from cge_fast.losses.classification import focal_losses, sphere_logits
 from cge_fast.operators import Kernels
 from cge_reference import revise_logits, stripe_pool, write_memory_
 
@@ -324,3 +325,116 @@ def test_torch_compile_takes_the_whole_head_in_one_graph(kernels):
 def test_unknown_kernels_are_named():
     with pytest.raises(ValueError, match="kernels must be one of fused, one_pass, reference, got 'fast'"):
         CGEHead(5, 7, epochs=1, kernels="fast")
+
+
+def written(batch, **options):
+    """A head whose memory has been written once."""
+    made = head(pooling="average", **options)
+    _, local_features = made.pool(batch[0])
+    made.write_memory(local_features, batch[1], 1)
+    return made
+
+
+@pytest.mark.parametrize("kernels", get_args(Kernels))
+@pytest.mark.parametrize("cge", [True, False])
+def test_the_focal_loss_takes_the_revised_logits(batch, cge, kernels):
+    made = written(batch, cge=cge, classification="focal", kernels=kernels).eval()
+    logits = made.revise(batch[0])
+    out = made(*batch)
+    torch.testing.assert_close(out.loss, focal_losses(logits, batch[1]).mean())
+    assert torch.equal(out.hit, logits.argmax(1) == batch[1])
+
+
+def test_spheres_margin_is_set_before_the_revision_and_only_in_training(batch):
+    feature_map, labels = batch
+    made = written(batch, classification="sphere", logit_scale=0.5).eval()
+    embedding = made(feature_map)
+    margin = 0.5 * sphere_logits(embedding, made.classifier.weight, labels)
+    expected = cross_entropy(margin * _weights(made, feature_map), labels, label_smoothing=0.1)
+    torch.testing.assert_close(made(feature_map, labels).loss, expected)
+    torch.testing.assert_close(
+        made.revise(feature_map), 0.5 * made.classifier(embedding) * _weights(made, feature_map)
+    )
+
+
+def test_revised_maps_are_the_classifiers_maps_times_their_stripes_sigmoids(batch):
+    feature_map, labels = batch
+    made = written(batch, revision="features").eval()
+    made.neck.running_mean.fill_(0.3)
+    _, local_features = stripe_pool(feature_map, 3, None)
+    scores = torch.einsum(
+        "bic,ikc->bik", torch.nn.functional.normalize(local_features, dim=2), made.memory
+    ).sigmoid()
+    stripes_of_row = [[0], [0], [0, 1], [1], [1, 2], [2], [2]]  # 7 rows: two stripes share a row with a neighbour
+    logits = torch.zeros(BATCH, CLASSES)
+    for row, stripes in enumerate(stripes_of_row):
+        for column in range(3):
+            position = made.neck(feature_map[:, :, row, column])
+            weight = torch.stack([scores[:, stripe] for stripe in stripes]).mean(dim=0)
+            logits += made.classifier(position) * weight / 21
+    torch.testing.assert_close(made.revise(feature_map), logits)
+    out = made(feature_map, labels)
+    torch.testing.assert_close(out.loss, cross_entropy(logits, labels, label_smoothing=0.1))
+    torch.testing.assert_close(out.embedding, made(feature_map))
+
+
+def test_training_on_revised_maps_passes_gradients_through_the_weights_unless_detached(batch):
+    gradients = []
+    for local_gradient in (True, False):
+        leaf = batch[0].clone().requires_grad_()
+        written(batch, revision="features", local_gradient=local_gradient)(leaf, batch[1]).loss.backward()
+        gradients.append(leaf.grad)
+    assert not torch.equal(*gradients)
+
+
+def test_a_memory_that_is_not_used_leaves_the_logits_and_is_still_written_and_measured(batch):
+    feature_map, labels = batch
+    made = written(batch, revision="none").eval()
+    torch.testing.assert_close(made.revise(feature_map), made.classifier(made(feature_map)))
+    out = made(feature_map, labels)
+    torch.testing.assert_close(out.loss, cross_entropy(made.classifier(made(feature_map)), labels, label_smoothing=0.1))
+    assert torch.equal(out.local_hit, written(batch).eval()(feature_map, labels).local_hit)
+
+
+@pytest.mark.parametrize("kernels", get_args(Kernels))
+def test_a_shuffled_memory_revises_each_class_by_another_and_is_written_to_the_true_one(batch, kernels):
+    feature_map, labels = batch
+    plain, shuffled = (written(batch, shuffle_memory=shuffle, kernels=kernels).eval() for shuffle in (False, True))
+    torch.testing.assert_close(shuffled.memory, plain.memory)
+    assert sorted(shuffled.shuffled.tolist()) == list(range(CLASSES))
+    assert (shuffled.shuffled != torch.arange(CLASSES)).all()
+    _, local_features = stripe_pool(feature_map, 3, None)
+    weights = plain.revision_weights(local_features)
+    torch.testing.assert_close(shuffled.revision_weights(local_features), weights[:, shuffled.shuffled])
+    logits = plain.classifier(plain(feature_map)) * weights[:, shuffled.shuffled]
+    out = shuffled(feature_map, labels)
+    torch.testing.assert_close(out.loss, cross_entropy(logits, labels, label_smoothing=0.1))
+    assert torch.equal(out.local_hit, plain(feature_map, labels).local_hit)
+    assert "shuffled" not in shuffled.state_dict()
+
+
+def test_revision_weights_are_what_the_logits_are_multiplied_by(batch):
+    made = written(batch).eval()
+    local_features = made.pool(batch[0])[1]
+    weights = made.revision_weights(local_features)
+    torch.testing.assert_close(made.classifier(made(batch[0])) * weights, made.revise(batch[0]))
+    assert not weights.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"revision": "maps"}, "revision must be one of logits, features, none, got 'maps'"),
+        ({"classification": "hinge"}, "classification must be one of cross_entropy, focal, sphere, got 'hinge'"),
+        ({"revision": "features"}, "revision 'features' .* goes with pooling 'average' .* got 'gem'"),
+        ({"revision": "features", "pooling": "average", "classification": "focal"}, "got 'average' and 'focal'"),
+    ],
+)
+def test_options_that_do_not_go_together_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        CGEHead(CHANNELS, CLASSES, EPOCHS, **options)
+
+
+def test_one_class_cannot_be_shuffled():
+    with pytest.raises(ValueError, match="shuffle_memory needs at least 2 classes, got 1"):
+        CGEHead(CHANNELS, 1, EPOCHS, shuffle_memory=True)
