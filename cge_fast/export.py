@@ -50,6 +50,7 @@ class Embedding(nn.Module):
     def __init__(self, network: model.ReidModel, after_neck: bool, flip_test: bool):
         super().__init__()
         self.normalise = v2.Compose(normalised())
+        # torch.export.save takes weights in channels_last for slices of others, and warns.
         self.backbone, self.p = network.backbone.to(memory_format=torch.contiguous_format), network.head.p
         self.neck = network.head.neck if after_neck else nn.Identity()
         self.flip_test = flip_test
