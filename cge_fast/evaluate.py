@@ -6,10 +6,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from jsonargparse import ArgumentParser
 
 from cge_fast import checkpoint, data, errors, model
-from cge_fast.config import DataConfig, EvaluationConfig, as_dataclass, parse_settings, program_parser, read_settings
-from cge_fast.operators import check_backend
+from cge_fast.config import (
+    DataConfig,
+    EvaluationConfig,
+    TrainConfig,
+    as_dataclass,
+    parse_settings,
+    program_parser,
+    read_settings,
+)
 
 PROGRAM = "cge_fast.evaluate"
 SHOWN_RANKS = (1, 5, 10)
@@ -32,26 +40,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_class_arguments(EvaluateConfig)
     folder = Path(parse_settings(parser, arguments).checkpoint)
     trained = read_settings(checkpoint.config_file(folder))
-    for section in ("data", "evaluation"):
-        for key, value in asdict(getattr(trained, section)).items():
-            parser.set_defaults({f"{section}.{key}": value})
+    take_defaults(parser, trained)
     config = as_dataclass(parser, parse_settings(parser, arguments), EvaluateConfig)
 
-    weights = checkpoint.load_weights(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_backend(trained.kernels, device)
-    only_on_gpu = trained.optim.precision == "float16" and device.type == "cpu"
-    precision = model.compute_precision("auto" if only_on_gpu else trained.optim.precision, device)
-    trained.model.pretrained, trained.model.weights = False, None  # the checkpoint's weights follow
-    classes = checkpoint.classes(weights, folder)
-    network = model.build(
-        trained.model, trained.loss, config.data, classes, trained.optim.epochs, precision, trained.kernels
-    )
-    checkpoint.fit(network, weights, folder)
-    result = model.evaluate(network.to(device), data.read(config.data), config.data, config.evaluation)
+    network = model.load(folder, trained, config.data, device)
+    result = model.evaluate(network, data.read(config.data), config.data, config.evaluation)
     ranks = ", ".join(f"rank-{k} {result.rank(k):.1%}" for k in SHOWN_RANKS)
     counted = f"{result.queries} queries, {result.skipped} more without a match left out"
     print(f"mAP {result.mAP:.1%}, mINP {result.mINP:.1%}, {ranks} ({counted})")
+
+
+def take_defaults(parser: ArgumentParser, trained: TrainConfig) -> None:
+    """Makes a checkpoint's settings of data and evaluation the defaults of the options of these sections."""
+    for section in ("data", "evaluation"):
+        for key, value in asdict(getattr(trained, section)).items():
+            parser.set_defaults({f"{section}.{key}": value})
 
 
 if __name__ == "__main__":

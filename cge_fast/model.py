@@ -1,17 +1,20 @@
 """Backbone and head as one network, and the features it gives."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cge_fast import backbones
-from cge_fast.config import DataConfig, EvaluationConfig, LossConfig, ModelConfig
+from cge_fast import backbones, checkpoint
+from cge_fast.config import DataConfig, EvaluationConfig, LossConfig, ModelConfig, TrainConfig
 from cge_fast.data import Image, ReidSet
 from cge_fast.data.batches import test_loader
 from cge_fast.distributed import gather, rank, world_size
 from cge_fast.errors import UserError
 from cge_fast.head import CGEHead, HeadOutput
-from cge_fast.operators import Kernels
+from cge_fast.operators import Kernels, check_backend
 from cge_fast.ranking import Retrieval, evaluate_ranking
 from cge_fast.reranking import evaluate_reranking
 
@@ -100,6 +103,23 @@ def compute_precision(setting: str, device: torch.device) -> torch.dtype:
     if setting == "float16" and device.type == "cpu":
         raise UserError("optim.precision: float16 needs a GPU, use bfloat16 or float32 on a CPU")
     return getattr(torch, setting)
+
+
+def load(folder: Path, trained: TrainConfig, data: DataConfig, device: torch.device) -> ReidModel:
+    """The network of a checkpoint that was trained with the settings `trained`, for images as `data` sizes them.
+
+    Raises:
+        UserError: the folder is no checkpoint, its weights do not fit its settings, or the device cannot compute so.
+    """
+    weights = checkpoint.load_weights(folder)
+    check_backend(trained.kernels, device)
+    only_on_gpu = trained.optim.precision == "float16" and device.type == "cpu"
+    precision = compute_precision("auto" if only_on_gpu else trained.optim.precision, device)
+    without_pretrained = replace(trained.model, pretrained=False)  # the checkpoint's weights follow
+    classes = checkpoint.classes(weights, folder)
+    network = build(without_pretrained, trained.loss, data, classes, trained.optim.epochs, precision, trained.kernels)
+    checkpoint.fit(network, weights, folder)
+    return network.to(device)
 
 
 @torch.no_grad()
