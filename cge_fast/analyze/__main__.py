@@ -1,0 +1,104 @@
+"""Looks into trained networks: python -m cge_fast.analyze --help"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
+
+from cge_fast import checkpoint, errors
+from cge_fast.analyze.levels import levels
+from cge_fast.analyze.loss_cdf import loss_cdf
+from cge_fast.analyze.precision import precision
+from cge_fast.analyze.ranked import ranked
+from cge_fast.analyze.saliency import saliency
+from cge_fast.analyze.trained import open_checkpoint
+from cge_fast.analyze.weights import weights
+from cge_fast.config import (
+    DataConfig,
+    EvaluationConfig,
+    as_dataclass,
+    parse_settings,
+    program_parser,
+    read_settings,
+)
+from cge_fast.errors import UserError
+from cge_fast.evaluate import take_defaults
+
+PROGRAM = "cge_fast.analyze"
+
+ANALYSES = {
+    "levels": (levels, "how many stripes classify each training image rightly, from easiest to hardest (CGE only)"),
+    "precision": (precision, "how many training images each stripe's memory classifies rightly (CGE only)"),
+    "loss-cdf": (loss_cdf, "how the loss of the training images is distributed, relative to the largest"),
+    "saliency": (saliency, "where the networks look in some test images"),
+    "weights": (weights, "the revision's weights of true and false classes over the training images (CGE only)"),
+    "ranked": (ranked, "the first gallery images of the queries of least average precision"),
+}
+
+
+@dataclass
+class LookConfig:
+    """Settings to look with; those that are not given are each checkpoint's own."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The program; `arguments` default to the command line's."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = program_parser(PROGRAM, "Looks into trained networks: writes a picture and a table of the same numbers.")
+    commands = parser.add_subcommands()
+    subparsers = {name: subparser(name, help_) for name, (_, help_) in ANALYSES.items()}
+    for name, command in subparsers.items():
+        commands.add_subcommand(name, command, help=ANALYSES[name][1])
+    name = parse_settings(parser, arguments).subcommand
+    options = parse_settings(parser, arguments)[name]
+    folders = options.checkpoint
+    labels = options.labels or [None] * len(folders)
+    if len(labels) != len(folders):
+        raise UserError(f"labels: {len(labels)} for {len(folders)} checkpoints, give one for each")
+    opened = []
+    for folder, label in zip(folders, labels, strict=True):
+        take_defaults(subparsers[name], read_settings(checkpoint.config_file(folder)))
+        look = as_dataclass(subparsers[name], parse_settings(parser, arguments)[name], LookConfig)
+        opened.append(open_checkpoint(folder, label, look.data, look.evaluation))
+    analysis, _ = ANALYSES[name]
+    options.output.mkdir(parents=True, exist_ok=True)  # before the work, which may take long
+    if name == "ranked":
+        written = ranked(*opened, options.output, options.queries)
+    elif name == "saliency":
+        written = saliency(opened, options.output, options.images)
+    else:
+        written = analysis(opened, options.output)
+    print(f"{written.summary}\n{written.picture} and {written.table}")
+
+
+def subparser(name: str, help_: str) -> ArgumentParser:
+    """The options of one analysis."""
+    parser = program_parser(f"{PROGRAM} {name}", f"Shows {help_}.")
+    one = name == "ranked"
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        nargs=1 if one else "+",
+        required=True,
+        help="folder like runs/.../checkpoints/last" + ("" if one else ", or several to compare"),
+    )
+    parser.add_argument(
+        "--labels", type=str, nargs="+", help="what to call the checkpoints; without it, by their runs' folders"
+    )
+    parser.add_argument("--output", type=Path, default=Path("analyses"), help="folder of the picture and the table")
+    if name == "ranked":
+        parser.add_argument("--queries", type=PositiveInt, default=8, help="how many queries, the worst first")
+    if name == "saliency":
+        parser.add_argument("--images", type=PositiveInt, default=8, help="how many test images")
+    parser.add_class_arguments(LookConfig)
+    return parser
+
+
+if __name__ == "__main__":
+    errors.run(main, PROGRAM)

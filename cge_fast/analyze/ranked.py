@@ -1,0 +1,147 @@
+"""What stands first in the gallery's ranking for the queries that fare worst."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from cge_fast import data, model, ranking
+from cge_fast.analyze.trained import Trained
+from cge_fast.analyze.written import Written, write
+from cge_fast.data import Image
+from cge_fast.data.images import open_rgb
+from cge_fast.errors import UserError
+
+SHOWN = 10  # gallery images of a query
+MARKS = {True: ("✓", "#1a7f37", "-"), False: ("✗", "#d1242f", "--")}  # right and wrong: sign, frame's colour and line
+
+
+class Features(NamedTuple):
+    """Of some images; the fields are the arguments of `evaluate_ranking`."""
+
+    features: Tensor  # (images, C) float32
+    identities: Tensor  # (images,) int64
+    cameras: Tensor  # (images,) int64
+
+
+def ranked(trained: Trained, output: Path, queries: int = 8) -> Written:
+    """The first gallery images, without junk, of the queries of least average precision; ranked.png and ranked.csv.
+
+    The protocol is `evaluate_ranking`'s, with the checkpoint's settings of the evaluation. Queries without a match are
+    left out; equal precisions stand in the order of the queries.
+
+    Raises:
+        UserError: a feature is not finite, no query has a match, or an image cannot be read.
+    """
+    config = trained.config
+    reid_set = data.read(config.data)
+    query, gallery = (features(trained, name, getattr(reid_set, name)) for name in ("query", "gallery"))
+    precisions = average_precisions(query, gallery, config.evaluation.metric)
+    has_match = ~precisions.isnan()
+    if not has_match.any():
+        raise UserError("data: no query has a match of another camera in the gallery, so there is nothing to rank")
+    worst = precisions.argsort(stable=True)[: min(queries, has_match.sum().item())]  # NaN, no match, stands last
+    lists = first_images(Features(*(part[worst] for part in query)), gallery, config.evaluation.metric)
+    rows = [
+        {
+            "query": reid_set.query[index].path.name,
+            "query_identity": reid_set.query[index].identity,
+            "query_camera": reid_set.query[index].camera,
+            "average_precision": precisions[index].item(),
+            "rank": rank,
+            "image": reid_set.gallery[place].path.name,
+            "identity": reid_set.gallery[place].identity,
+            "camera": reid_set.gallery[place].camera,
+            "right": reid_set.gallery[place].identity == reid_set.query[index].identity,
+        }
+        for index, places in zip(worst.tolist(), lists, strict=True)
+        for rank, place in enumerate(places, start=1)
+    ]
+    pictures = [
+        (reid_set.query[index], precisions[index].item(), [reid_set.gallery[place] for place in places])
+        for index, places in zip(worst.tolist(), lists, strict=True)
+    ]
+    summary = (
+        f"{trained.label}: mAP {precisions[has_match].mean():.1%} of {has_match.sum()} queries, the worst "
+        f"{len(worst)} have AP {precisions[worst[0]]:.1%} to {precisions[worst[-1]]:.1%}"
+    )
+    return write(output, "ranked", drawn(trained, pictures), rows, summary)
+
+
+def features(trained: Trained, name: str, images: list[Image]) -> Features:
+    """What evaluation compares, of the query or the gallery.
+
+    Raises:
+        UserError: a feature is not finite, or an image cannot be read.
+    """
+    found = model.embed(trained.network, images, trained.config.data, trained.config.evaluation, name)
+    if not found.isfinite().all():
+        raise UserError(f"checkpoint {trained.folder}: the feature of a {name} image is not finite")
+    identities = torch.tensor([image.identity for image in images], device=found.device)
+    return Features(found, identities, torch.tensor([image.camera for image in images], device=found.device))
+
+
+def average_precisions(query: Features, gallery: Features, metric: str) -> Tensor:
+    """AP of each query (Q,) float64 on the CPU, NaN without a match; memory does not grow with queries x gallery."""
+    rows = max(1, ranking.CHUNK_DISTANCES // len(gallery.features))
+    found = []
+    with tqdm(total=len(query.features), desc="ranking", unit=" query", leave=False) as bar:
+        for chunk in zip(*(part.split(rows) for part in query), strict=True):
+            _, rank, is_match = match_ranks(Features(*chunk), gallery, metric)
+            number = torch.arange(1, rank.shape[1] + 1, dtype=torch.float64, device=rank.device)
+            found.append(((number / rank).where(is_match, 0).sum(dim=1) / is_match.sum(dim=1)).cpu())
+            bar.update(len(rank))
+    return torch.cat(found)
+
+
+def first_images(query: Features, gallery: Features, metric: str) -> list[list[int]]:
+    """Gallery indices of the first images of a few queries, without junk; equal distances by index."""
+    distance, _, _ = match_ranks(query, gallery, metric)
+    indices = torch.arange(distance.shape[1], device=distance.device)
+    lists = []
+    for row in distance:
+        first = ranking.order_keys(row, indices).argsort()[:SHOWN]
+        lists.append(first[~row[first].isnan()].tolist())
+    return lists
+
+
+def match_ranks(query: Features, gallery: Features, metric: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Distances (Q, G), NaN for junk, and what `ranking.match_ranks` makes of them."""
+    distance = ranking.distances(query.features, gallery.features, metric)
+    rank, is_match = ranking.match_ranks(distance, query.identities, query.cameras, gallery.identities, gallery.cameras)
+    return distance, rank, is_match
+
+
+def drawn(trained: Trained, lists: Sequence[tuple[Image, float, Sequence[Image]]]) -> Figure:
+    """A row for each query: the query with its AP, then the gallery images, framed and marked as right or wrong."""
+    config = trained.config.data
+    cell = 1.05  # inches, an image's width
+    size = ((SHOWN + 2) * cell, len(lists) * (cell * config.height / config.width + 0.35) + 0.7)
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(f"{trained.title}: queries of least average precision, and the first {SHOWN} of the gallery")
+    panels = figure.subplots(len(lists), 1 + SHOWN, squeeze=False)
+    for (query, precision, images), (first, *others) in zip(lists, panels, strict=True):
+        show(first, query, (config.height, config.width))
+        first.set_title("query", fontsize=9)
+        first.set_ylabel(f"AP {precision:.1%}", fontsize=11)
+        for rank, (axes, image) in enumerate(zip(others, images, strict=False), start=1):
+            mark, colour, line = MARKS[image.identity == query.identity]
+            show(axes, image, (config.height, config.width))
+            axes.set_title(f"{rank} {mark}", fontsize=10, color=colour)
+            for spine in axes.spines.values():
+                spine.set(color=colour, linewidth=3, linestyle=line)
+        for axes in others[len(images) :]:
+            axes.set_axis_off()
+    return figure
+
+
+def show(axes: Axes, image: Image, size: tuple[int, int]) -> None:
+    """Draws an image as height x width without ticks."""
+    axes.imshow(open_rgb(image.path).resize(size[::-1]))
+    axes.set_xticks([])
+    axes.set_yticks([])

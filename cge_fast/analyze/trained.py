@@ -1,0 +1,104 @@
+"""A checkpoint that was opened to be looked into, and its pass over the training images."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cge_fast import checkpoint, data, model
+from cge_fast.config import DataConfig, EvaluationConfig, TrainConfig, read_settings
+from cge_fast.data.batches import test_loader, train_labels
+from cge_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint's network in evaluation mode, which records no gradients, and its settings."""
+
+    folder: Path
+    label: str  # what pictures and tables call it
+    network: model.ReidModel
+    config: TrainConfig  # data and evaluation are those to look with, the rest is what it was trained with
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        return self.network.head.classifier.weight.device
+
+    @property
+    def title(self) -> str:
+        """Data set and checkpoint."""
+        return f"{self.config.data.name}, {self.label}"
+
+
+def open_checkpoint(
+    folder: Path,
+    label: str | None = None,
+    data: DataConfig | None = None,
+    evaluation: EvaluationConfig | None = None,
+) -> Trained:
+    """Opens a checkpoint on the GPU if there is one.
+
+    Args:
+        folder: the checkpoint, like runs/.../checkpoints/last.
+        label: what to call it; without one, the name of its run's folder.
+        data, evaluation: settings to look with; without them, the checkpoint's own.
+
+    Raises:
+        UserError: the folder is no checkpoint, or does not fit the settings.
+    """
+    config = read_settings(checkpoint.config_file(folder))
+    config = replace(config, data=data or config.data, evaluation=evaluation or config.evaluation)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = model.load(folder, config, config.data, device).eval().requires_grad_(False)
+    return Trained(folder, label or run_name(folder), network, config)
+
+
+def run_name(folder: Path) -> str:
+    """The name of the run that a checkpoint belongs to; of a checkpoint that lies elsewhere, its own."""
+    whole = folder.absolute()  # not resolved: `last` is a link, whose target's name says less
+    return whole.parents[1].name if whole.parent.name == "checkpoints" else whole.name
+
+
+def require_labels_differ(checkpoints: Sequence[Trained]) -> None:
+    """Raises UserError if two checkpoints could not be told apart in a picture or table."""
+    labels = [trained.label for trained in checkpoints]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(
+                f"labels: {labels.count(label)} checkpoints are called {label}, give each a name of its own"
+            )
+
+
+def require_cge(checkpoints: Sequence[Trained], analysis: str) -> None:
+    """Raises UserError if a checkpoint has no memory of local features, which the analysis needs."""
+    for trained in checkpoints:
+        if not trained.network.head.cge:
+            raise UserError(f"checkpoint {trained.folder}: {analysis} needs CGE, this was trained with model.cge false")
+
+
+def train_batches(trained: Trained) -> Iterator[tuple[Tensor, Tensor]]:
+    """Training images (B, 3, H, W) float32, not augmented, and labels (B,) int64, with a progress bar.
+
+    Raises:
+        UserError: the data set has other training identities than the network, or an image cannot be read.
+    """
+    config = trained.config
+    images = data.read(config.data).train
+    labels = torch.tensor(train_labels(images))
+    classes = trained.network.head.classifier.out_features
+    if labels.max() + 1 != classes:
+        raise UserError(
+            f"data: checkpoint {trained.folder} was trained on {classes} identities, {config.data.name} has "
+            f"{labels.max() + 1}"
+        )
+    loader = test_loader(images, config.evaluation.batch, config.data)
+    for batch, of_batch in zip(
+        tqdm(loader, desc=f"training images, {trained.label}", unit=" batch", leave=False),
+        labels.split(config.evaluation.batch),
+        strict=True,
+    ):
+        yield batch.to(trained.device), of_batch.to(trained.device)
