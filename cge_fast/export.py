@@ -20,8 +20,16 @@ from torch.export import Dim, ExportedProgram
 from torchvision.transforms import v2
 
 from cge_fast import checkpoint, errors, model
-from cge_fast.config import TrainConfig, as_dataclass, parse_settings, program_parser, read_settings
-from cge_fast.data.batches import normalised
+from cge_fast.config import (
+    DataConfig,
+    EvaluationConfig,
+    TrainConfig,
+    as_dataclass,
+    parse_settings,
+    program_parser,
+    read_settings,
+)
+from cge_fast.data.batches import mean_and_std, normalised
 from cge_fast.errors import UserError
 
 PROGRAM = "cge_fast.export"
@@ -47,13 +55,13 @@ class Embedding(nn.Module):
     the identities, are left out.
     """
 
-    def __init__(self, network: model.ReidModel, after_neck: bool, flip_test: bool):
+    def __init__(self, network: model.ReidModel, data: DataConfig, evaluation: EvaluationConfig):
         super().__init__()
-        self.normalise = v2.Compose(normalised())
+        self.normalise = v2.Compose(normalised(data))
         # torch.export.save takes weights in channels_last for slices of others, and warns.
         self.backbone, self.p = network.backbone.to(memory_format=torch.contiguous_format), network.head.p
-        self.neck = network.head.neck if after_neck else nn.Identity()
-        self.flip_test = flip_test
+        self.neck = network.head.neck if evaluation.neck == "after" else nn.Identity()
+        self.flip_test = evaluation.flip_test
 
     def forward(self, images: Tensor) -> Tensor:
         """The embeddings."""
@@ -78,26 +86,19 @@ def load(folder: Path) -> tuple[Embedding, TrainConfig, dict[str, str]]:
         UserError: the checkpoint cannot be read.
     """
     trained = read_settings(checkpoint.config_file(folder))
-    weights = checkpoint.load_weights(folder)
-    trained.model.pretrained = False  # the checkpoint's weights follow
-    classes = checkpoint.classes(weights, folder)
-    network = model.build(
-        trained.model, trained.loss, trained.data, classes, trained.optim.epochs, torch.float32, trained.kernels
-    )
-    checkpoint.fit(network, weights, folder)
-    after_neck = trained.evaluation.neck == "after"
-    embedding = Embedding(network, after_neck, trained.evaluation.flip_test).eval().requires_grad_(False)
-    (normalise,) = (step for step in embedding.normalise.transforms if isinstance(step, v2.Normalize))
+    network = model.load(folder, trained, trained.data, torch.device("cpu"))
+    embedding = Embedding(network, trained.data, trained.evaluation).eval().requires_grad_(False)
+    mean, std = mean_and_std(trained.data)
     metadata = {
         "height": str(trained.data.height),
         "width": str(trained.data.width),
         "input": "uint8 RGB, 0 to 255, (batch, 3, height, width), resized by the caller",
-        "normalisation": f"inside the model: mean {list(normalise.mean)}, std {list(normalise.std)} of values 0 to 1",
+        "normalisation": f"inside the model: mean {list(mean)}, std {list(std)} of values 0 to 1",
         "l2_normalised": "false",
         "metric": trained.evaluation.metric,
         "neck": trained.evaluation.neck,
         "flip_test": str(trained.evaluation.flip_test).lower(),
-        "training_identities": str(classes),
+        "training_identities": str(network.head.classifier.out_features),
     }
     return embedding, trained, metadata
 

@@ -135,8 +135,8 @@ class CGEHead(nn.Module):
             raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
         if revision == "features" and (pooling, classification) != ("average", "cross_entropy"):
             raise ValueError(
-                "revision 'features' averages the classifier's maps, so it goes with pooling 'average' and classification "
-                f"'cross_entropy', got {pooling!r} and {classification!r}"
+                "revision 'features' averages the classifier's maps, so it goes with pooling 'average' and "
+                f"classification 'cross_entropy', got {pooling!r} and {classification!r}"
             )
         if shuffle_memory and num_classes < 2:
             raise ValueError(f"shuffle_memory needs at least 2 classes, got {num_classes}")
@@ -202,7 +202,7 @@ class CGEHead(nn.Module):
     def _revised(
         self, feature_map: Tensor, global_feature: Tensor, local_features: Tensor, labels: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Revised logits (B, N) and embedding (B, C); `labels` (B,) int64 give the margin of classification "sphere"."""
+        """Revised logits (B, N) and embedding (B, C); `labels` (B,) int64 say where "sphere" has its margin."""
         if self.cge and self.revision == "features":
             return self._revised_maps(feature_map, local_features)
         embedding = self._normalise(global_feature)
@@ -251,13 +251,15 @@ class CGEHead(nn.Module):
         global_feature, _ = operators(self.kernels).stripe_pool(feature_map, 1, self.p)
         return self._normalise(global_feature) if after_neck else global_feature
 
-    def revise(self, feature_map: Tensor) -> Tensor:
-        """Revised logits (B, N) float32 of a feature map (B, C, H, W), for losses other than cross entropy.
+    def revise(self, feature_map: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Revised logits (B, N) float32 of a feature map (B, C, H, W), for losses of your own.
+
+        labels: (B,) int64 in [0, N), for classification "sphere": where its margin is set; without them there is none.
 
         What write_memory then takes: `_, local_features = head.pool(feature_map.detach())`.
         """
         global_feature, local_features = self.pool(feature_map)
-        return self._revised(feature_map, global_feature, local_features, None)[0]
+        return self._revised(feature_map, global_feature, local_features, labels)[0]
 
     def write_memory(self, local_features: Tensor, labels: Tensor, epoch: int) -> None:
         """Writes one optimiser step's local features into the memory; call it after `optimizer.step()`.

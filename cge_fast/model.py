@@ -55,7 +55,11 @@ def build(
     """
     backbone = backbones.build(model.backbone, model.pretrained, model.weights, model.non_local, model.map_norm)
     channels, height, width = backbones.map_size(backbone, data.height, data.width)
-    if model.cge and model.revision == "features" and (model.pooling, loss.classification) != ("average", "cross_entropy"):
+    if (
+        model.cge
+        and model.revision == "features"
+        and (model.pooling, loss.classification) != ("average", "cross_entropy")
+    ):
         raise UserError(
             "model.revision: features goes with model.pooling average and loss.classification cross_entropy, got "
             f"{model.pooling} and {loss.classification}"
@@ -115,7 +119,7 @@ def load(folder: Path, trained: TrainConfig, data: DataConfig, device: torch.dev
     check_backend(trained.kernels, device)
     only_on_gpu = trained.optim.precision == "float16" and device.type == "cpu"
     precision = compute_precision("auto" if only_on_gpu else trained.optim.precision, device)
-    without_pretrained = replace(trained.model, pretrained=False)  # the checkpoint's weights follow
+    without_pretrained = replace(trained.model, pretrained=False, weights=None)  # the checkpoint's weights follow
     classes = checkpoint.classes(weights, folder)
     network = build(without_pretrained, trained.loss, data, classes, trained.optim.epochs, precision, trained.kernels)
     checkpoint.fit(network, weights, folder)

@@ -9,8 +9,8 @@ def learning_rate(optim: OptimConfig, epochs_done: float, steps_per_epoch: int) 
     """Linear warm-up from warmup_factor * lr to lr, then a factor gamma at each milestone.
 
     Args:
-        optim: the settings; a warm-up or milestone below 1 is a share of all epochs. With `by_epoch` the rate of an epoch's
-            every step is that of its number t, counted from 1.
+        optim: the settings; a warm-up or milestone below 1 is a share of all epochs. With `by_epoch` the rate of every
+            step is that of its epoch's number t, counted from 1.
         epochs_done: epochs done before this step, with its fraction; 0 at the first step.
         steps_per_epoch: turns `warmup_steps` into epochs.
     """

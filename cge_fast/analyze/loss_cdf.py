@@ -6,28 +6,27 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from cge_fast.analyze.trained import Trained, require_labels_differ, train_batches
 from cge_fast.analyze.written import COLOURS, LINES, Written, write
-from cge_fast.config import TrainConfig
 from cge_fast.errors import UserError
+from cge_fast.losses.classification import classification_losses
 from cge_fast.model import ReidModel
 
 STEPS = 500  # of the normalised loss, between 0 and 1
 
 
-def sample_losses(network: ReidModel, config: TrainConfig, images: Tensor, labels: Tensor) -> Tensor:
+def sample_losses(network: ReidModel, images: Tensor, labels: Tensor) -> Tensor:
     """The classification part (B,) of the loss that the network was trained with, without its weight l1.
 
     Args:
         network: in the mode to look at it in.
-        config: what it was trained with.
         images: (B, 3, H, W) float32.
-        labels: (B,), integer.
+        labels: (B,), int64.
     """
-    logits = network.head.revise(network.feature_map(images))
-    return cross_entropy(logits, labels, reduction="none", label_smoothing=config.loss.label_smoothing)
+    head = network.head
+    logits = head.revise(network.feature_map(images), labels)
+    return classification_losses(logits, labels, head.classification, head.label_smoothing)
 
 
 def loss_cdf(checkpoints: Sequence[Trained], output: Path) -> Written:
@@ -59,9 +58,7 @@ def train_losses(trained: Trained) -> Tensor:
     Raises:
         UserError: data and checkpoint do not fit, or a loss is not finite.
     """
-    losses = torch.cat(
-        [sample_losses(trained.network, trained.config, *batch).cpu() for batch in train_batches(trained)]
-    ).double()
+    losses = torch.cat([sample_losses(trained.network, *batch).cpu() for batch in train_batches(trained)]).double()
     if not losses.isfinite().all():
         raise UserError(f"checkpoint {trained.folder}: the loss of a training image is not finite")
     return losses

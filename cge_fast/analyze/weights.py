@@ -9,7 +9,6 @@ from torch import Tensor
 
 from cge_fast.analyze.trained import Trained, require_cge, require_labels_differ, train_batches
 from cge_fast.analyze.written import COLOURS, HATCHES, Written, write
-from cge_fast.operators import operators
 
 LOWEST, HIGHEST = 0.268, 0.732  # the bins' range: weights lie from sigmoid(-1) = 0.26894 to sigmoid(1) = 0.73106
 BINS = 464  # 0.001 wide
@@ -54,8 +53,7 @@ def histogram(trained: Trained) -> tuple[Tensor, list[float], list[float]]:
     sums = torch.zeros(2, 3, dtype=torch.float64)  # of 1, w and w^2
     for images, labels in train_batches(trained):
         _, local_features = head.pool(trained.network.feature_map(images))
-        ones = local_features.new_ones(len(labels), head.memory.shape[1])
-        weight = operators(head.kernels).revise_logits(ones, local_features, head.memory)
+        weight = head.revision_weights(local_features)
         true = torch.zeros_like(weight, dtype=torch.bool).scatter_(1, labels[:, None], True)
         for kind, values in enumerate((weight[true], weight[~true])):
             values = values.double()

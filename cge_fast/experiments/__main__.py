@@ -22,9 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     titles = TITLES | figures.TITLES
     parser = ArgumentParser(
         prog=PROGRAM,
-        description="Trains what a table or figure of the paper compares, with the same seeds, and writes it as Markdown "
-        "and CSV (figures: PNG and CSV). Trainings that are there already are not repeated, interrupted ones are "
-        "continued. " + " ".join(f"{name}: {title}." for name, title in titles.items()),
+        description="Trains what a table or figure of the paper compares, with the same seeds, and writes it as "
+        "Markdown and CSV (figures: PNG and CSV). Trainings that are there already are not repeated, "
+        "interrupted ones are continued. " + " ".join(f"{name}: {title}." for name, title in titles.items()),
         epilog="What stands after -- goes to every training.",
         exit_on_error=False,
     )

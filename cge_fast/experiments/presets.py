@@ -48,7 +48,17 @@ PRESETS: dict[str, dict[str, Preset]] = {
     "small": {
         # From scratch, 200 steps teach little; the paper starts from ImageNet's or other people's images as well.
         "pedestrians": Preset(
-            ("--config", "pedestrians_cge", *QUIET, "--data.identities", "8", "--optim.epochs", "2", "--optim.lr", "1e-3"),
+            (
+                "--config",
+                "pedestrians_cge",
+                *QUIET,
+                "--data.identities",
+                "8",
+                "--optim.epochs",
+                "2",
+                "--optim.lr",
+                "1e-3",
+            ),
             rows=12,
             first=other_people,
         ),

@@ -74,7 +74,9 @@ def lines_of(table: str, data: str, output: Path, rows: Sequence[Row], seeds: in
             }
         )
     names = {row.name for row in rows}
-    others = [(row, figures) for (of, row, on), figures in paper.items() if of == table and on == data and row not in names]
+    others = [
+        (row, figures) for (of, row, on), figures in paper.items() if of == table and on == data and row not in names
+    ]
     empty = dict.fromkeys(lines[0], NOTHING)
     return lines + [empty | {"row": row, "paper mAP / rank-1": f"{mAP} / {rank1}"} for row, (mAP, rank1) in others]
 
@@ -106,9 +108,9 @@ def write(
             "|---|" + "---:|" * (len(shown) - 1),
             *("| " + " | ".join(line[column] for column in shown) + " |" for line in lines),
             "",
-            "Mean ± standard deviation over the seeds; differences are of mAP and paired by seed. Mean w: of the revision, "
-            "over all classes, images and epochs. Precision: of each stripe's classifier on the training images, last "
-            f"epoch. All trainings of this table: {total / 60:.0f} minutes of one process each.",
+            "Mean ± standard deviation over the seeds; differences are of mAP and paired by seed. Mean w: of the "
+            "revision, over all classes, images and epochs. Precision: of each stripe's classifier on the training "
+            f"images, last epoch. All trainings of this table: {total / 60:.0f} minutes of one process each.",
             *(f"Failed: {row}, seed {seed}: {message}" for (row, seed), message in failures.items()),
             "",
             f"    {shlex.join(command)}",

@@ -5,8 +5,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,7 +27,9 @@ def run_folder(output: Path, options: Sequence[str], scaled: bool, seed: int) ->
 
     scaled: whether its logits are scaled by another training's mean weight.
     """
-    settings = sorted(f"{key.removeprefix('--')}={value}" for key, value in zip(options[::2], options[1::2], strict=True))
+    settings = sorted(
+        f"{key.removeprefix('--')}={value}" for key, value in zip(options[::2], options[1::2], strict=True)
+    )
     name = "+".join([*settings, *(["model.logit_scale=mean-w"] if scaled else [])]).replace("/", "_")
     return output / "runs" / name / f"seed-{seed}"
 
@@ -101,84 +102,69 @@ def run_rows(
     Returns:
         messages of the trainings that failed, by row's name and seed.
     """
-    plain = [row for row in rows if row.scaled_by is None]
-    scaled = [row for row in rows if row.scaled_by is not None]
-    sources = [Row(f"source of {row.name}", row.scaled_by) for row in scaled]
-    failures: dict[tuple[str, int], str] = {}
-    failed_folders: dict[Path, str] = {}
-    total = {folder_of(output, row, seed) for row in rows for seed in range(seeds)}
-    total |= {folder_of(output, row, seed) for row in sources for seed in range(seeds)}
-    whole = {folder for folder in total if is_whole(folder)}
-    started: set[Path] = set()
+    # Rows that take another training's mean weight come after it.
+    first = [row for row in rows if row.scaled_by is None]
+    then = [row for row in rows if row.scaled_by is not None]
+    first += [Row(f"{row.name}, the weight's source", row.scaled_by) for row in then]
+    failures: dict[Path, str] = {}
+    folders = {folder_of(output, row, seed) for row in [*first, *then] for seed in range(seeds)}
     with (
-        executor(jobs) as submit,
-        tqdm(total=len(total), initial=len(whole), desc="trainings", unit=" run") as bar,
+        executor(jobs) as map_unordered,
+        tqdm(total=len(folders), initial=sum(map(is_whole, folders)), desc="trainings", unit=" run") as bar,
     ):
-        # Those that take another training's mean weight come after it.
-        for stage in ([*plain, *sources], scaled):
-            pending: dict[Future, Path] = {}
+        for stage in (first, then):
+            missing = {}
             for seed in range(seeds):
                 for row in stage:
+                    arguments = arguments_of(output, row, seed, common)
                     folder = folder_of(output, row, seed)
-                    if folder in started:
-                        continue
-                    started.add(folder)
-                    arguments = [*common, *row.options, "--seed", str(seed)]
-                    if row.scaled_by is not None:
-                        source = run_folder(output, row.scaled_by, False, seed)
-                        if not is_whole(source):
-                            failed_folders[folder] = "the training that it takes the mean weight from failed"
-                            continue
-                        arguments += ["--model.logit_scale", f"{mean_weight(source):.4f}"]
-                    if folder in whole:
+                    if arguments is None:
+                        failures[folder] = "the training that it takes the mean weight of failed"
+                    elif is_whole(folder):
                         require_same(folder, arguments)
-                        continue
-                    pending[submit(run, folder, arguments)] = folder
-            for future in as_completed(pending):
-                try:
-                    future.result()
-                except UserError as error:
-                    failed_folders[pending[future]] = one_line(error)
+                    else:
+                        missing[folder] = arguments
+            for folder, failure in map_unordered(run_or_fail, missing.items()):
+                if failure:
+                    failures[folder] = failure
                 bar.update()
-    for row in rows:
-        for seed in range(seeds):
-            message = failed_folders.get(folder_of(output, row, seed))
-            if message:
-                failures[row.name, seed] = message
-    return failures
+    named = {(row.name, seed): failures.get(folder_of(output, row, seed)) for row in rows for seed in range(seeds)}
+    return {key: failure for key, failure in named.items() if failure}
+
+
+def arguments_of(output: Path, row: Row, seed: int, common: Sequence[str]) -> list[str] | None:
+    """The command line of one seed of a row; None if it takes the mean weight of a training that is not whole."""
+    arguments = [*common, *row.options, "--seed", str(seed)]
+    if row.scaled_by is None:
+        return arguments
+    source = run_folder(output, row.scaled_by, False, seed)
+    return [*arguments, "--model.logit_scale", f"{mean_weight(source):.4f}"] if is_whole(source) else None
+
+
+def run_or_fail(folder_and_arguments: tuple[Path, Sequence[str]]) -> tuple[Path, str | None]:
+    """`run`; the folder, and the message if it failed."""
+    folder, arguments = folder_and_arguments
+    try:
+        run(folder, arguments)
+    except UserError as error:
+        return folder, one_line(error)
+    return folder, None
 
 
 @contextmanager
-def executor(jobs: int) -> Iterator[Callable[..., Future]]:
-    """Gives a function like Executor.submit; one job runs in this process."""
+def executor(jobs: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
+    """Gives a `map` that yields results as they come, from `jobs` processes; one job runs in this process."""
     if jobs == 1:
-        yield run_now
+        yield map
         return
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = threads  # read when a process loads torch
+    before = dict(os.environ)
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))  # read when a process loads torch
     try:
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            try:
-                yield pool.submit
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        with get_context("spawn").Pool(jobs) as pool:  # leaving the block ends the processes
+            yield pool.imap_unordered
     finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
-
-
-def run_now(function: Callable, *arguments: object) -> Future:
-    """A future that is done already."""
-    future: Future = Future()
-    try:
-        future.set_result(function(*arguments))
-    except UserError as error:
-        future.set_exception(error)
-    return future
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def command_of(common: Sequence[str], row: Row) -> str:

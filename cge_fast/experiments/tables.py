@@ -61,7 +61,8 @@ def stripes() -> list[Row]:
     """n = 1 ... 12; that of the controls is 3."""
     controls = comparison(BOT)
     numbers = [
-        replace(controls[3], name=f"CGE, n = {n}", options=with_stripes(n), stripes=n) for n in range(1, MOST_STRIPES + 1)
+        replace(controls[3], name=f"CGE, n = {n}", options=with_stripes(n), stripes=n)
+        for n in range(1, MOST_STRIPES + 1)
     ]
     return [*controls[:3], *numbers, *(replace(row, name=f"{row.name}, n = 3") for row in controls[4:])]
 
@@ -75,9 +76,7 @@ def alphas() -> list[Row]:
     """Strategies of the memory's alpha; the memory of the baseline is written but not used."""
     rows = comparison(BOT)
     unused = Row(f"{BOT}, memory not used", (*WITH, "--model.revision", "none"), BOT)
-    others = [
-        Row(f"CGE, alpha {alpha}", (*WITH, "--model.alpha", alpha), BOT) for alpha in ("exponential", "constant")
-    ]
+    others = [Row(f"CGE, alpha {alpha}", (*WITH, "--model.alpha", alpha), BOT) for alpha in ("exponential", "constant")]
     return [*rows[:3], unused, replace(rows[3], name="CGE, alpha linear"), *others, *rows[4:]]
 
 

@@ -42,10 +42,10 @@ def focal_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def sphere_logits(features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """|x| cos(theta_k), for the label |x| psi(theta) with psi = (-1)^j cos(m theta) - 2j, j = floor(m theta / pi), m = 4.
+    """Logits of SphereFace (Liu et al. 2017): |x| cos(theta_k), and |x| psi(theta_k) for the label.
 
-    SphereFace (Liu et al. 2017), theta_k the angle between the feature and class k's row. pytorch-metric-learning has the
-    loss of these logits, but revision needs the logits themselves.
+    theta_k is the angle between the feature x and class k's row; psi(theta) = (-1)^j cos(m theta) - 2j with
+    j = floor(m theta / pi), m = 4. pytorch-metric-learning has the loss of these logits, but revision needs the logits.
 
     Args:
         features: (B, C), floating.

@@ -30,7 +30,7 @@ def metric_loss(features: Tensor, labels: Tensor, kind: Metric, margin: float | 
 
 
 def weighted_regularised_triplet(features: Tensor, labels: Tensor, published: bool = False) -> Tensor:
-    """AGW's WRT: mean of log(1 + exp(sum_p w_p d_p - sum_n w_n d_n)), Euclidean, not normalised; the weights carry gradient.
+    """AGW's WRT: mean of log(1 + exp(sum_p w_p d_p - sum_n w_n d_n)), d Euclidean; the weights carry gradient.
 
     w_p = softmax(d) over the anchor's positives (itself among them), w_n = softmax(-d) over its negatives. An anchor
     without negatives contributes log(1 + exp(sum_p w_p d_p)).
@@ -38,8 +38,8 @@ def weighted_regularised_triplet(features: Tensor, labels: Tensor, published: bo
     Args:
         features: (B, C), floating.
         labels: (B,), integer.
-        published: reproduce the public code's defect: the exponentials of negatives are not shifted and 1e-6 is added to
-            their sum, so that weights of far negatives (distances above about 15) vanish.
+        published: reproduce the public code's defect: the exponentials of negatives are not shifted and 1e-6 is added
+            to their sum, so that weights of far negatives (distances above about 15) vanish.
 
     Returns:
         the loss, 0-d.
@@ -60,8 +60,8 @@ def instance_loss(features: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy of 64 * cosine to the batch's identities, each represented by its samples' mean direction.
 
     After Zheng et al. 2017 (instance loss: every identity of the batch a class of its own). The loss of that name in
-    pytorch-metric-learning takes an identity's number for the index of a sample, which is right only where each identity
-    has one image.
+    pytorch-metric-learning takes an identity's number for the index of a sample, which is right only where each
+    identity has one image.
 
     Args:
         features: (B, C), floating.

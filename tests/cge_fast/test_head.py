@@ -352,9 +352,7 @@ def test_spheres_margin_is_set_before_the_revision_and_only_in_training(batch):
     margin = 0.5 * sphere_logits(embedding, made.classifier.weight, labels)
     expected = cross_entropy(margin * _weights(made, feature_map), labels, label_smoothing=0.1)
     torch.testing.assert_close(made(feature_map, labels).loss, expected)
-    torch.testing.assert_close(
-        made.revise(feature_map), 0.5 * made.classifier(embedding) * _weights(made, feature_map)
-    )
+    torch.testing.assert_close(made.revise(feature_map), 0.5 * made.classifier(embedding) * _weights(made, feature_map))
 
 
 def test_revised_maps_are_the_classifiers_maps_times_their_stripes_sigmoids(batch):
@@ -362,9 +360,7 @@ def test_revised_maps_are_the_classifiers_maps_times_their_stripes_sigmoids(batc
     made = written(batch, revision="features").eval()
     made.neck.running_mean.fill_(0.3)
     _, local_features = stripe_pool(feature_map, 3, None)
-    scores = torch.einsum(
-        "bic,ikc->bik", torch.nn.functional.normalize(local_features, dim=2), made.memory
-    ).sigmoid()
+    scores = torch.einsum("bic,ikc->bik", torch.nn.functional.normalize(local_features, dim=2), made.memory).sigmoid()
     stripes_of_row = [[0], [0], [0, 1], [1], [1, 2], [2], [2]]  # 7 rows: two stripes share a row with a neighbour
     logits = torch.zeros(BATCH, CLASSES)
     for row, stripes in enumerate(stripes_of_row):

@@ -149,5 +149,5 @@ def test_a_recipe_is_found_by_its_name():
 def test_a_recipe_whose_weights_are_not_there_says_which_file_to_place_where(options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     size = ["--data.height", "32", "--data.width", "16"]
-    with pytest.raises(UserError, match=r"there is no file weights/lup_moco_r50.pth; place weights of resnet50 .* there"):
+    with pytest.raises(UserError, match=r"no file weights/lup_moco_r50.pth; place weights of resnet50 .* there"):
         train.main(["--config", "cge_upt_bot", *options, *size])

@@ -35,4 +35,3 @@ def test_gradients_stay_finite_for_equal_features_and_a_single_identity(margin):
         features = torch.ones(4, 3, requires_grad=True)
         batch_hard_triplet(features, torch.tensor(labels), margin).backward()
         assert features.grad.isfinite().all()
-
