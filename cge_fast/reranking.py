@@ -12,7 +12,7 @@ As in the published code, of N images, queries first, then the gallery:
 
 Memory for C channels, V with Z entries that are not zero, and CHUNK_DISTANCES distances at a time, bytes:
 4 N C (features side by side) + 16 N (k1 + 1) + 100 Z + 8 CHUNK_DISTANCES. Z is at most
-N k2 (k1 + 1) (k1 / 2 + 2), and in clustered data 10 to 100 N. Nothing has N x N or Q x G entries.
+N k2 (k1 + 1) (k1 / 2 + 2), and on random clusters 25 to 100 N. Nothing has N x N or Q x G entries.
 """
 
 from collections.abc import Callable
