@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -98,4 +98,4 @@ def preset_of(name: str, data: str, root: Path | None) -> Preset:
         return preset
     if root is None:
         raise UserError(f"root: the data set {data} needs the folder where it lies")
-    return Preset((*preset.options, "--data.root", str(root)), preset.rows, preset.first)
+    return replace(preset, options=(*preset.options, "--data.root", str(root)))
