@@ -37,6 +37,11 @@ ANALYSES = {
     "weights": (weights, "the revision's weights of true and false classes over the training images (CGE only)"),
     "ranked": (ranked, "the first gallery images of the queries of least average precision"),
 }
+OF_ONE = ("ranked",)  # the others compare as many checkpoints as are given
+COUNTS = {
+    "saliency": {"images": "how many test images"},
+    "ranked": {"queries": "how many queries, the worst first"},
+}
 
 
 @dataclass
@@ -55,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     subparsers = {name: subparser(name, help_) for name, (_, help_) in ANALYSES.items()}
     for name, command in subparsers.items():
         commands.add_subcommand(name, command, help=ANALYSES[name][1])
-    name = parse_settings(parser, arguments).subcommand
-    options = parse_settings(parser, arguments)[name]
+    parsed = parse_settings(parser, arguments)
+    name, options = parsed.subcommand, parsed[parsed.subcommand]
     folders = options.checkpoint
     labels = options.labels or [None] * len(folders)
     if len(labels) != len(folders):
@@ -66,36 +71,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         take_defaults(subparsers[name], read_settings(checkpoint.config_file(folder)))
         look = as_dataclass(subparsers[name], parse_settings(parser, arguments)[name], LookConfig)
         opened.append(open_checkpoint(folder, label, look.data, look.evaluation))
-    analysis, _ = ANALYSES[name]
     options.output.mkdir(parents=True, exist_ok=True)  # before the work, which may take long
-    if name == "ranked":
-        written = ranked(*opened, options.output, options.queries)
-    elif name == "saliency":
-        written = saliency(opened, options.output, options.images)
-    else:
-        written = analysis(opened, options.output)
+    analysis, _ = ANALYSES[name]
+    counts = {option: options[option] for option in COUNTS.get(name, {})}
+    written = analysis(opened[0] if name in OF_ONE else opened, options.output, **counts)
     print(f"{written.summary}\n{written.picture} and {written.table}")
 
 
 def subparser(name: str, help_: str) -> ArgumentParser:
     """The options of one analysis."""
     parser = program_parser(f"{PROGRAM} {name}", f"Shows {help_}.")
-    one = name == "ranked"
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        nargs=1 if one else "+",
+        nargs=1 if name in OF_ONE else "+",
         required=True,
-        help="folder like runs/.../checkpoints/last" + ("" if one else ", or several to compare"),
+        help="folder like runs/.../checkpoints/last" + ("" if name in OF_ONE else ", or several to compare"),
     )
     parser.add_argument(
         "--labels", type=str, nargs="+", help="what to call the checkpoints; without it, by their runs' folders"
     )
     parser.add_argument("--output", type=Path, default=Path("analyses"), help="folder of the picture and the table")
-    if name == "ranked":
-        parser.add_argument("--queries", type=PositiveInt, default=8, help="how many queries, the worst first")
-    if name == "saliency":
-        parser.add_argument("--images", type=PositiveInt, default=8, help="how many test images")
+    for option, counted in COUNTS.get(name, {}).items():
+        parser.add_argument(f"--{option}", type=PositiveInt, default=8, help=counted)
     parser.add_class_arguments(LookConfig)
     return parser
 

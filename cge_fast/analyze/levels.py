@@ -38,7 +38,7 @@ def levels(checkpoints: Sequence[Trained], output: Path) -> Written:
             for right in range(stripes, -1, -1)
         ]
         rows += mine
-        summaries.append(f"{trained.label} " + ", ".join(f"{row['level']} {row['share']:.1%}" for row in mine))
+        summaries.append(f"{trained.label}: " + ", ".join(f"{row['level']} {row['share']:.1%}" for row in mine))
     return write(output, "levels", drawn(rows, checkpoints), rows, "; ".join(summaries))
 
 
@@ -49,8 +49,12 @@ def level_name(right: int, stripes: int) -> str:
 
 def drawn(rows: Sequence[dict], checkpoints: Sequence[Trained]) -> Figure:
     """Pies side by side, the easiest level lightest."""
-    figure = Figure(figsize=(4.6 * len(checkpoints), 5.6), layout="constrained")
-    figure.suptitle("Difficulty of the training images, by stripes that classify them rightly")
+    most = max(row["stripes_right"] for row in rows)
+    title, pie, legend = 0.8, 4.0, 0.6 + 0.22 * (most + 1)  # inches
+    height = title + pie + legend
+    figure = Figure(figsize=(4.4 * len(checkpoints), height))
+    figure.subplots_adjust(left=0, right=1, wspace=0.05, bottom=legend / height, top=1 - title / height)
+    figure.suptitle("Difficulty of the training images", y=1 - 0.1 / height, va="top")
     for axes, trained in zip(figure.subplots(1, len(checkpoints), squeeze=False)[0], checkpoints, strict=True):
         mine = [row for row in rows if row["checkpoint"] == trained.label]
         shares = [row["share"] for row in mine]
@@ -67,6 +71,6 @@ def drawn(rows: Sequence[dict], checkpoints: Sequence[Trained]) -> Figure:
         for text, value in zip(percentages, lightness, strict=True):
             text.set(color="black" if value > 0.6 else "white", fontsize=12)
         names = [f"{row['level']}: {row['share']:.1%} ({row['images']:,})" for row in mine]
-        axes.legend(wedges, names, loc="upper center", bbox_to_anchor=(0.5, 0.02), title="stripes right")
+        axes.legend(wedges, names, loc="upper center", bbox_to_anchor=(0.5, 0.04), title="by stripes that are right")
         axes.set_title(trained.title)
     return figure

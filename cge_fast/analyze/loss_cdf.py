@@ -43,12 +43,12 @@ def loss_cdf(checkpoints: Sequence[Trained], output: Path) -> Written:
         losses = train_losses(trained)
         largest = losses.max()
         normalised = torch.linspace(0, 1, STEPS + 1, dtype=torch.float64)
-        share = torch.searchsorted(losses.sort().values, normalised * largest, right=True) / len(losses)
+        share = torch.searchsorted(losses.sort().values, normalised * largest, right=True).double() / len(losses)
         rows += [
             {"checkpoint": trained.label, "normalised_loss": part, "loss": part * largest.item(), "share": up_to}
             for part, up_to in zip(normalised.tolist(), share.tolist(), strict=True)
         ]
-        summaries.append(f"{trained.label} largest {largest:.3f}, median {losses.quantile(0.5) / largest:.1%} of it")
+        summaries.append(f"{trained.label}: largest {largest:.3f}, median {losses.quantile(0.5) / largest:.1%} of it")
     return write(output, "loss_cdf", drawn(rows, checkpoints), rows, "loss: " + "; ".join(summaries))
 
 

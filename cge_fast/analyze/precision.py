@@ -46,7 +46,8 @@ def precision(checkpoints: Sequence[Trained], output: Path) -> Written:
         for stripe, right in enumerate(found.unbind(dim=1), start=1)
     ]
     shares = [
-        f"{trained.label} " + ", ".join(f"{row['precision']:.1%}" for row in rows if row["checkpoint"] == trained.label)
+        f"{trained.label}: "
+        + ", ".join(f"{row['precision']:.1%}" for row in rows if row["checkpoint"] == trained.label)
         for trained in checkpoints
     ]
     return write(
@@ -57,7 +58,7 @@ def precision(checkpoints: Sequence[Trained], output: Path) -> Written:
 def drawn(rows: Sequence[dict], checkpoints: Sequence[Trained]) -> Figure:
     """Bars by stripe, one of each checkpoint beside another."""
     stripes = max(row["stripe"] for row in rows)
-    figure = Figure(figsize=(3 + 1.1 * stripes * len(checkpoints), 4.8), layout="constrained")
+    figure = Figure(figsize=(max(6, 2 + 0.75 * stripes * len(checkpoints)), 4.8), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(checkpoints)
     for index, trained in enumerate(checkpoints):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -49,12 +50,12 @@ def ranked(trained: Trained, output: Path, queries: int = 8) -> Written:
     lists = first_images(Features(*(part[worst] for part in query)), gallery, config.evaluation.metric)
     rows = [
         {
-            "query": reid_set.query[index].path.name,
+            "query": str(reid_set.query[index].path),
             "query_identity": reid_set.query[index].identity,
             "query_camera": reid_set.query[index].camera,
             "average_precision": precisions[index].item(),
             "rank": rank,
-            "image": reid_set.gallery[place].path.name,
+            "image": str(reid_set.gallery[place].path),
             "identity": reid_set.gallery[place].identity,
             "camera": reid_set.gallery[place].camera,
             "right": reid_set.gallery[place].identity == reid_set.query[index].identity,
@@ -120,11 +121,24 @@ def match_ranks(query: Features, gallery: Features, metric: str) -> tuple[Tensor
 def drawn(trained: Trained, lists: Sequence[tuple[Image, float, Sequence[Image]]]) -> Figure:
     """A row for each query: the query with its AP, then the gallery images, framed and marked as right or wrong."""
     config = trained.config.data
-    cell = 1.05  # inches, an image's width
-    size = ((SHOWN + 2) * cell, len(lists) * (cell * config.height / config.width + 0.35) + 0.7)
-    figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(f"{trained.title}: queries of least average precision, and the first {SHOWN} of the gallery")
+    width = 1.0  # of an image, inches
+    height = width * config.height / config.width
+    # Margins are given, since a layout that matplotlib finds takes seconds for so many panels.
+    figure = Figure(figsize=((SHOWN + 1) * width * 1.08 + 0.5, len(lists) * (height + 0.3) + 0.5))
+    figure.suptitle(
+        f"{trained.title}: queries of least average precision, and the first {SHOWN} of the gallery",
+        y=1 - 0.1 / figure.get_figheight(),
+        va="top",
+    )
     panels = figure.subplots(len(lists), 1 + SHOWN, squeeze=False)
+    figure.subplots_adjust(
+        left=0.4 / figure.get_figwidth(),
+        right=1 - 0.1 / figure.get_figwidth(),
+        bottom=0.1 / figure.get_figheight(),
+        top=1 - 0.7 / figure.get_figheight(),
+        wspace=0.08,
+        hspace=0.3 / height,
+    )
     for (query, precision, images), (first, *others) in zip(lists, panels, strict=True):
         show(first, query, (config.height, config.width))
         first.set_title("query", fontsize=9)
@@ -142,6 +156,6 @@ def drawn(trained: Trained, lists: Sequence[tuple[Image, float, Sequence[Image]]
 
 def show(axes: Axes, image: Image, size: tuple[int, int]) -> None:
     """Draws an image as height x width without ticks."""
-    axes.imshow(open_rgb(image.path).resize(size[::-1]))
+    axes.imshow(np.asarray(open_rgb(image.path).resize(size[::-1])))
     axes.set_xticks([])
     axes.set_yticks([])

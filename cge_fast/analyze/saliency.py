@@ -4,8 +4,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import torch
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from tqdm import tqdm
@@ -38,7 +41,7 @@ def saliency(checkpoints: Sequence[Trained], output: Path, images: int = 8) -> W
     maps = [saliency_maps(trained, chosen) for trained in checkpoints]
     stripes = max(trained.config.model.stripes for trained in checkpoints)  # the baselines' settings have them too
     rows = [
-        {"image": image.path.name, "checkpoint": trained.label} | described(of_image, stripes)
+        {"image": str(image.path), "checkpoint": trained.label} | described(of_image, stripes)
         for number, image in enumerate(chosen)
         for trained, found in zip(checkpoints, maps, strict=True)
         for of_image in [found[number]]
@@ -47,7 +50,7 @@ def saliency(checkpoints: Sequence[Trained], output: Path, images: int = 8) -> W
     for trained in checkpoints:
         mine = [row for row in rows if row["checkpoint"] == trained.label]
         means = [sum(row[f"stripe_{i}"] for row in mine) / count for i in range(1, stripes + 1)]
-        summaries.append(f"{trained.label} " + ", ".join(f"{mean:.1%}" for mean in means))
+        summaries.append(f"{trained.label}: " + ", ".join(f"{mean:.1%}" for mean in means))
     summary = f"saliency of the stripes from the top, mean of {count} images: " + "; ".join(summaries)
     return write(output, "saliency", drawn(chosen, maps, rows, checkpoints), rows, summary)
 
@@ -76,40 +79,50 @@ def described(saliency_map: Tensor, stripes: int) -> dict[str, float]:
 def drawn(
     images: Sequence[Image], maps: Sequence[Tensor], rows: Sequence[dict], checkpoints: Sequence[Trained]
 ) -> Figure:
-    """Groups of image and maps; each map is scaled to its own maximum, which a cross marks."""
-    columns = 1 + len(checkpoints)
+    """Groups of image and maps; each map is scaled to its own range, a cross marks its maximum."""
     config = checkpoints[0].config.data
-    across = min(GROUPS, len(images))
+    height, width = config.height, config.width
+    columns, across = 1 + len(checkpoints), min(GROUPS, len(images))
     down = math.ceil(len(images) / across)
-    cell = 1.15  # inches, a map's width
-    size = (across * (columns * cell + 0.3) + 0.6, down * (cell * config.height / config.width + 0.45) + 1)
-    figure = Figure(figsize=size, layout="constrained")
-    names = ", ".join(f"{trained.label}" for trained in checkpoints)
-    figure.suptitle(f"Saliency of {config.name}, test images: image, {names}")
-    groups = figure.subfigures(down, across, squeeze=False, wspace=0.04).flat
-    for number, (group, image) in enumerate(zip(groups, images, strict=False)):
-        found = [(trained.label, of_all[number]) for trained, of_all in zip(checkpoints, maps, strict=True)]
-        mine = [row for row in rows if row["image"] == image.path.name]
-        drawn_group(group, image, found, mine, (config.height, config.width))
+    cell = 1.15  # a panel's width, inches
+    # Margins are given, since a layout that matplotlib finds takes seconds for so many panels.
+    inches = across * (columns * cell + 0.3), down * (cell * height / width + 0.3) + 0.7
+    figure = Figure(figsize=inches)
+    names = ", ".join(trained.label for trained in checkpoints)
+    figure.suptitle(
+        f"Saliency, {config.name}, test images: {names}\n"
+        "each map from its least (dark) to its largest value (bright, +)",
+        y=1 - 0.1 / inches[1],
+        va="top",
+    )
+    grid = figure.add_gridspec(
+        *(down, across),
+        left=0.1 / inches[0],
+        right=1 - 0.1 / inches[0],
+        bottom=0.1 / inches[1],
+        top=1 - 0.9 / inches[1],
+        wspace=0.3 / (columns * cell),
+        hspace=0.3 / (cell * height / width),
+    )
+    for number, (group, image) in enumerate(zip(grid, images, strict=False)):
+        panels = group.subgridspec(1, columns, wspace=0.05).subplots()
+        picture = open_rgb(image.path).resize((width, height))
+        panels[0].imshow(np.asarray(picture))
+        panels[0].set_title("image", fontsize=9)
+        described_maps = rows[number * len(checkpoints) : (number + 1) * len(checkpoints)]
+        for axes, of_all, row in zip(panels[1:], maps, described_maps, strict=True):
+            draw_map(axes, picture, of_all[number], row)
+            axes.set_title(row["checkpoint"], fontsize=9)
+        for axes in panels:
+            axes.set_axis_off()
     return figure
 
 
-def drawn_group(
-    group: SubFigure, image: Image, maps: Sequence[tuple[str, Tensor]], rows: Sequence[dict], size: tuple[int, int]
-) -> None:
-    """An image of `size` height x width, and its maps, named (H', W')."""
-    panels = group.subplots(1, 1 + len(maps))
-    height, width = size
-    picture = open_rgb(image.path).resize((width, height))
-    panels[0].imshow(picture)
-    panels[0].set_title("image", fontsize=8)
-    for axes, (label, saliency_map), row in zip(panels[1:], maps, rows, strict=True):
-        smooth = interpolate(saliency_map[None, None], size, mode="bilinear")[0, 0]
-        axes.imshow(picture.convert("L"), cmap="gray", vmin=0, vmax=255)
-        axes.imshow(smooth, cmap=COLOUR_MAP, vmin=0, alpha=0.65)
-        x, y = row["maximum_x"] * width - 0.5, row["maximum_y"] * height - 0.5
-        axes.plot(x, y, "+", color="white", markersize=11, markeredgewidth=3.5)
-        axes.plot(x, y, "+", color="black", markersize=10, markeredgewidth=1.5)
-        axes.set_title(label, fontsize=8)
-    for axes in panels:
-        axes.set_axis_off()
+def draw_map(axes: Axes, picture: PIL.Image.Image, saliency_map: Tensor, row: dict) -> None:
+    """A map (H', W') over the grey picture, and a cross where `row` says its maximum is."""
+    smooth = interpolate(saliency_map[None, None], picture.size[::-1], mode="bilinear")[0, 0]
+    axes.imshow(np.asarray(picture.convert("L")), cmap="gray", vmin=0, vmax=255)
+    axes.imshow(smooth.numpy(), cmap=COLOUR_MAP, alpha=0.65)
+    x, y = row["maximum_x"] * picture.width - 0.5, row["maximum_y"] * picture.height - 0.5
+    axes.plot(x, y, "+", color="white", markersize=11, markeredgewidth=3.5)
+    axes.plot(x, y, "+", color="black", markersize=10, markeredgewidth=1.5)

@@ -42,7 +42,7 @@ def weights(checkpoints: Sequence[Trained], output: Path) -> Written:
                 for number, count in enumerate(of_classes.tolist())
             ]
         told = [f"{classes} {mean[i]:.4f} ± {deviation[i]:.4f}" for i, classes in enumerate(CLASSES)]
-        summaries.append(f"{trained.label} " + ", ".join(told))
+        summaries.append(f"{trained.label}: " + ", ".join(told))
     return write(output, "weights", drawn(rows, checkpoints, moments), rows, "weights w: " + "; ".join(summaries))
 
 

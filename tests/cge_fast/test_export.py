@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cge_fast import checkpoint, errors, export, model, train
-from cge_fast.config import read_settings, to_yaml
+from cge_fast.config import DataConfig, EvaluationConfig, read_settings, to_yaml
 from cge_fast.data import read
 from cge_fast.head import CGEHead
 
@@ -127,7 +127,7 @@ def test_pooling_is_the_heads_even_for_a_channel_that_is_never_active(p):
     feature_map = torch.rand(4, 3, 6, 2)
     feature_map[:, 1] = 0  # the lower bound is 1e-6, and its 12th power is 0 in float32
     head.neck.running_var[1] = 0  # makes the smallest difference large
-    embedding = export.Embedding(model.ReidModel(nn.Identity(), head), after_neck=True, flip_test=False)
+    embedding = export.Embedding(model.ReidModel(nn.Identity(), head), DataConfig(), EvaluationConfig())
     torch.testing.assert_close(embedding.feature(feature_map), head(feature_map), rtol=1e-5, atol=1e-6)
 
 

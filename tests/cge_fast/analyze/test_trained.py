@@ -1,0 +1,61 @@
+"""Opening a checkpoint and passing over its training images."""
+
+import PIL.Image
+import pytest
+import torch
+
+from cge_fast.analyze.trained import (
+    open_checkpoint,
+    require_cge,
+    require_labels_differ,
+    train_batches,
+)
+from cge_fast.errors import UserError
+
+
+def test_a_checkpoint_is_called_by_its_run_or_by_its_folder_or_as_one_likes(saved, tmp_path):
+    last = saved("mine")
+    assert open_checkpoint(last).label == "mine"
+    assert open_checkpoint(last, "CGE").label == "CGE"
+    copied = last.resolve().rename(tmp_path / "sent")
+    assert open_checkpoint(copied).label == "sent"
+
+
+def test_two_of_the_same_name_are_refused(opened, saved):
+    first = opened("mine")
+    with pytest.raises(UserError, match=r"^labels: 2 checkpoints are called mine, give each a name of its own$"):
+        require_labels_differ([first, first])
+    require_labels_differ([first, opened("other")])
+
+
+def test_a_network_without_cge_is_refused_where_cge_is_needed(opened):
+    with_cge, without = opened("cge"), opened("bot", "--model.cge", "false")
+    require_cge([with_cge], "levels")
+    with pytest.raises(UserError, match=r"^checkpoint .*bot.*: levels needs CGE, this was trained with model.cge fal"):
+        require_cge([with_cge, without], "levels")
+
+
+def test_the_pass_gives_every_training_image_once_as_evaluation_sees_it(opened, train_set):
+    trained = opened("mine")
+    batches = list(train_batches(trained))
+    assert [len(labels) for _, labels in batches] == [7, 7, 7, 3]
+    images, labels = train_set(trained)
+    assert torch.equal(torch.cat([part for part, _ in batches]), images)
+    assert torch.equal(torch.cat([part for _, part in batches]), labels)
+
+
+def test_looking_changes_nothing_and_records_no_gradient(opened, train_set):
+    trained = opened("mine")
+    before = {name: value.clone() for name, value in trained.network.state_dict().items()}
+    images, labels = train_set(trained)
+    output = trained.network(images, labels)
+    assert not output.loss.requires_grad
+    after = trained.network.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_another_training_set_is_refused(saved, market):
+    last = saved("mine")
+    PIL.Image.new("RGB", (16, 24)).save(market / "bounding_box_train" / "0099_c1s1_000000_00.png")
+    with pytest.raises(UserError, match=r"^data: checkpoint .*last was trained on 4 identities, market1501 has 5$"):
+        next(train_batches(open_checkpoint(last)))
