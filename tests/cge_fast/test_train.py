@@ -238,7 +238,7 @@ def test_bfloat16_trains(options, tmp_path, capsys):
         (["--data.name", "folder"], "market/train"),
         (["--data.identities", "5"], "data.identities: a batch needs 5, the training split has 4"),
         (["--model.stripes", "4"], "model.stripes: 4 do not fit the feature map, which has 3 rows"),
-        (["--optim.accumulate", "4"], "loss.l2: the triplet loss needs 2 identities in a micro-batch"),
+        (["--optim.accumulate", "4"], "loss.l2: the metric loss needs 2 identities in a micro-batch"),
         (["--seed", str(2**63)], 'Parser key "seed"'),
         (["--output", "/dev/null/run"], "output: /dev/null/run cannot be made, since /dev/null is not a folder"),
         (["--optim.accumulate", "3"], "optim.accumulate: 4 identities cannot be cut evenly into 3"),
