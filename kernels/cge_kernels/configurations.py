@@ -43,6 +43,23 @@ def chunk_of_classes(batch: int, stripes: int, classes: int) -> int:
     return min(score_row(classes), max(SCORE_ROW, fitting))
 
 
+def logits_are_kept(batch: int, stripes: int, classes: int) -> bool:
+    """Whether revised_cross_entropy keeps logits and scores, float32, for its backward: in half of the budget.
+
+    The other half is for their gradients, which the backward makes chunk by chunk.
+    """
+    return (stripes + 1) * classes * score_row(batch) * 4 <= scratch_bytes() // 2
+
+
+def chunk_of_logits(batch: int, stripes: int, classes: int) -> int:
+    """How many classes revised_cross_entropy takes at a time: those whose logits and scores fit in half of the budget.
+
+    At least 16, which the budget may be too small for.
+    """
+    fitting = scratch_bytes() // 2 // ((stripes + 1) * score_row(batch) * 4)
+    return min(classes, max(SCORE_ROW, fitting // SCORE_ROW * SCORE_ROW))
+
+
 @dataclass(frozen=True)
 class Configuration:
     """Blocks (constants of the kernel) and launch options."""
@@ -88,6 +105,8 @@ POOL_BACKWARD = {
 }
 PREPARE = Configuration({"BLOCK_B": 16, "BLOCK_C": 32}, num_warps=4)
 GRAD_SCORES = Configuration({"BLOCK_B": 8, "BLOCK_N": 64}, num_warps=4)
+COMBINE = Configuration({"BLOCK_B": 16, "BLOCK_T": 32}, num_warps=4)
+GRAD_LOGITS = Configuration({"BLOCK_B": 64, "BLOCK_N": 8}, num_warps=4)
 
 # (target, precision of the product) -> the matmuls' tiles. Targets: "cuda" or "hip", and single ones that differ.
 # Precisions: "half" of 16-bit operands; "tf32" and "ieee" of float32 ones, ieee without tensor cores on NVIDIA, where
@@ -127,6 +146,17 @@ def contiguous_axis(feature_map: Tensor) -> str:
 def revise_configuration(target: Target, dtype: torch.dtype, batch: int, classes: int) -> Configuration:
     """For the matmul of revise_logits: N x B tiles."""
     return matmul_configuration(matmul(REVISE, target, dtype), "BLOCK_N", target, batch, classes)
+
+
+def cross_entropy_configuration(target: Target, dtype: torch.dtype, batch: int, classes: int) -> Configuration:
+    """For the matmuls of revised_cross_entropy: N x B tiles."""
+    return matmul_configuration(matmul(REVISE, target, dtype), "BLOCK_N", target, batch, classes)
+
+
+def project_configuration(target: Target, channels: int) -> Configuration:
+    """For the gradient's projection: a row in one block, four of its numbers in each thread if they are enough."""
+    block = next_power_of_2(channels)
+    return Configuration({"BLOCK_C": block}, min(1024 // target.warp_size, max(1, block // (4 * target.warp_size))))
 
 
 def one_pass_configuration(target: Target, dtype: torch.dtype, batch: int, classes: int) -> Configuration:

@@ -199,7 +199,7 @@ def launch_backward(
     kept = scores.shape[2] > 0
     grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if not kept:
-        operand, squares = prepare(local_features, memory)
+        operand, squares, _ = prepare(local_features, memory)
     chunk = score_row(classes) if kept else chunk_of_classes(batch, stripes, classes)
     tile = GRAD_SCORES.blocks["BLOCK_N"]
     starts = range(0, classes, chunk)

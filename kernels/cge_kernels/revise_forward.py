@@ -24,28 +24,44 @@ MAX_PARTS = 8  # partial sums that are loaded at a time; below any BLOCK_N (see 
 
 @jit
 def prepare_kernel(
-    local_pointer, operand_pointer, squares_pointer, batch, channels, parts, stride_b, stride_i, stride_c,
-    operand_stride_b, operand_stride_i, operand_stride_c, squares_row,
+    local_pointer, operand_pointer, squares_pointer, features_pointer, feature_operand_pointer,
+    batch, channels, parts, stride_b, stride_i, stride_c, operand_stride_b, operand_stride_i, operand_stride_c,
+    squares_row, feature_channels, feature_stride_b, feature_stride_c, feature_operand_stride_b,
+    feature_operand_stride_c,
     STRIPES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program for BLOCK_B samples x BLOCK_C channels of one stripe.
+    """One program for BLOCK_B samples x BLOCK_C channels of one stripe, or of the features, which come last.
 
     local (B, n, C), any strides -> operand, the same in its own dtype and strides, or None; squares (n, parts,
-    squares_row) float32, a part for each BLOCK_C channels.
+    squares_row) float32, a part for each BLOCK_C channels. features (B, C'), any strides -> feature_operand, or None.
     """
     part = tl.program_id(0) % parts
-    stripe = tl.program_id(0) // parts % STRIPES
-    sample = (tl.program_id(0) // parts // STRIPES * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    tile = tl.program_id(0) // parts
+    if feature_operand_pointer is not None:
+        stripe = tile % (STRIPES + 1)
+        tile = tile // (STRIPES + 1)
+    else:
+        stripe = tile % STRIPES
+        tile = tile // STRIPES
+    sample = (tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     channel = (part * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
-    mask = (sample < batch)[:, None] & (channel < channels)[None, :]
-    local_offsets = sample[:, None] * stride_b + stripe * stride_i + channel[None, :] * stride_c
-    local = tl.load(local_pointer + local_offsets, mask=mask, other=0.0).to(tl.float32)
-    squares = tl.sum(product(local, local), axis=1)
-    row = tl.cast(stripe * parts + part, tl.int64) * squares_row
-    tl.store(squares_pointer + row + sample, squares, mask=sample < batch)
-    if operand_pointer is not None:
-        rows = operand_pointer + sample[:, None] * operand_stride_b + tl.cast(stripe, tl.int64) * operand_stride_i
-        tl.store(rows + channel[None, :] * operand_stride_c, local, mask=mask)
+    sample_mask = sample < batch
+    if stripe < STRIPES:
+        mask = sample_mask[:, None] & (channel < channels)[None, :]
+        local_offsets = sample[:, None] * stride_b + stripe * stride_i + channel[None, :] * stride_c
+        local = tl.load(local_pointer + local_offsets, mask=mask, other=0.0).to(tl.float32)
+        squares = tl.sum(product(local, local), axis=1)
+        row = tl.cast(stripe * parts + part, tl.int64) * squares_row
+        tl.store(squares_pointer + row + sample, squares, mask=sample_mask)
+        if operand_pointer is not None:
+            rows = operand_pointer + sample[:, None] * operand_stride_b + tl.cast(stripe, tl.int64) * operand_stride_i
+            tl.store(rows + channel[None, :] * operand_stride_c, local, mask=mask)
+    elif feature_operand_pointer is not None:
+        mask = sample_mask[:, None] & (channel < feature_channels)[None, :]
+        offsets = sample[:, None] * feature_stride_b + channel[None, :] * feature_stride_c
+        features = tl.load(features_pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+        offsets = sample[:, None] * feature_operand_stride_b + channel[None, :] * feature_operand_stride_c
+        tl.store(feature_operand_pointer + offsets, features, mask=mask)
 
 
 @jit
@@ -54,6 +70,29 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr):
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@jit
+def multiply(
+    rows_pointer, columns_pointer, row_mask, column_mask, depth, row_stride, column_stride, accumulator,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """accumulator (rows, columns) + rows @ columns, over a common axis of length depth.
+
+    rows_pointer (rows, 1) and columns_pointer (1, columns) point to their first number, the strides lead to the next.
+    Rows are converted to the columns' dtype.
+    """
+    block = tl.arange(0, BLOCK_K)
+    for start in range(0, depth, BLOCK_K):
+        channel = start + block
+        inside = channel < depth
+        wide = channel.to(tl.int64)
+        rows = tl.load(rows_pointer + wide[None, :] * row_stride, mask=row_mask[:, None] & inside[None, :], other=0.0)
+        columns = tl.load(
+            columns_pointer + wide[:, None] * column_stride, mask=inside[:, None] & column_mask[None, :], other=0.0
+        )
+        accumulator = dot(rows.to(columns.dtype), columns, accumulator, PRECISION)
+    return accumulator
 
 
 @jit
@@ -95,7 +134,6 @@ def revise_tile(
     identity = class_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     class_mask = identity < classes
     identity_wide = identity.to(tl.int64)[:, None]
-    block = tl.arange(0, BLOCK_K)
     log_weight = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
     for stripe in range(STRIPES):
         memory_rows = memory_pointer + tl.cast(stripe, tl.int64) * memory_stride_i + identity_wide * channels
@@ -103,17 +141,10 @@ def revise_tile(
             operand_pointer + tl.cast(stripe, tl.int64) * operand_stride_i + sample[None, :] * operand_stride_b
         )
         accumulator = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
-        for start in range(0, channels, BLOCK_K):
-            channel = start + block
-            rows = tl.load(
-                memory_rows + channel[None, :], mask=class_mask[:, None] & (channel < channels)[None, :], other=0.0
-            )
-            features = tl.load(
-                feature_columns + channel.to(tl.int64)[:, None] * operand_stride_c,
-                mask=(channel < channels)[:, None] & sample_mask[None, :],
-                other=0.0,
-            )
-            accumulator = dot(rows, features, accumulator, PRECISION)
+        accumulator = multiply(
+            memory_rows, feature_columns, class_mask, sample_mask, channels, 1, operand_stride_c, accumulator,
+            PRECISION, BLOCK_K,
+        )  # fmt: skip
         squares = sum_parts(squares_pointer, squares_row, sample, sample_mask, stripe, parts, BLOCK_B, BLOCK_PARTS)
         scale = 1.0 / tl.maximum(tl.sqrt_rn(squares), NORM_EPS)
         if scale_pointer is not None:
@@ -152,26 +183,41 @@ def revise_kernel(
     )  # fmt: skip
 
 
-def prepare(local_features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """The matmul's operand (B, n, C) in the memory's dtype, and squares (n, parts, at least B).
+def operand_of(features: Tensor, memory: Tensor) -> Tensor:
+    """Where the matmul's operand (B, n, C) goes, in the memory's dtype; `features` themselves if they can be it.
 
     Tensor cores take features with C contiguous. Without them each lane reads the features of its own samples, and
     only with B contiguous (a row padded to 16) do they lie in different banks of the shared memory.
     """
-    batch, stripes, channels = local_features.shape
+    batch, stripes, channels = features.shape
     if memory.dtype == torch.float32 and float32_precision(current_target(memory)) == "ieee":
-        operand = memory.new_empty(stripes, channels, score_row(batch))[:, :, :batch].permute(2, 0, 1)
-    elif local_features.dtype == memory.dtype and local_features.stride(2) == 1:
-        operand = local_features
-    else:
-        operand = memory.new_empty(batch, stripes, channels)
+        return memory.new_empty(stripes, channels, score_row(batch))[:, :, :batch].permute(2, 0, 1)
+    if features.dtype == memory.dtype and features.stride(2) == 1:
+        return features
+    return memory.new_empty(batch, stripes, channels)
+
+
+def prepare(
+    local_features: Tensor, memory: Tensor, features: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Operand (B, n, C) in the memory's dtype, squares (n, parts, at least B), and the features' operand (B, C').
+
+    features: (B, C'), what the classifier sees, or None.
+    """
+    batch, stripes, channels = local_features.shape
+    operand = operand_of(local_features, memory)
+    unchanged = features if features is None else features.unsqueeze(1)
+    feature_operand = unchanged if unchanged is None else operand_of(unchanged, memory)
+    converts = feature_operand is not unchanged
     chosen = PREPARE
-    parts = cdiv(channels, chosen.blocks["BLOCK_C"])
+    parts = cdiv(max(channels, features.shape[1] if converts else 0), chosen.blocks["BLOCK_C"])
     squares = local_features.new_empty(stripes, parts, score_row(batch), dtype=torch.float32)
     args = {
         "local_pointer": local_features,
         "operand_pointer": None if operand is local_features else operand,
         "squares_pointer": squares,
+        "features_pointer": features if converts else None,
+        "feature_operand_pointer": feature_operand if converts else None,
         "batch": batch,
         "channels": channels,
         "parts": parts,
@@ -182,10 +228,15 @@ def prepare(local_features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         "operand_stride_i": operand.stride(1),
         "operand_stride_c": operand.stride(2),
         "squares_row": squares.shape[2],
+        "feature_channels": features.shape[1] if converts else 0,
+        "feature_stride_b": features.stride(0) if converts else 0,
+        "feature_stride_c": features.stride(1) if converts else 0,
+        "feature_operand_stride_b": feature_operand.stride(0) if converts else 0,
+        "feature_operand_stride_c": feature_operand.stride(2) if converts else 0,
     }
-    programs = cdiv(batch, chosen.blocks["BLOCK_B"]) * stripes * parts
+    programs = cdiv(batch, chosen.blocks["BLOCK_B"]) * (stripes + converts) * parts
     launch(prepare_kernel, (programs,), args, {"STRIPES": stripes, **chosen.blocks}, chosen.options)
-    return operand, squares
+    return operand, squares, feature_operand if feature_operand is None else feature_operand.squeeze(1)
 
 
 def launch_revise(
@@ -232,7 +283,7 @@ def launch_forward(logits: Tensor, local_features: Tensor, memory: Tensor) -> tu
     """Revised logits (B, N), scores (n, B, score_row) or (n, B, 0) if they are not kept, scale (n, B)."""
     stripes, classes, _ = memory.shape
     batch = local_features.shape[0]
-    operand, squares = prepare(local_features, memory)
+    operand, squares, _ = prepare(local_features, memory)
     revised = torch.empty_like(logits, memory_format=torch.contiguous_format)
     row = score_row(classes) if scores_are_kept(local_features, memory) else 0
     scores = logits.new_empty(stripes, batch, row, dtype=torch.float32)
