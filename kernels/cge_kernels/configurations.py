@@ -105,7 +105,7 @@ POOL_BACKWARD = {
 }
 PREPARE = Configuration({"BLOCK_B": 16, "BLOCK_C": 32}, num_warps=4)
 GRAD_SCORES = Configuration({"BLOCK_B": 8, "BLOCK_N": 64}, num_warps=4)
-COMBINE = Configuration({"BLOCK_B": 16, "BLOCK_T": 32}, num_warps=4)
+COMBINE = Configuration({"BLOCK_B": 16, "BLOCK_T": 32}, num_warps=4, max_registers=255)
 GRAD_LOGITS = Configuration({"BLOCK_B": 64, "BLOCK_N": 8}, num_warps=4)
 
 # (target, precision of the product) -> the matmuls' tiles. Targets: "cuda" or "hip", and single ones that differ.

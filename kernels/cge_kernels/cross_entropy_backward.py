@@ -158,7 +158,7 @@ def launch_backward(
     Those of the local features are empty without local_gradient, those of the bias without one.
     """
     stripes, classes, channels = memory.shape
-    labels = labels.contiguous()
+    labels, weight = labels.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     batch, row = len(features), score_row(len(features))
     chunk = chunk_of_logits(batch, stripes, classes)

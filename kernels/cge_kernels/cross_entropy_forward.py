@@ -43,7 +43,7 @@ def store_best(
 def cross_entropy_kernel(
     features_pointer, weight_pointer, bias_pointer, operand_pointer, squares_pointer, memory_pointer, labels_pointer,
     kept_pointer, scale_pointer, highest_pointer, winner_pointer, sums_pointer, target_pointer,
-    batch, classes, channels, feature_channels, parts, first_class, weight_stride_k, weight_stride_c,
+    batch, classes, channels, feature_channels, parts, first_class, weight_stride_k,
     memory_stride_i, features_stride_b, features_stride_c, operand_stride_b, operand_stride_i, operand_stride_c,
     squares_row, kept_rows, kept_row, partial_row,
     STRIPES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_PARTS: tl.constexpr,
@@ -52,8 +52,8 @@ def cross_entropy_kernel(
     """One program for BLOCK_N classes x BLOCK_B samples; tiles of the same classes are neighbours, so that L2 serves
     classifier and memory.
 
-    features (B, C) and operand (B, n, C'), any strides, and memory (n, N, C'), in one dtype; weight (N, C), any strides
-    and dtype; bias (N,) or None; squares (n, parts, squares_row) float32; labels (B,), any integer.
+    features (B, C) and operand (B, n, C'), any strides, and memory (n, N, C'), in one dtype; weight (N, C), C
+    contiguous, any dtype; bias (N,) or None; squares (n, parts, squares_row) float32; labels (B,), any integer.
     Results. kept (n+1, kept_rows, kept_row) float32, unless None: logits, then each stripe's scores. Unless highest is
     None: scale (n, B) float32, 1 / max(||f_i||, 1e-12); target (B,) float32, the label's revised logit, where the label
     is first_class and one of the N that follow; and for each tile of classes highest and winner (tiles, n+1,
@@ -76,7 +76,7 @@ def cross_entropy_kernel(
         score = multiply(
             memory_pointer + tl.cast(stripe, tl.int64) * memory_stride_i + identity_wide * channels,
             operand_pointer + tl.cast(stripe, tl.int64) * operand_stride_i + sample[None, :] * operand_stride_b,
-            class_mask, sample_mask, channels, 1, operand_stride_c, tl.zeros([BLOCK_N, BLOCK_B], tl.float32),
+            class_mask, sample_mask, channels, operand_stride_c, tl.zeros([BLOCK_N, BLOCK_B], tl.float32),
             PRECISION, BLOCK_K,
         )  # fmt: skip
         squares = sum_parts(squares_pointer, squares_row, sample, sample_mask, stripe, parts, BLOCK_B, BLOCK_PARTS)
@@ -91,7 +91,7 @@ def cross_entropy_kernel(
         log_weight += log_sigmoid(score)
     logit = multiply(
         weight_pointer + identity_wide * weight_stride_k, features_pointer + sample[None, :] * features_stride_b,
-        class_mask, sample_mask, feature_channels, weight_stride_c, features_stride_c,
+        class_mask, sample_mask, feature_channels, features_stride_c,
         tl.zeros([BLOCK_N, BLOCK_B], tl.float32), PRECISION, BLOCK_K,
     )  # fmt: skip
     if bias_pointer is not None:
@@ -224,7 +224,6 @@ def launch_cross_entropy(
         "parts": parts,
         "first_class": first_class,
         "weight_stride_k": weight.stride(0),
-        "weight_stride_c": weight.stride(1),
         "memory_stride_i": memory.stride(0),
         "features_stride_b": feature_operand.stride(0),
         "features_stride_c": feature_operand.stride(1),
@@ -281,7 +280,7 @@ def launch_tiles(
     """The tiles' statistics, kept (n+1, N, at least B), or (n+1, 0, ...) if it is not kept, and scale (n, B)."""
     stripes, classes, _ = memory.shape
     batch = len(features)
-    labels = labels.contiguous()
+    labels, weight = labels.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     operand, squares, feature_operand = prepare(local_features, memory, features)
     rows = classes if logits_are_kept(batch, stripes, classes) else 0

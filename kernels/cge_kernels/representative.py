@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cge_kernels.cross_entropy_backward import launch_backward as cross_entropy_backward
+from cge_kernels.cross_entropy_forward import launch_forward as cross_entropy_forward
+from cge_kernels.cross_entropy_forward import launch_statistics
 from cge_kernels.revise_backward import launch_backward as revise_backward
 from cge_kernels.revise_forward import launch_forward as revise_forward
 from cge_kernels.revise_logits_one_pass import launch_forward as one_pass_forward
@@ -110,6 +113,30 @@ def call_revision(shape: Shape, dtype: torch.dtype, memory_dtype: torch.dtype, e
                     one_pass_forward(feature_map, logits, memory, p, EPS)
 
 
+def call_cross_entropy(shape: Shape, dtype: torch.dtype, memory_dtype: torch.dtype, every_variant: bool) -> None:
+    """revised_cross_entropy of float32 features and classifier.
+
+    every_variant: also with logits that do not fit in the scratch budget, without local gradient, with features and a
+    classifier in the map's dtype, with a bias, and the statistics of some of the classes.
+    """
+    memory = empty(shape.stripes, shape.classes, shape.channels, dtype=memory_dtype)
+    local = empty(shape.batch, shape.stripes, shape.channels)
+    labels, grad = empty(shape.batch, dtype=torch.int64), empty(shape.batch)
+    for megabytes in (None, 0)[: 2 if every_variant else 1]:
+        with scratch_megabytes(megabytes):
+            for feature_dtype in {torch.float32, dtype} if every_variant else [torch.float32]:
+                features = empty(shape.batch, shape.channels, dtype=feature_dtype)
+                weight = empty(shape.classes, shape.channels, dtype=feature_dtype)
+                bias = empty(shape.classes) if every_variant else None
+                arguments = features, weight, local, memory, labels, bias
+                _, log_sum, *_, kept, scale = cross_entropy_forward(*arguments, 0.1)
+                for local_gradient in (True, False)[: 2 if every_variant else 1]:
+                    saved = kept, scale, 0.1, 0, shape.classes, local_gradient
+                    cross_entropy_backward(grad, log_sum, *arguments, *saved)
+                if every_variant:
+                    launch_statistics(*arguments, 0)
+
+
 def call_write(shape: Shape, dtype: torch.dtype) -> None:
     """write_memory_ without a shadow and, for a smaller dtype, with one."""
     memory = empty(shape.stripes, shape.classes, shape.channels)
@@ -129,6 +156,7 @@ def call_operators(quick: bool, dtype: torch.dtype, memory_dtype: torch.dtype) -
         return
     call_pooling(PAPER, dtype, every_variant=not quick)
     call_revision(PAPER, dtype, memory_dtype, every_variant=not quick)
+    call_cross_entropy(PAPER, dtype, memory_dtype, every_variant=not quick)
     call_write(PAPER, memory_dtype)
     if quick or is_mixed:
         return
@@ -136,5 +164,6 @@ def call_operators(quick: bool, dtype: torch.dtype, memory_dtype: torch.dtype) -
     call_revision(UNEVEN, dtype, memory_dtype, every_variant=False)
     for shape in SHAPES:
         call_revision(shape, dtype, memory_dtype, every_variant=False)
+        call_cross_entropy(shape, dtype, memory_dtype, every_variant=False)
         call_write(shape, memory_dtype)
     call_write(Shape(64, MAX_CHANNELS, 1041), memory_dtype)

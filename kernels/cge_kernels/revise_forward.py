@@ -74,22 +74,23 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr):
 
 @jit
 def multiply(
-    rows_pointer, columns_pointer, row_mask, column_mask, depth, row_stride, column_stride, accumulator,
+    rows_pointer, columns_pointer, row_mask, column_mask, depth, column_stride, accumulator,
     PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """accumulator (rows, columns) + rows @ columns, over a common axis of length depth.
 
-    rows_pointer (rows, 1) and columns_pointer (1, columns) point to their first number, the strides lead to the next.
-    Rows are converted to the columns' dtype.
+    rows_pointer (rows, 1) and columns_pointer (1, columns) point to their first numbers; the numbers of a row are
+    contiguous, those of a column column_stride apart. Rows are converted to the columns' dtype.
     """
     block = tl.arange(0, BLOCK_K)
     for start in range(0, depth, BLOCK_K):
         channel = start + block
         inside = channel < depth
-        wide = channel.to(tl.int64)
-        rows = tl.load(rows_pointer + wide[None, :] * row_stride, mask=row_mask[:, None] & inside[None, :], other=0.0)
+        rows = tl.load(rows_pointer + channel[None, :], mask=row_mask[:, None] & inside[None, :], other=0.0)
         columns = tl.load(
-            columns_pointer + wide[:, None] * column_stride, mask=inside[:, None] & column_mask[None, :], other=0.0
+            columns_pointer + channel.to(tl.int64)[:, None] * column_stride,
+            mask=inside[:, None] & column_mask[None, :],
+            other=0.0,
         )
         accumulator = dot(rows.to(columns.dtype), columns, accumulator, PRECISION)
     return accumulator
@@ -142,7 +143,7 @@ def revise_tile(
         )
         accumulator = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
         accumulator = multiply(
-            memory_rows, feature_columns, class_mask, sample_mask, channels, 1, operand_stride_c, accumulator,
+            memory_rows, feature_columns, class_mask, sample_mask, channels, operand_stride_c, accumulator,
             PRECISION, BLOCK_K,
         )  # fmt: skip
         squares = sum_parts(squares_pointer, squares_row, sample, sample_mask, stripe, parts, BLOCK_B, BLOCK_PARTS)
