@@ -7,7 +7,8 @@ An operation counts if PyTorch's dispatcher runs it (below autograd) and it comp
 - is the look at labels that only CPU tensors get (`aten.all` over a whole tensor, ahead of .item()).
 Each counts as one kernel. On a GPU some launch several (indexing by a mask, unique, sums in two steps), so the counts
 are lower bounds. The operators of cge_kernels are looked into: their own kernels are no ATen operations, but what they
-call besides is.
+call besides is. A matmul that they leave to a library counts as one operation: a GPU's library takes 16-bit operands as
+they are, the CPU's does not.
 
 Bytes: each argument read once and each result written once, of elements that lie apart in memory (an expanded dimension
 counts once). Indexing reads, and an indexed assignment writes, only what the index names.
@@ -27,10 +28,15 @@ ON_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation that would launch a kernel: its name ("aten.mul") and the bytes that it reads and writes."""
+    """One operation that would launch a kernel: its name ("aten.mul"), the bytes that it reads and writes, and FLOPs.
+
+    FLOPs are those of the matmuls that cge_kernels leaves to a library, whose dtype is its operands'; else 0.
+    """
 
     name: str
     moved: int
+    flops: int = 0
+    dtype: torch.dtype | None = None
 
 
 class Operations(TorchDispatchMode):
@@ -42,6 +48,9 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func.name() == "cge_kernels::product_":
+            self.found.append(library_matmul(*args))
+            return func(*args)
         if func.namespace == "cge_kernels":
             with self:
                 return func.redispatch(ON_CPU, *args, **kwargs)
@@ -54,6 +63,12 @@ class Operations(TorchDispatchMode):
         if launches_a_kernel(func, inputs, outputs):
             self.found.append(Operation(str(func.overloadpacket), moved_bytes(func, inputs, outputs)))
         return result
+
+
+def library_matmul(total: Tensor, a: Tensor, b: Tensor, adds: bool) -> Operation:
+    """The operation behind cge_kernels' product_."""
+    moved = sum(map(distinct_bytes, (a, b, total))) + (distinct_bytes(total) if adds else 0)
+    return Operation("library matmul", moved, 2 * total.numel() * a.shape[2], a.dtype)
 
 
 def tensors(arguments: Any) -> list[Tensor]:

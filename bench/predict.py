@@ -16,7 +16,7 @@ Nothing here is a timing. Whoever has the GPU can hold the prediction against it
 - the last wave of programs, which may be nearly empty, is shown but not charged;
 - bytes are those of elements, not of the sectors that move;
 - the host is ahead of the GPU: what Python and Triton's launcher take is not in it;
-- each ATen operation beside the kernels counts as one launch and nothing else.
+- an ATen operation beside the kernels takes a launch and its bytes or, in a matmul, its FLOPs at full rate.
 """
 
 import json
@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from inspect import getdoc
-from math import ceil, prod
+from math import ceil
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -38,11 +38,11 @@ import cge_kernels
 from bench.gpus import GPU, GPUS
 from bench.gpus import named as gpu_named
 from bench.launches import DTYPES, POOLINGS
-from bench.operations import Operations
+from bench.operations import Operation, Operations
 from bench.shapes import SHAPES
 from bench.shapes import named as shapes_named
 from bench.tables import table
-from bench.traffic import Problem, compulsory, step
+from bench.traffic import STEP, Problem, compulsory, step
 from cge_fast import errors
 from cge_fast.errors import UserError
 from cge_kernels.compile import compile_launch, measure
@@ -144,8 +144,8 @@ class KernelPrediction:
 class OperatorPrediction:
     """An operator of the step: its launches, the ATen operations beside them, and what it takes at least.
 
-    aten_us: of those operations together. floor_us: max(compulsory bytes / memory bandwidth, FLOPs / rate), both as
-    bench/work.py has them.
+    aten_us: of those operations together, as `aten_us` says. floor_us: max(compulsory bytes / memory bandwidth,
+    FLOPs / rate), both as bench/work.py has them.
     """
 
     operator: str
@@ -156,7 +156,7 @@ class OperatorPrediction:
 
     @property
     def predicted_us(self) -> float:
-        """sum over its kernels, and a launch for each ATen operation beside them"""
+        """sum over its kernels and over the ATen operations beside them"""
         return sum(kernel.predicted_us for kernel in self.kernels) + self.aten_us
 
 
@@ -168,7 +168,7 @@ def count_traffic(gpu: GPU, problem: Problem) -> list[dict]:
     return json.loads(subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True).stdout)
 
 
-def take_launches(gpu: GPU, problem: Problem) -> dict[str, tuple[list[cge_kernels.Launch], tuple[str, ...]]]:
+def take_launches(gpu: GPU, problem: Problem) -> dict[str, tuple[list[cge_kernels.Launch], list[Operation]]]:
     """The same step's launches, which do not run, and the ATen operations beside them, by operator."""
     taken = {}
 
@@ -177,7 +177,7 @@ def take_launches(gpu: GPU, problem: Problem) -> dict[str, tuple[list[cge_kernel
         launches: list[cge_kernels.Launch] = []
         with cge_kernels.launching(launches.append, gpu.hardware.target), Operations() as operations:
             yield
-        taken[name] = launches, tuple(operation.name for operation in operations.found)
+        taken[name] = launches, operations.found
 
     with cge_kernels.backend("triton"):
         step(cge_kernels, problem, operator)
@@ -191,16 +191,23 @@ def bytes_in_flight(launch: cge_kernels.Launch, shared: int, warp_size: int) -> 
 
 
 def flops(launch: cge_kernels.Launch) -> int:
-    """2 * samples * stripes * classes * channels in a matmul, else not counted"""
+    """2 * samples * classes * (stripes * channels + the classifier's channels) in a matmul, else not counted"""
     if "PRECISION" not in launch.constants:
         return 0
-    return 2 * launch.constants["STRIPES"] * prod(launch.args[name] for name in ("batch", "classes", "channels"))
+    depth = launch.constants["STRIPES"] * launch.args["channels"] + launch.args.get("feature_channels", 0)
+    return 2 * launch.args["batch"] * launch.args["classes"] * depth
 
 
 def rate(launch: cge_kernels.Launch, gpu: GPU) -> float:
     """of the tensor cores in a 16-bit matmul, else of float32 (torch's matmul precision is "highest", its default)"""
     is_matmul = "PRECISION" in launch.constants
     return gpu.tensor_rate if is_matmul and launch.args["memory_pointer"].itemsize == 2 else gpu.vector_rate
+
+
+def aten_us(operation: Operation, gpu: GPU) -> float:
+    """launch + max(bytes / memory bandwidth, FLOPs / rate), the tensor cores' rate for 16-bit operands"""
+    rate = gpu.vector_rate if operation.dtype is None or operation.dtype.itemsize == 4 else gpu.tensor_rate
+    return (gpu.launch + max(operation.moved / gpu.memory_bandwidth, operation.flops / rate)) * MICRO
 
 
 def special(launch: cge_kernels.Launch) -> int:
@@ -254,8 +261,8 @@ def predict(gpu: str, shape: str, dtype: str, pooling: str) -> list[OperatorPred
         aten = taken[operator][1]
         fastest = max(kernel.rate for kernel in kernels[operator])
         floor = max(needed.bytes / figures.memory_bandwidth, needed.flops / fastest) * MICRO
-        aten_us = len(aten) * figures.launch * MICRO
-        predictions.append(OperatorPrediction(operator, tuple(kernels[operator]), aten, aten_us, floor))
+        names, beside = tuple(found.name for found in aten), sum(aten_us(found, figures) for found in aten)
+        predictions.append(OperatorPrediction(operator, tuple(kernels[operator]), names, beside, floor))
     return predictions
 
 
@@ -291,7 +298,7 @@ def kernel_rows(predictions: list[OperatorPrediction]) -> list[tuple[str, ...]]:
 def operator_rows(predictions: list[OperatorPrediction]) -> list[tuple[str, ...]]:
     """Rows of the table of operators; the last is the whole step."""
     totals = [(p.operator, p.predicted_us, p.floor_us, " ".join(p.aten)) for p in predictions]
-    step_us, step_floor = (sum(total[column] for total in totals) for column in (1, 2))
+    step_us, step_floor = (sum(total[column] for total in totals if total[0] in STEP) for column in (1, 2))
     return [
         (name, f"{time:.1f}", f"{floor:.1f}", f"{time / floor:.1f}", beside)
         for name, time, floor, beside in [*totals, ("step", step_us, step_floor, "")]
@@ -305,6 +312,7 @@ def formulas() -> list[str]:
     return [
         "Formulas, of a kernel:",
         *(f"- {name} = {getdoc(value)}" for name, value in (inputs | derived).items()),
+        f"of an ATen operation: {getdoc(aten_us)}",
         "of an operator:",
         f"- predicted_us = {getdoc(OperatorPrediction.predicted_us)}",
         "- floor_us = max(compulsory bytes / memory bandwidth, FLOPs / rate), both as bench/work.py has them",

@@ -289,6 +289,8 @@ def as_html(markdown: str) -> str:
 PREDICTED = {
     ("stripe_pool", "forward"): "pool forward",
     ("stripe_pool", "backward"): "pool backward",
+    ("revised_cross_entropy", "forward"): "loss forward",
+    ("revised_cross_entropy", "backward"): "loss backward",
     ("revise_logits", "forward"): "revise forward",
     ("revise_logits", "backward"): "revise backward",
     ("write_memory_", "forward"): "memory write",

@@ -1,10 +1,11 @@
 """Bytes that the operators load and store, counted element by element: python -m bench.traffic --help
 
-One training step of the operators runs at the given shape (by default the paper's): stripe_pool and revise_logits
-forward and backward, and write_memory_. The map, the memory that revision reads and the gradient of the map have the
-chosen dtype; pooled features, logits and the written memory are float32; for a smaller dtype the write refreshes a
-shadow too. The kernels run in Triton's interpreter, with tiles as for the GPU that `--target` names, and every address
-that they load, store or change atomically (tl.atomic_cas apart) counts, unless its lane is masked. Nothing is timed.
+The operators run at the given shape (by default the paper's): stripe_pool, revised_cross_entropy and revise_logits
+forward and backward, and write_memory_. The map, the memory that is multiplied and the gradient of the map have the
+chosen dtype; pooled features, classifier, logits and the written memory are float32; for a smaller dtype the write
+refreshes a shadow too. The kernels run in Triton's interpreter, with tiles as for the GPU that `--target` names, and
+every address that they load, store or change atomically (tl.atomic_cas apart) counts, unless its lane is masked.
+Nothing is timed.
 
 All programs of a kernel run, except those of the pooling kernels: each of these owns a part of one sample and does the
 same for every sample, so `--pool_samples` of them run, and their bytes are multiplied.
@@ -13,11 +14,12 @@ First table: each kernel and tensor, bytes of all accesses and of the distinct e
 programs was run. What is loaded again comes from L2 as far as it fits there; distinct elements come from memory once
 for each kernel.
 
-Second table: each operator, over its kernels.
+Second table: each operator, over its kernels; the step is the head's, so without revise_logits.
 - compulsory: its arguments read once and its results written once, by formula (`compulsory`).
 - distinct: distinct elements of those same tensors, loaded and stored, and as a ratio to compulsory.
-- scratch: distinct elements of what our kernels hand to one another (`SCRATCH`), and the bytes of the few ATen
-  operations beside them.
+- scratch: distinct elements of what our kernels hand to one another (`SCRATCH`), and the bytes of the ATen operations
+  beside them; in the loss's backward these are the library's matmuls, which read classifier and memory and write the
+  gradients of classifier and features.
 - eager: the same operator of cge_reference, as bench/operations.py counts the bytes of ATen operations, and as a ratio
   to distinct + scratch.
 Bytes are those of elements, not of the 32-byte sectors that a GPU moves.
@@ -57,7 +59,11 @@ from cge_kernels.targets import HARDWARE
 
 PROGRAM = "bench.traffic"
 OWN_ONE_SAMPLE = {"stripe_pool_kernel", "stripe_pool_backward_kernel"}  # programs, in the order of the samples
-SCRATCH = {"operand", "squares", "scores", "scale", "grad_scores", "projection", "earlier", "grad_p"}
+SCRATCH = {
+    *("operand", "squares", "scores", "scale", "grad_scores", "projection", "earlier", "grad_p"),
+    *("feature_operand", "kept", "highest", "winner", "sums", "target", "log_sum", "gradients"),
+}
+STEP = ("pool forward", "pool backward", "loss forward", "loss backward", "memory write")
 
 
 @dataclass(frozen=True)
@@ -104,11 +110,13 @@ def compulsory(problem: Problem) -> dict[str, Work]:
     shape = Shape(problem.batch, problem.channels, problem.height, problem.width, problem.stripes, problem.classes)
     needed = {
         operator: work(operator, shape, problem.pooling, problem.torch_dtype.itemsize)
-        for operator in ("stripe_pool", "revise_logits", "write_memory_")
+        for operator in ("stripe_pool", "revised_cross_entropy", "revise_logits", "write_memory_")
     }
     return {
         "pool forward": needed["stripe_pool"]["forward"],
         "pool backward": needed["stripe_pool"]["backward"],
+        "loss forward": needed["revised_cross_entropy"]["forward"],
+        "loss backward": needed["revised_cross_entropy"]["backward"],
         "revise forward": needed["revise_logits"]["forward"],
         "revise backward": needed["revise_logits"]["backward"],
         "memory write": needed["write_memory_"]["forward"],
@@ -130,14 +138,19 @@ def step(package: Any, problem: Problem, operator: Callable[[str], AbstractConte
     memory = normalize(draw(n, k, c), dim=2)
     shadow = None if problem.dtype == "float32" else memory.to(problem.torch_dtype)
     local, logits = draw(b, n, c).requires_grad_(), draw(b, k).requires_grad_()
-    grad_global, grad_local, grad_revised = draw(b, c), draw(b, n, c), draw(b, k)
-    labels = problem.labels
+    features_and_weight = draw(b, c).requires_grad_(), draw(k, c).requires_grad_()
+    grad_global, grad_local, grad_revised, grad_loss = draw(b, c), draw(b, n, c), draw(b, k), draw(b)
+    labels, read = problem.labels, memory if shadow is None else shadow
     with operator("pool forward"):
         features = package.stripe_pool(feature_map, n, p)
     with operator("pool backward"):
         torch.autograd.grad(features, learnt, (grad_global, grad_local))
+    with operator("loss forward"):
+        loss, _, _ = package.revised_cross_entropy(*features_and_weight, local, read, labels)
+    with operator("loss backward"):
+        torch.autograd.grad(loss, (*features_and_weight, local), grad_loss)
     with operator("revise forward"):
-        revised = package.revise_logits(logits, local, memory if shadow is None else shadow)
+        revised = package.revise_logits(logits, local, read)
     with operator("revise backward"):
         torch.autograd.grad(revised, (logits, local), grad_revised)
     with operator("memory write"):
@@ -305,7 +318,7 @@ def operator_rows(
 ) -> list[tuple[str | int, ...]]:
     """Rows of the second table; the last is the whole step."""
     rows = []
-    for operators in [*([name] for name in needed), list(needed)]:
+    for operators in [*([name] for name in needed), STEP]:
         least = sum(needed[name].bytes for name in operators)
         other, plain = (sum(figures[name] for name in operators) for figures in (beside, eager))
         mine = [t for t in found if t.operator in operators]

@@ -25,15 +25,15 @@ from cge_kernels.revise_forward import NORM_EPS, log_sigmoid, prepare
 
 @jit
 def grad_logits_kernel(
-    grad_pointer, log_sum_pointer, labels_pointer, kept_pointer, grad_logits_pointer,
+    grad_pointer, log_sum_pointer, labels_pointer, kept_pointer, gradients_pointer,
     batch, classes, kept_rows, kept_row, grad_rows, first_class, all_classes, label_smoothing,
     STRIPES: tl.constexpr, LOCAL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program for BLOCK_N classes x BLOCK_B samples.
 
     grad, log_sum (B,) float32; labels (B,), any integer, of all_classes; kept (n+1, kept_rows, kept_row) float32,
-    logits and scores of `classes` classes from first_class on -> grad_logits (n+1 or, unless LOCAL, 1, grad_rows,
-    kept_row) in the matmuls' dtype: the gradients of the logits, then of each stripe's scores.
+    logits and scores of `classes` classes from first_class on -> gradients (n+1 or, unless LOCAL, 1, grad_rows,
+    kept_row) in the matmuls' dtype: of the logits, then of each stripe's scores.
     """
     batch_tiles = tl.cdiv(batch, BLOCK_B)
     sample = (tl.program_id(0) % batch_tiles * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
@@ -54,13 +54,13 @@ def grad_logits_kernel(
     is_label = identity[:, None] + first_class == label[None, :]
     target = label_smoothing / all_classes + tl.where(is_label, 1.0 - label_smoothing, 0.0)
     grad_revised = grad.to(tl.float32)[None, :] * (tl.exp(revised - log_sum[None, :]) - target)
-    tl.store(grad_logits_pointer + offsets, grad_revised * weight, mask=mask)
+    tl.store(gradients_pointer + offsets, grad_revised * weight, mask=mask)
     if LOCAL:
         common = grad_revised * revised / STRIPES
         for stripe in range(STRIPES):
             score = tl.load(kept_pointer + (stripe + 1) * kept_stride + offsets, mask=mask, other=0.0)
             grad_score = common / (1.0 + tl.exp(score))
-            tl.store(grad_logits_pointer + (stripe + 1) * grad_stride + offsets, grad_score, mask=mask)
+            tl.store(gradients_pointer + (stripe + 1) * grad_stride + offsets, grad_score, mask=mask)
 
 
 @jit
@@ -99,7 +99,7 @@ def launch_grad_logits(
         "log_sum_pointer": log_sum,
         "labels_pointer": labels,
         "kept_pointer": kept,
-        "grad_logits_pointer": grad_logits,
+        "gradients_pointer": grad_logits,
         "batch": len(labels),
         "classes": classes,
         "kept_rows": kept.stride(0) // kept.stride(1),
@@ -134,18 +134,25 @@ def launch_project(sums: Tensor, local_features: Tensor, scale: Tensor) -> Tenso
     return grad_local
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
-    """total = a @ b, or += after the first; batches of float32 (m, n) += (m, k) @ (k, n), operands of any dtype.
+@torch.library.custom_op("cge_kernels::product_", mutates_args=("total",))
+def product_(total: Tensor, a: Tensor, b: Tensor, adds: bool) -> None:
+    """total (g, m, n) float32 = a @ b, or += if it adds; a (g, m, k) and b (g, k, n) of one dtype.
 
-    On a GPU products of 16-bit operands come in float32 from the library; elsewhere they are taken in float32.
+    A library's matmul with float32 results. Opaque, so that whoever counts operations sees one: only on the CPU, which
+    has no such product of 16-bit operands, are these converted first.
     """
-    if a.dtype != torch.float32 and a.is_cuda:
-        parts = torch.bmm(a, b, out_dtype=torch.float32)
-        total.copy_(parts) if is_first else total.add_(parts)
-    elif is_first:
-        torch.bmm(a.float(), b.float(), out=total)
+    if a.dtype == torch.float32 or not a.is_cuda:
+        a, b = a.float(), b.float()
+        torch.baddbmm(total, a, b, out=total) if adds else torch.bmm(a, b, out=total)
+    elif adds:
+        total.add_(torch.bmm(a, b, out_dtype=torch.float32))
     else:
-        total.baddbmm_(a.float(), b.float())
+        torch.bmm(a, b, out_dtype=torch.float32, out=total)
+
+
+@product_.register_fake
+def _(total, a, b, adds):
+    pass
 
 
 def launch_backward(
@@ -173,7 +180,7 @@ def launch_backward(
     sums = local_features.new_empty(stripes if local_gradient else 0, batch, channels, dtype=torch.float32)
     for start in range(0, classes, chunk):
         part = slice(start, min(start + chunk, classes))
-        size, is_first = part.stop - start, start == 0
+        size = part.stop - start
         rows, weight_rows = memory[:, part], weight[part]
         if scratch is not None:
             chunk_bias = None if bias is None else bias[part]
@@ -186,14 +193,15 @@ def launch_backward(
             grad, log_sum, labels, scores, size, grad_logits, first, all_classes, label_smoothing, stripes
         )
         gradients = grad_logits[:, :size, :batch]
-        if weight.dtype == torch.float32:
-            add_product(grad_weight[None, part], gradients[:1], feature_operand[None], is_first=True)
-        else:
-            grad_weight[part] = gradients[0] @ feature_operand
+        in_float32 = weight.dtype == torch.float32
+        grad_rows = grad_weight[None, part] if in_float32 else torch.empty_like(weight_rows[None], dtype=torch.float32)
+        product_(grad_rows, gradients[:1], feature_operand[None], False)
+        if not in_float32:
+            grad_weight[part] = grad_rows[0]
         columns = gradients.transpose(1, 2)
-        add_product(grad_features, columns[:1], weight_rows[None].to(memory.dtype), is_first)
+        product_(grad_features, columns[:1], weight_rows[None].to(memory.dtype), start > 0)
         if local_gradient:
-            add_product(sums, columns[1:], rows, is_first)
+            product_(sums, columns[1:], rows, start > 0)
         if bias is not None:
             grad_bias[part] = gradients[0].sum(dim=1, dtype=torch.float32)
     grad_local = launch_project(sums, local_features, scale) if local_gradient else local_features.new_empty(0)

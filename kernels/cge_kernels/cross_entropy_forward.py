@@ -41,20 +41,21 @@ def store_best(
 
 @jit
 def cross_entropy_kernel(
-    features_pointer, weight_pointer, bias_pointer, operand_pointer, squares_pointer, memory_pointer, labels_pointer,
-    kept_pointer, scale_pointer, highest_pointer, winner_pointer, sums_pointer, target_pointer,
+    feature_operand_pointer, weight_pointer, bias_pointer, operand_pointer, squares_pointer, memory_pointer,
+    labels_pointer, kept_pointer, scale_pointer, highest_pointer, winner_pointer, sums_pointer, target_pointer,
     batch, classes, channels, feature_channels, parts, first_class, weight_stride_k,
     memory_stride_i, features_stride_b, features_stride_c, operand_stride_b, operand_stride_i, operand_stride_c,
     squares_row, kept_rows, kept_row, partial_row,
     STRIPES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_PARTS: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FAR: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """One program for BLOCK_N classes x BLOCK_B samples; tiles of the same classes are neighbours, so that L2 serves
     classifier and memory.
 
-    features (B, C) and operand (B, n, C'), any strides, and memory (n, N, C'), in one dtype; weight (N, C), C
+    feature_operand (B, C) and operand (B, n, C'), any strides, and memory (n, N, C'), in one dtype; weight (N, C), C
     contiguous, any dtype; bias (N,) or None; squares (n, parts, squares_row) float32; labels (B,), any integer.
-    Results. kept (n+1, kept_rows, kept_row) float32, unless None: logits, then each stripe's scores. Unless highest is
+    Results. kept (n+1, kept_rows, kept_row) float32, unless None: logits, then each stripe's scores, of no
+    meaning beyond B. Unless highest is
     None: scale (n, B) float32, 1 / max(||f_i||, 1e-12); target (B,) float32, the label's revised logit, where the label
     is first_class and one of the N that follow; and for each tile of classes highest and winner (tiles, n+1,
     partial_row), of the revised logits and of each stripe's scores, winner counted from first_class, int32; sums
@@ -68,6 +69,7 @@ def cross_entropy_kernel(
     class_mask = identity < classes
     identity_wide = identity.to(tl.int64)[:, None]
     mask = class_mask[:, None] & sample_mask[None, :]
+    kept_mask = class_mask[:, None] & (sample < kept_row)[None, :]
     kept_offsets = identity_wide * kept_row + sample[None, :]
     kept_stride = tl.cast(kept_rows, tl.int64) * kept_row
     partial = tl.cast(class_tile, tl.int64) * (STRIPES + 1) * partial_row
@@ -83,21 +85,21 @@ def cross_entropy_kernel(
         scale = 1.0 / tl.maximum(tl.sqrt_rn(squares), NORM_EPS)
         score *= scale[None, :]
         if kept_pointer is not None:
-            tl.store(kept_pointer + (stripe + 1) * kept_stride + kept_offsets, score, mask=mask)
+            tl.store(kept_pointer + (stripe + 1) * kept_stride + kept_offsets, score, mask=kept_mask)
         if highest_pointer is not None:
             tl.store(scale_pointer + stripe * batch + sample, scale, mask=sample_mask & (class_tile == 0))
             row = partial + (stripe + 1) * partial_row
             store_best(highest_pointer, winner_pointer, row, score, identity, class_mask, sample, sample_mask, FAR)
         log_weight += log_sigmoid(score)
     logit = multiply(
-        weight_pointer + identity_wide * weight_stride_k, features_pointer + sample[None, :] * features_stride_b,
+        weight_pointer + identity_wide * weight_stride_k, feature_operand_pointer + sample[None, :] * features_stride_b,
         class_mask, sample_mask, feature_channels, features_stride_c,
-        tl.zeros([BLOCK_N, BLOCK_B], tl.float32), PRECISION, BLOCK_K,
+        tl.zeros([BLOCK_N, BLOCK_B], tl.float32), PRECISION, BLOCK_W,
     )  # fmt: skip
     if bias_pointer is not None:
         logit += tl.load(bias_pointer + identity, mask=class_mask, other=0.0).to(tl.float32)[:, None]
     if kept_pointer is not None:
-        tl.store(kept_pointer + kept_offsets, logit, mask=mask)
+        tl.store(kept_pointer + kept_offsets, logit, mask=kept_mask)
     if highest_pointer is not None:
         revised = product(logit, tl.exp(log_weight / STRIPES))
         highest = store_best(
@@ -204,7 +206,7 @@ def launch_cross_entropy(
         target_logit = operand.new_empty(batch, dtype=torch.float32)
         partials = Partials(highest, torch.empty_like(highest, dtype=torch.int32), sums, target_logit)
     args = {
-        "features_pointer": feature_operand,
+        "feature_operand_pointer": feature_operand,
         "weight_pointer": weight,
         "bias_pointer": bias,
         "operand_pointer": operand,
@@ -240,6 +242,9 @@ def launch_cross_entropy(
         "PRECISION": float32_precision(target),
         "BLOCK_PARTS": min(MAX_PARTS, next_power_of_2(parts)),
         **chosen.blocks,
+        # Float32 tiles of the shape of 16-bit ones would be loaded like these, eight numbers for each lane, and then
+        # each request uses half of its sectors.
+        "BLOCK_W": chosen.blocks["BLOCK_K"] // (2 if weight.itemsize > memory.itemsize else 1),
         "FAR": FAR,
     }
     grid = (cdiv(batch, chosen.blocks["BLOCK_B"]) * tiles,)

@@ -9,10 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bench import predict
 from bench.gpus import GPUS
-from bench.predict import KernelPrediction, OperatorPrediction
+from bench.operations import Operation
+from bench.predict import KernelPrediction, OperatorPrediction, aten_us
 from cge_fast.errors import UserError
 from cge_kernels.targets import HARDWARE
 
@@ -41,6 +43,8 @@ def test_tiny_step_by_hand():
     assert {name: [kernel["kernel"] for kernel in operator["kernels"]] for name, operator in operators.items()} == {
         "pool forward": ["stripe_pool_kernel"],
         "pool backward": ["stripe_pool_backward_kernel"],
+        "loss forward": ["prepare_kernel", "cross_entropy_kernel", "combine_kernel"],
+        "loss backward": ["grad_logits_kernel", "project_kernel"],
         "revise forward": ["prepare_kernel", "revise_kernel"],
         "revise backward": ["grad_scores_kernel", "grad_local_kernel"],
         "memory write": ["write_memory_kernel"],
@@ -57,7 +61,13 @@ def test_tiny_step_by_hand():
     assert predicted.predicted_us == pytest.approx(2.5 + 1e6 * latency)
     assert (predicted.bound_by, predicted.waves) == ("launch", 1)
     assert operators["pool backward"]["aten"] == ["aten.sum"]  # of the programs' shares of p's gradient
-    assert operators["pool backward"]["aten_us"] == pytest.approx(2.5)
+    assert operators["pool backward"]["aten_us"] == pytest.approx(2.5, abs=1e-3)  # its bytes take next to nothing
+    loss = operators["loss forward"]["kernels"][1]
+    assert loss["flops"] == 2 * b * (n + 1) * k * c
+    # memory, operands in bfloat16, classifier, squares, labels
+    assert loss["loaded"] == 2 * n * k * c + 2 * b * (n + 1) * c + 4 * k * c + 4 * n * b + 8 * b
+    # the classifier in float32 is converted for the gradient of the features
+    assert operators["loss backward"]["aten"].count("library matmul") == 3
     least = 2 * b * c * height * width + 4 * (b * c + b * n * c + 1)
     assert operators["pool forward"]["floor_us"] == pytest.approx(1e6 * least / 3.35e12)
 
@@ -98,7 +108,8 @@ def test_longer_waits_are_never_faster(kernel, figure):
 def test_what_is_printed(monkeypatch, capsys):
     operators = [
         OperatorPrediction("pool forward", (POOLING,), (), 0.0, 15.0),
-        OperatorPrediction("revise forward", (MATMUL,), ("aten.sum",), 2.5, 4.0),
+        OperatorPrediction("loss forward", (MATMUL,), ("aten.sum",), 2.5, 4.0),
+        OperatorPrediction("revise forward", (MATMUL,), (), 0.0, 4.0),  # no part of the head's step
     ]
     monkeypatch.setattr(predict, "predict", lambda *_: operators)
     predict.main(["--gpu", "h100", "--markdown"])
@@ -107,8 +118,15 @@ def test_what_is_printed(monkeypatch, capsys):
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
     total = POOLING.predicted_us + MATMUL.predicted_us + 2.5
     assert ["step", f"{total:.1f}", "19.0", f"{total / 19:.1f}", ""] in cells
-    assert [row[-1] for row in cells if row[0] in ("pool forward", "revise forward")][:2] == ["memory", "L2"]
+    assert [row[-1] for row in cells if row[0] in ("pool forward", "loss forward")][:2] == ["memory", "L2"]
     assert "- predicted_us = launch + max(memory, latency, L2, math)" in printed
+
+
+def test_a_library_matmul_by_hand():
+    matmul = Operation("library matmul", 3_350_000, 989_000_000, torch.bfloat16)
+    assert aten_us(matmul, H100) == pytest.approx(2.5 + 1)
+    assert aten_us(replace(matmul, flops=9_890_000_000), H100) == pytest.approx(2.5 + 10)
+    assert aten_us(replace(matmul, moved=0, flops=67_000_000, dtype=torch.float32), H100) == pytest.approx(2.5 + 1)
 
 
 def test_every_gpu_is_one_that_kernels_are_compiled_for():

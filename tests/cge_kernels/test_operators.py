@@ -6,10 +6,11 @@ from support import KERNEL_DEVICE
 from torch.nn.functional import normalize
 
 import cge_kernels
+from cge_kernels.cross_entropy_backward import product_, revised_cross_entropy_backward_op
 from cge_kernels.revise_backward import revise_logits_backward_op
 from cge_kernels.revise_logits import revise_logits_op
 from cge_kernels.revise_logits_one_pass import one_pass_op
-from cge_kernels.revised_cross_entropy import valid_labels
+from cge_kernels.revised_cross_entropy import revised_cross_entropy_op, revised_statistics_op, valid_labels
 from cge_kernels.stripe_pool import stripe_pool_backward_op, stripe_pool_op
 from cge_kernels.write_memory import write_memory_op
 
@@ -50,6 +51,20 @@ def test_opcheck(backend):
         _, scores, scale = revise_logits_op(logits, local_features, memory, True)
         saved = (logits, local_features, memory, scores, scale)
         calls += [(revise_logits_backward_op, (torch.rand(3, 7), *saved, flag)) for flag in (True, False)]
+        features, weight = torch.rand(3, 4, device=KERNEL_DEVICE), memory[0].clone()
+        for bias in (None, torch.rand(7, device=KERNEL_DEVICE)):
+            learnt_bias = bias if bias is None else learnt(bias)
+            leaves = learnt(features), learnt(weight), learnt(local_features), memory, labels, learnt_bias
+            calls.append((revised_cross_entropy_op, (*leaves, 0.1, True)))
+            arguments = features, weight, local_features, memory, labels, bias
+            calls.append((revised_statistics_op, (*arguments, 0)))
+            _, log_sum, _, _, kept, scale = revised_cross_entropy_op(*arguments, 0.1, True)
+            saved = *arguments, kept, scale, 0.1, 0, 7
+            calls += [
+                (revised_cross_entropy_backward_op, (torch.rand(3), log_sum, *saved, flag)) for flag in (True, False)
+            ]
+        half = torch.rand(2, 3, 4).bfloat16(), torch.rand(2, 4, 5).bfloat16()
+        calls += [(product_, (torch.zeros(2, 3, 5), *half, adds)) for adds in (True, False)]
         for operator, arguments in calls:
             torch.library.opcheck(
                 operator,
@@ -116,12 +131,17 @@ def test_autocast_changes_nothing(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_second_derivative_is_an_error(backend):
-    feature_map, memory, logits, _ = example()
+    feature_map, memory, logits, labels = example()
     feature_map.requires_grad_()
     with cge_kernels.backend(backend):
         _, local_features = cge_kernels.stripe_pool(feature_map, 2, 3.0)
         revised = cge_kernels.revise_logits(logits, local_features, memory)
         (grad,) = torch.autograd.grad(revised.square().sum(), feature_map, create_graph=True)
+        with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+            grad.sum().backward()
+        features = logits[:, :4].clone().requires_grad_()
+        loss, _, _ = cge_kernels.revised_cross_entropy(features, memory[0], local_features.detach(), memory, labels)
+        (grad,) = torch.autograd.grad(loss.sum(), features, create_graph=True)
         with pytest.raises(RuntimeError, match="no autograd formula was registered"):
             grad.sum().backward()
 

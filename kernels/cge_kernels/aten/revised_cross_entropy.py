@@ -62,6 +62,7 @@ def revised_statistics(
     scale = local_features.to(dtype).norm(dim=2).clamp_(min=NORM_EPS).reciprocal_().T.contiguous()
     rows = classes if logits_are_kept(batch, stripes, classes) else 0
     kept = scale.new_empty(stripes + 1, rows, score_row(batch))
+    kept[:, :, batch:] = 0
     highest = scale.new_full((stripes + 1, batch), -torch.inf)
     winner = labels.new_zeros((stripes + 1, batch), dtype=torch.int64)
     sums, target = scale.new_zeros(2, batch), scale.new_zeros(batch)
