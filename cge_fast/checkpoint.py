@@ -1,12 +1,14 @@
 """Checkpoints that survive a kill at any moment.
 
-A checkpoint is a folder with model.safetensors, training.pt and config.yaml. It is written under another name, fsynced
-and renamed, so that a folder called epoch_* is always whole. `last` and `best` are symbolic links, each replaced by one
-rename; folders that neither points to are removed after that.
+A checkpoint is a folder with model.safetensors, training.pt and config.yaml. With model.shard_checkpoints the rows of
+the identities, and Adam's moments of them, are in files classes-<first>-<end>.safetensors beside them. It is written
+under another name, fsynced and renamed, so that a folder called epoch_* is always whole. `last` and `best` are symbolic
+links, each replaced by one rename; folders that neither points to are removed after that.
 """
 
 import io
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,19 +18,26 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from cge_fast.distributed import Shard, barrier, gather, rank
 from cge_fast.errors import UserError
 
 UNFINISHED = ".unfinished-"  # prefix of what is being written, pointed elsewhere or removed
 WEIGHTS, TRAINING, CONFIG = "model.safetensors", "training.pt", "config.yaml"
 MEMORY, CLASSIFIER = "head.memory", "head.classifier.weight"  # names among the weights
+SHARDED = {CLASSIFIER: 0, MEMORY: 1}  # the weights with a row for each identity, and along which axis
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, of the classifier
+STAGED = ".unfinished-rows"  # where the ranks' files wait for the checkpoint that they belong to
+ROWS_FILE = re.compile(r"classes-(\d+)-(\d+)\.safetensors")
 
 
-def save(folder: Path, model: nn.Module, training: dict[str, Any], config: str, epoch: int, best: bool) -> Path:
+def save(
+    folder: Path, weights: dict[str, Tensor], training: dict[str, Any], config: str, epoch: int, best: bool
+) -> Path:
     """Writes a checkpoint below `folder` and lets `last`, and if it is the best so far `best`, point to it.
 
     Args:
         folder: the run's folder of checkpoints; it is made if need be.
-        model: its parameters and buffers are written, the memory among them.
+        weights: parameters and buffers by name, the memory among them; what `stage_rows` wrote is added.
         training: what else the training needs to go on: tensors and plain values only.
         config: the settings as YAML.
         epoch: names the checkpoint.
@@ -38,14 +47,15 @@ def save(folder: Path, model: nn.Module, training: dict[str, Any], config: str, 
         the checkpoint's folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(UNFINISHED + "*"):
+    staged = folder / STAGED
+    for leftover in set(folder.glob(UNFINISHED + "*")) - {staged}:
         shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
     number = 0
     while (final := folder / f"epoch_{epoch:04d}{f'.{number}' if number else ''}").exists():
         number += 1  # an earlier run got as far, then was killed or resumed from before
     unfinished = folder / (UNFINISHED + final.name)
-    unfinished.mkdir()
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    staged.rename(unfinished) if staged.exists() else unfinished.mkdir()
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     buffer = io.BytesIO()
     torch.save(training, buffer)
     _write(unfinished / WEIGHTS, safetensors.torch.save(state))
@@ -75,17 +85,98 @@ def config_file(checkpoint: Path) -> Path:
     return checkpoint / CONFIG
 
 
-def load_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Parameters and buffers of a checkpoint, on the CPU.
+def stage_rows(folder: Path, rows: dict[str, Tensor], shard: Shard) -> None:
+    """Writes this rank's rows to a file that the next `save` below `folder` takes in; every rank calls it."""
+    staged = folder / STAGED
+    if rank() == 0:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+    barrier()
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in rows.items()}
+    name = f"classes-{shard.first:010d}-{shard.first + shard.count:010d}.safetensors"
+    _write(staged / name, safetensors.torch.save(content))
+    barrier()
+
+
+def load_weights(checkpoint: Path, shard: Shard | None = None) -> dict[str, Tensor]:
+    """Parameters and buffers of a checkpoint, on the CPU; with a shard only its rows of those in `SHARDED`.
 
     Raises:
-        UserError: the weights' file is damaged.
+        UserError: a file is damaged or missing, or the checkpoint has not as many classes as the shard is of.
     """
     config_file(checkpoint)
     try:
-        return safetensors.torch.load_file(checkpoint / WEIGHTS)
-    except safetensors.SafetensorError as error:
+        with safetensors.safe_open(checkpoint / WEIGHTS, "pt") as file:
+            rows_files = find_rows(checkpoint)
+            if (shard and CLASSIFIER in [*file.keys()]) or rows_files:
+                found = rows_files[-1][1] if rows_files else file.get_slice(CLASSIFIER).get_shape()[0]
+                if shard and found != shard.classes:
+                    raise UserError(f"data: checkpoint {checkpoint} has {found} classes, the data set {shard.classes}")
+            weights = {
+                name: _rows(file, name, shard.rows, SHARDED[name])
+                if shard and name in SHARDED
+                else file.get_tensor(name)
+                for name in file.keys()  # noqa: SIM118, a file is no dict
+            }
+        for name, axis in SHARDED.items() if rows_files else ():
+            weights[name] = _join(rows_files, name, shard, axis)
+    except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"checkpoint {checkpoint / WEIGHTS} cannot be read ({error})") from error
+    return weights
+
+
+def load_moments(checkpoint: Path, moments: dict[str, Tensor], shard: Shard | None) -> dict[str, Tensor]:
+    """Adam's moments of the classifier (N, C), or of a shard's rows.
+
+    moments: what the optimiser's state in `load_training` holds, which is none of them if the ranks' files do.
+    """
+    rows_files = find_rows(checkpoint)
+    if rows_files:
+        return {name: _join(rows_files, name, shard, 0) for name in MOMENTS}
+    return {name: moments[name][shard.rows] if shard else moments[name] for name in MOMENTS}
+
+
+def find_rows(checkpoint: Path) -> list[tuple[int, int, Path]]:
+    """First class, end and file of each rank's rows, in order; none if the checkpoint is whole.
+
+    Raises:
+        UserError: a file between others is missing.
+    """
+    found = sorted(
+        (int(match[1]), int(match[2]), path)
+        for path in checkpoint.iterdir()
+        if (match := ROWS_FILE.fullmatch(path.name))
+    )
+    end = 0
+    for first, next_end, path in found:
+        if first != end:
+            raise UserError(
+                f"checkpoint {checkpoint} lacks the rows of classes {end} to {first - 1}, next is {path.name}"
+            )
+        end = next_end
+    return found
+
+
+def _rows(file: Any, name: str, rows: slice, axis: int) -> Tensor:
+    part = file.get_slice(name)
+    return part[rows] if axis == 0 else part[:, rows]
+
+
+def _join(rows_files: list[tuple[int, int, Path]], name: str, shard: Shard | None, axis: int) -> Tensor:
+    """A tensor's rows, all or a shard's, from the ranks' files."""
+    wanted = shard.rows if shard else slice(0, rows_files[-1][1])
+    parts = []
+    for first, end, path in rows_files:
+        start, stop = max(first, wanted.start) - first, min(end, wanted.stop) - first
+        if start < stop:
+            with safetensors.safe_open(path, "pt") as file:
+                parts.append(_rows(file, name, slice(start, stop), axis))
+    return torch.cat(parts, dim=axis)
+
+
+def join_ranks(rows: Tensor, axis: int) -> Tensor:
+    """The whole of what each rank has some rows of along an axis, on every rank."""
+    return gather(rows.movedim(axis, 0)).movedim(0, axis)
 
 
 def load_training(checkpoint: Path) -> dict[str, Any]:

@@ -109,6 +109,10 @@ class ModelConfig:
     """Standard deviation of the classifier's weights at the start: 0.001 in BagTricks, 0.01 in FastReID."""
     logit_scale: PositiveFloat = 1.0
     """Factor of the logits; revision alone multiplies them by about 0.7, so compare with baselines scaled alike."""
+    shard_classes: bool = False
+    """Under torchrun, give each process the classifier's and the memory's rows of some identities only."""
+    shard_checkpoints: bool = False
+    """With shard_classes, let each process write its rows to a file of its own; else they are put together first."""
 
 
 @dataclass

@@ -98,7 +98,7 @@ def load(folder: Path) -> tuple[Embedding, TrainConfig, dict[str, str]]:
         "metric": trained.evaluation.metric,
         "neck": trained.evaluation.neck,
         "flip_test": str(trained.evaluation.flip_test).lower(),
-        "training_identities": str(network.head.classifier.out_features),
+        "training_identities": str(network.head.num_classes),
     }
     return embedding, trained, metadata
 

@@ -6,13 +6,24 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cge_fast.distributed import gather
+from cge_fast.distributed import (
+    Shard,
+    gather,
+    rank,
+    require_equal,
+    shard_of,
+    sharded_cross_entropy,
+    sum_over_ranks,
+    world_size,
+)
 from cge_fast.losses.classification import Classification, classification_losses, sphere_logits
 from cge_fast.operators import Kernels, local_hits, operators, require_shape, require_tensor, valid_labels
 
 GEM_INITIAL_P = 3.0
 CLASSIFIER_STD = 0.001  # BagTricks' initialisation of the classifier
 CONSTANT_ALPHA = 0.01
+DRAWN_ROWS = 1024  # so that each draw is a multiple of 16 numbers, as torch draws them
+WEIGHTS_AT_A_TIME = 1 << 22  # numbers of a (B, classes) tensor
 
 Pooling = Literal["average", "gem"]
 Alpha = Literal["linear", "exponential", "constant"]
@@ -66,6 +77,23 @@ def rows_of_stripes(stripes: int, height: int) -> Tensor:
     return member / member.sum(dim=0)
 
 
+@torch.no_grad()
+def draw_rows_(weight: Tensor, shard: Shard, std: float) -> None:
+    """Fills a rank's rows (count, C) of the classifier with those that one process would draw for all N classes.
+
+    The others are drawn and forgotten, so that every rank goes on with the same random numbers.
+    """
+    buffer = weight.new_empty(min(DRAWN_ROWS, shard.classes), weight.shape[1])
+    starts = range(0, shard.classes, DRAWN_ROWS)
+    for start in starts:
+        buffer[: shard.classes - start].uniform_()  # what nn.Linear draws first
+    for start in starts:
+        rows = buffer[: shard.classes - start].normal_(std=std)
+        first, end = max(start, shard.first), min(start + len(rows), shard.first + shard.count)
+        if first < end:
+            weight[first - shard.first : end - shard.first] = rows[first - start : end - start]
+
+
 class CGEHead(nn.Module):
     """Comprehensive Global Embedding on top of any backbone: pooling, BNNeck, classifier, local memory and loss.
 
@@ -93,9 +121,13 @@ class CGEHead(nn.Module):
         local_gradient: False detaches the revision's weights from the backbone.
         kernels: "fused", the operators of cge_kernels; "one_pass", the same with pooling and revision in one launch,
             which here reads the map a second time; "reference", those of cge_reference.
+        shard_classes: each rank of a torch.distributed run has the classifier's and the memory's rows of some classes
+            only (`cge_fast.distributed`), so that memory for each rank falls with their number; keep both outside of
+            DistributedDataParallel. Then `loss` is that of all ranks' samples. One process has all rows as ever.
 
     Raises:
-        ValueError: a number is out of range or a name unknown.
+        ValueError: a number is out of range, a name unknown, a combination impossible, or (with shard_classes, on every
+            rank) the ranks disagree on the sizes or there are fewer classes than ranks.
     """
 
     def __init__(
@@ -115,6 +147,7 @@ class CGEHead(nn.Module):
         logit_scale: float = 1.0,
         local_gradient: bool = True,
         kernels: Kernels = "fused",
+        shard_classes: bool = False,
     ):
         super().__init__()
         sizes = {"in_channels": in_channels, "num_classes": num_classes, "epochs": epochs, "stripes": stripes}
@@ -140,16 +173,31 @@ class CGEHead(nn.Module):
             )
         if shuffle_memory and num_classes < 2:
             raise ValueError(f"shuffle_memory needs at least 2 classes, got {num_classes}")
+        as_published = (cge, revision, classification, shuffle_memory) == (True, "logits", "cross_entropy", False)
+        if shard_classes and not (as_published and kernels == "fused"):
+            raise ValueError(
+                "shard_classes needs cge, revision 'logits', classification 'cross_entropy', the memory not shuffled "
+                f"and kernels 'fused', got {cge}, {revision!r}, {classification!r}, {shuffle_memory} and {kernels!r}"
+            )
         self.epochs, self.alpha, self.cge, self.kernels = epochs, alpha, cge, kernels
+        self.num_classes, self.shard = num_classes, None
+        if shard_classes and world_size() > 1:
+            require_equal(num_classes=num_classes, in_channels=in_channels, stripes=stripes)
+            self.shard = shard_of(num_classes)
         self.stripes = stripes if cge else 1
         self.revision, self.shuffle_memory, self.classification = revision, shuffle_memory, classification
         self.label_smoothing, self.logit_scale, self.local_gradient = label_smoothing, logit_scale, local_gradient
         self.p = nn.Parameter(torch.tensor(GEM_INITIAL_P)) if pooling == "gem" else None
         self.neck = nn.BatchNorm1d(in_channels)
         self.neck.bias.requires_grad_(False)
-        self.classifier = nn.Linear(in_channels, num_classes, bias=False)
-        nn.init.normal_(self.classifier.weight, std=classifier_std)
-        self.register_buffer("memory", torch.zeros(stripes, num_classes, in_channels) if cge else None)
+        rows = self.shard.count if self.shard else num_classes
+        if self.shard:
+            self.classifier = nn.utils.skip_init(nn.Linear, in_channels, rows, bias=False)
+            draw_rows_(self.classifier.weight, self.shard, classifier_std)
+        else:
+            self.classifier = nn.Linear(in_channels, rows, bias=False)
+            nn.init.normal_(self.classifier.weight, std=classifier_std)
+        self.register_buffer("memory", torch.zeros(stripes, rows, in_channels) if cge else None)
         # A rotation of a random order has no fixed point; the same for every seed, so that a resumed run has it too.
         order = torch.randperm(num_classes, generator=torch.Generator().manual_seed(0))
         shuffled = order.roll(1)[order.argsort()] if shuffle_memory else None
@@ -170,10 +218,12 @@ class CGEHead(nn.Module):
         """
         if labels is None:
             return self.embed(feature_map)
+        if self.shard:
+            return self._forward_sharded(feature_map, labels)
         as_published = (self.revision, self.classification, self.shuffled) == ("logits", "cross_entropy", None)
         if self.cge and as_published and self.kernels != "one_pass":
             return self._forward_fused(feature_map, labels)
-        valid, targets = valid_targets(labels, len(feature_map), self.classifier.out_features)
+        valid, targets = valid_targets(labels, len(feature_map), self.num_classes)
         global_feature, local_features = self.pool(feature_map)
         logits, embedding = self._revised(feature_map, global_feature, local_features, targets)
         losses = classification_losses(logits, targets, self.classification, self.label_smoothing)
@@ -198,6 +248,26 @@ class CGEHead(nn.Module):
             self.local_gradient,
         )
         return HeadOutput(loss.mean(), global_feature, embedding, local_features.detach(), hit, local_hit)
+
+    def _forward_sharded(self, feature_map: Tensor, labels: Tensor) -> HeadOutput:
+        """The same where each rank has some of the classes; the loss is that of all ranks' samples."""
+        require_tensor("labels", labels, "(B,)", "an integer")
+        require_shape("labels", labels, (len(feature_map),), f"a batch of {len(feature_map)}")
+        global_feature, local_features = self.pool(feature_map)
+        embedding = self._normalise(global_feature)
+        loss, hit, local_hit = sharded_cross_entropy(
+            embedding * self.logit_scale,
+            self.classifier.weight,
+            local_features,
+            self.memory,
+            labels,
+            self.shard,
+            self.label_smoothing,
+            self.local_gradient,
+        )
+        own = slice(rank() * len(labels), (rank() + 1) * len(labels))
+        local_features = local_features.detach()
+        return HeadOutput(loss.mean(), global_feature, embedding, local_features, hit[own], local_hit[own])
 
     def _revised(
         self, feature_map: Tensor, global_feature: Tensor, local_features: Tensor, labels: Tensor | None
@@ -240,11 +310,41 @@ class CGEHead(nn.Module):
     def _revising_memory(self) -> Tensor:
         return self.memory if self.shuffled is None else self.memory[:, self.shuffled]
 
-    def revision_weights(self, local_features: Tensor) -> Tensor:
-        """w (B, N) float32 of local features (B, n, C): what the logits are multiplied by; no gradient."""
+    def revision_weights(self, local_features: Tensor, rows: slice = slice(None)) -> Tensor:
+        """w (B, N) float32 of local features (B, n, C): what the logits are multiplied by; no gradient.
+
+        rows: of which classes; with shard_classes they are those of this rank.
+        """
         with torch.no_grad():
-            ones = local_features.new_ones(len(local_features), self.classifier.out_features)
-            return operators(self.kernels).revise_logits(ones, local_features, self._revising_memory())
+            memory = self._revising_memory()[:, rows].contiguous()
+            ones = local_features.new_ones(len(local_features), memory.shape[1])
+            return operators(self.kernels).revise_logits(ones, local_features, memory)
+
+    @torch.no_grad()
+    def label_and_mean_weight(self, local_features: Tensor, labels: Tensor) -> Tensor:
+        """(2,) float32: w of the label and the mean of w over all classes, each summed over the samples.
+
+        With shard_classes the sum is that of all ranks' samples, divided by the ranks.
+
+        Args:
+            local_features: (B, n, C).
+            labels: (B,), integer.
+        """
+        if self.shard:
+            local_features, labels = gather(local_features), gather(labels)
+        row = labels.long() - (self.shard.first if self.shard else 0)
+        found = local_features.new_zeros(2)
+        chunk = max(1, WEIGHTS_AT_A_TIME // len(labels))
+        for start in range(0, self.memory.shape[1], chunk):
+            weights = self.revision_weights(local_features, slice(start, start + chunk))
+            place = row - start
+            is_here = (place >= 0) & (place < weights.shape[1])
+            own = weights.gather(1, torch.where(is_here, place, 0)[:, None])[:, 0]
+            found += torch.stack([torch.where(is_here, own, 0).sum(), weights.sum() / self.num_classes])
+        if self.shard:
+            sum_over_ranks(found)
+            found /= world_size()
+        return found
 
     def embed(self, feature_map: Tensor, after_neck: bool = True) -> Tensor:
         """The global feature (B, C) float32 of a feature map (B, C, H, W), after BNNeck or before it."""
@@ -275,9 +375,19 @@ class CGEHead(nn.Module):
         Raises:
             ValueError: the epoch is outside 1..E, or shapes or labels do not fit.
         """
-        if self.cge:
-            alpha = memory_alpha(self.alpha, epoch, self.epochs)
-            operators(self.kernels).write_memory_(self.memory, gather(local_features), gather(labels), alpha)
+        if not self.cge:
+            return
+        alpha = memory_alpha(self.alpha, epoch, self.epochs)
+        local_features, labels = gather(local_features), gather(labels)
+        if self.shard:
+            valid_labels(labels, self.num_classes)
+            labels = labels - self.shard.first
+            is_own = (labels >= 0) & (labels < self.shard.count)
+            if labels.device.type == "cpu":
+                local_features, labels = local_features[is_own], labels[is_own]
+            else:  # choosing would synchronise with the host; the kernel writes nothing for a label of -1
+                labels = torch.where(is_own, labels, -1)
+        operators(self.kernels).write_memory_(self.memory, local_features, labels, alpha)
 
     def pool(self, feature_map: Tensor) -> tuple[Tensor, Tensor]:
         """Global feature (B, C), before BNNeck, and local features (B, n, C) of a feature map, float32."""

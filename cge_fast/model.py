@@ -71,23 +71,27 @@ def build(
         )
     # e' of the form that spreads e' over all classes: e over the others is e N/(N-1) over all.
     spread = num_classes / max(1, num_classes - 1) if loss.smoothed == "others" else 1.0
-    head = CGEHead(
-        channels,
-        num_classes,
-        epochs,
-        stripes=model.stripes,
-        pooling=model.pooling,
-        alpha=model.alpha,
-        cge=model.cge,
-        revision=model.revision,
-        shuffle_memory=model.shuffle_memory,
-        classification=loss.classification,
-        label_smoothing=loss.label_smoothing * spread,
-        classifier_std=model.classifier_std,
-        logit_scale=model.logit_scale,
-        local_gradient=model.local_gradient,
-        kernels=kernels,
-    )
+    try:
+        head = CGEHead(
+            channels,
+            num_classes,
+            epochs,
+            stripes=model.stripes,
+            pooling=model.pooling,
+            alpha=model.alpha,
+            cge=model.cge,
+            revision=model.revision,
+            shuffle_memory=model.shuffle_memory,
+            classification=loss.classification,
+            label_smoothing=loss.label_smoothing * spread,
+            classifier_std=model.classifier_std,
+            logit_scale=model.logit_scale,
+            local_gradient=model.local_gradient,
+            kernels=kernels,
+            shard_classes=model.shard_classes,
+        )
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
     return ReidModel(backbone, head, precision)
 
 
@@ -119,7 +123,9 @@ def load(folder: Path, trained: TrainConfig, data: DataConfig, device: torch.dev
     check_backend(trained.kernels, device)
     only_on_gpu = trained.optim.precision == "float16" and device.type == "cpu"
     precision = compute_precision("auto" if only_on_gpu else trained.optim.precision, device)
-    without_pretrained = replace(trained.model, pretrained=False, weights=None)  # the checkpoint's weights follow
+    without_pretrained = replace(
+        trained.model, pretrained=False, weights=None, shard_classes=False
+    )  # the checkpoint's weights follow
     classes = checkpoint.classes(weights, folder)
     network = build(without_pretrained, trained.loss, data, classes, trained.optim.epochs, precision, trained.kernels)
     checkpoint.fit(network, weights, folder)

@@ -82,7 +82,7 @@ def start_ranks() -> torch.device:
 def description(training: Training) -> str:
     """What is about to be trained, in two lines."""
     reid_set, config, head = training.reid_set, training.config, training.network.head
-    identities = head.classifier.out_features
+    identities = head.num_classes
     kind = f"CGE, {head.stripes} stripes" if head.cge else "without CGE"
     return (
         f"{config.data.name}: {len(reid_set.train)} images of {identities} identities to train on, "

@@ -81,6 +81,8 @@ class Training:
         pin_memory = device.type == "cuda"
         self.loader = train_loader(self.reid_set.train, self.sampler, config.data, pin_memory)
         self.precision = model.compute_precision(config.optim.precision, device)
+        if config.model.shard_classes and self.precision == torch.float16:
+            raise UserError("model.shard_classes: float16's loss scaling would differ between ranks, use bfloat16")
         network = model.build(
             config.model,
             config.loss,
@@ -116,9 +118,12 @@ class Training:
             UserError: there is no checkpoint, or it does not fit the settings.
         """
         last = self.checkpoints / "last"
-        checkpoint.fit(self.network, checkpoint.load_weights(last), last)
+        shard = self.network.head.shard
+        checkpoint.fit(self.network, checkpoint.load_weights(last, shard), last)
         state = checkpoint.load_training(last)
         try:
+            moments = state["optimizer"]["state"][self.classifier_number]
+            moments |= checkpoint.load_moments(last, moments, shard)
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             if self.centre:
@@ -149,6 +154,8 @@ class Training:
         wrapped: nn.Module = self.network
         if world_size() > 1:
             device_ids = [self.device.index] if self.device.type == "cuda" else None
+            if self.network.head.shard:
+                DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.network, checkpoint.SHARDED)
             # No broadcast of buffers at every step: the memory is equal anyway, statistics are shared once an epoch.
             wrapped = DistributedDataParallel(self.network, device_ids=device_ids, broadcast_buffers=False)
         bar = tqdm(total=epochs * steps, initial=self.epochs_done * steps, unit=" step", disable=rank() > 0)
@@ -170,7 +177,7 @@ class Training:
                 if log:
                     row = self.figures(epoch, sums, seconds) | (measured or dict.fromkeys(RETRIEVAL))
                     log.write(row)
-                    self.save(is_best)
+                self.save(is_best)
                 if failure:
                     raise failure
         if self.result is None:  # the last epoch was trained, but its evaluation failed
@@ -208,7 +215,10 @@ class Training:
             raise self.not_finite(f"a parameter or buffer after epoch {epoch}")
         for tensor in sums:
             sum_over_ranks(tensor)
-        copy_from_first_rank(self.network.buffers())
+        shared = self.network.named_buffers()
+        copy_from_first_rank(
+            buffer for name, buffer in shared if not (self.network.head.shard and name in checkpoint.SHARDED)
+        )
         return sums
 
     def step(
@@ -252,9 +262,8 @@ class Training:
         if self.network.head.cge:
             features = torch.cat(local_features)
             if looks:
-                weights = self.network.head.revision_weights(features)
-                own = weights.gather(1, labels[:, None].long())
-                sums.weights.add_(torch.stack([own.sum(), weights.mean(dim=1).sum(), own.new_tensor(len(labels))]))
+                weights = self.network.head.label_and_mean_weight(features, labels)
+                sums.weights.add_(torch.cat([weights, weights.new_tensor([len(labels)])]))
             self.network.head.write_memory(features, labels, epoch)
         self.lap("memory write")
         sums.losses.add_(losses * len(labels))
@@ -288,10 +297,15 @@ class Training:
         }
 
     def save(self, is_best: bool) -> None:
-        """Writes a checkpoint of the run as it stands."""
+        """Writes a checkpoint of the run as it stands; every rank calls it."""
+        weights, optimizer, shard = self.network.state_dict(), self.optimizer.state_dict(), self.network.head.shard
+        if shard:
+            self.take_rows(weights, optimizer)
+        if rank() > 0:
+            return
         state = {
             "epoch": self.epochs_done,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "centres": self.centre.centres if self.centre else None,
             "random": random_state(),
@@ -299,7 +313,26 @@ class Training:
             "untrained": self.untrained,
             "result": self.result,
         }
-        checkpoint.save(self.checkpoints, self.network, state, to_yaml(self.config), self.epochs_done, is_best)
+        checkpoint.save(self.checkpoints, weights, state, to_yaml(self.config), self.epochs_done, is_best)
+
+    def take_rows(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
+        """Puts the rows of all ranks together in both, or writes them to a file of each rank and takes them out."""
+        number = self.classifier_number
+        state = dict(optimizer["state"][number])  # a copy: the optimiser goes on with its own
+        moments = {name: state.pop(name) for name in checkpoint.MOMENTS}
+        optimizer["state"] = {**optimizer["state"], number: state}
+        if self.config.model.shard_checkpoints:
+            rows = {name: weights.pop(name) for name in checkpoint.SHARDED}
+            checkpoint.stage_rows(self.checkpoints, rows | moments, self.network.head.shard)
+            return
+        for name, axis in checkpoint.SHARDED.items():
+            weights[name] = checkpoint.join_ranks(weights[name], axis)
+        state |= {name: checkpoint.join_ranks(rows, 0) for name, rows in moments.items()}
+
+    @property
+    def classifier_number(self) -> int:
+        """Of the classifier's weight among the parameters, as the optimiser counts them."""
+        return [name for name, _ in self.network.named_parameters()].index(checkpoint.CLASSIFIER)
 
     def lap(self, part: str) -> None:
         """Ends a part of the step for the profile, if one is taken."""

@@ -89,7 +89,7 @@ def train_batches(trained: Trained) -> Iterator[tuple[Tensor, Tensor]]:
     config = trained.config
     images = data.read(config.data).train
     labels = torch.tensor(train_labels(images))
-    classes = trained.network.head.classifier.out_features
+    classes = trained.network.head.num_classes
     if labels.max() + 1 != classes:
         raise UserError(
             f"data: checkpoint {trained.folder} was trained on {classes} identities, {config.data.name} has "

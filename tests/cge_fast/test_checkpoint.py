@@ -22,7 +22,7 @@ def model(value: float) -> nn.Module:
 
 
 def save(folder, epoch, best=True):
-    return checkpoint.save(folder, model(float(epoch)), {"epoch": epoch}, f"seed: {epoch}\n", epoch, best)
+    return checkpoint.save(folder, model(float(epoch)).state_dict(), {"epoch": epoch}, f"seed: {epoch}\n", epoch, best)
 
 
 def loaded_epochs(folder) -> dict[str, int]:
