@@ -94,7 +94,10 @@ def start_from(backbone: nn.Module, tensors: dict[str, Tensor], source: str) -> 
     if unmatched or unknown:
         count = f"{source} matches {len(wanted) - len(unmatched)} of the backbone's {len(wanted)} tensors"
         if not unmatched:
-            raise UserError(f"{count} and has {len(unknown)} more, first {unknown[0]}: it is of another network")
+            raise UserError(
+                f"{count} and has {len(unknown)} more, first {unknown[0]}: it is of another network (non-local blocks "
+                "and the map's BatchNorm are added after the weights are loaded)"
+            )
         first = unmatched[0]
         if first not in found:
             raise UserError(f"{count}, the first that is missing is {first}")

@@ -1,8 +1,8 @@
 """What stands first in the gallery's ranking for the queries that fare worst."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from cge_fast.analyze.written import Written, write
 from cge_fast.data import Image
 from cge_fast.data.images import open_rgb
 from cge_fast.errors import UserError
+from cge_fast.reranking import reranked_distances
 
+DistancesOf = Callable[[slice], Tensor]
 SHOWN = 10  # gallery images of a query
 MARKS = {True: ("✓", "#1a7f37", "-"), False: ("✗", "#d1242f", "--")}  # right and wrong: sign, frame's colour and line
 
@@ -42,12 +44,16 @@ def ranked(trained: Trained, output: Path, queries: int = 8) -> Written:
     config = trained.config
     reid_set = data.read(config.data)
     query, gallery = (features(trained, name, getattr(reid_set, name)) for name in ("query", "gallery"))
-    precisions = average_precisions(query, gallery, config.evaluation.metric)
+    if config.evaluation.rerank:
+        distances_of = reranked_distances(query.features, gallery.features, config.evaluation.metric, progress=True)
+    else:
+        distances_of = plain_distances(query, gallery, config.evaluation.metric)
+    precisions = average_precisions(query, gallery, distances_of)
     has_match = ~precisions.isnan()
     if not has_match.any():
         raise UserError("data: no query has a match of another camera in the gallery, so there is nothing to rank")
     worst = precisions.argsort(stable=True)[: min(queries, has_match.sum().item())]  # NaN, no match, stands last
-    lists = first_images(Features(*(part[worst] for part in query)), gallery, config.evaluation.metric)
+    lists = [first_images(query, gallery, distances_of, index) for index in worst.tolist()]
     rows = [
         {
             "query": str(reid_set.query[index].path),
@@ -87,34 +93,39 @@ def features(trained: Trained, name: str, images: list[Image]) -> Features:
     return Features(found, identities, torch.tensor([image.camera for image in images], device=found.device))
 
 
-def average_precisions(query: Features, gallery: Features, metric: str) -> Tensor:
+def plain_distances(query: Features, gallery: Features, metric: Literal["cosine", "euclidean"]) -> DistancesOf:
+    """A function that gives the distances (rows, G) of a slice of the queries."""
+    return lambda chunk: ranking.distances(query.features[chunk], gallery.features, metric)
+
+
+def average_precisions(query: Features, gallery: Features, distances_of: DistancesOf) -> Tensor:
     """AP of each query (Q,) float64 on the CPU, NaN without a match; memory does not grow with queries x gallery."""
     rows = max(1, ranking.CHUNK_DISTANCES // len(gallery.features))
     found = []
     with tqdm(total=len(query.features), desc="ranking", unit=" query", leave=False) as bar:
-        for chunk in zip(*(part.split(rows) for part in query), strict=True):
-            _, rank, is_match = match_ranks(Features(*chunk), gallery, metric)
+        for start in range(0, len(query.features), rows):
+            _, rank, is_match = match_ranks(query, gallery, distances_of, slice(start, start + rows))
             number = torch.arange(1, rank.shape[1] + 1, dtype=torch.float64, device=rank.device)
             found.append(((number / rank).where(is_match, 0).sum(dim=1) / is_match.sum(dim=1)).cpu())
             bar.update(len(rank))
     return torch.cat(found)
 
 
-def first_images(query: Features, gallery: Features, metric: str) -> list[list[int]]:
-    """Gallery indices of the first images of a few queries, without junk; equal distances by index."""
-    distance, _, _ = match_ranks(query, gallery, metric)
-    indices = torch.arange(distance.shape[1], device=distance.device)
-    lists = []
-    for row in distance:
-        first = ranking.order_keys(row, indices).argsort()[:SHOWN]
-        lists.append(first[~row[first].isnan()].tolist())
-    return lists
+def first_images(query: Features, gallery: Features, distances_of: DistancesOf, index: int) -> list[int]:
+    """Gallery indices of the first images of one query, without junk; equal distances by index."""
+    (row,), _, _ = match_ranks(query, gallery, distances_of, slice(index, index + 1))
+    first = ranking.order_keys(row, torch.arange(len(row), device=row.device)).argsort()[:SHOWN]
+    return first[~row[first].isnan()].tolist()
 
 
-def match_ranks(query: Features, gallery: Features, metric: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Distances (Q, G), NaN for junk, and what `ranking.match_ranks` makes of them."""
-    distance = ranking.distances(query.features, gallery.features, metric)
-    rank, is_match = ranking.match_ranks(distance, query.identities, query.cameras, gallery.identities, gallery.cameras)
+def match_ranks(
+    query: Features, gallery: Features, distances_of: DistancesOf, chunk: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Distances (rows, G) of a slice of the queries, NaN for junk, and what `ranking.match_ranks` makes of them."""
+    distance = distances_of(chunk)
+    rank, is_match = ranking.match_ranks(
+        distance, query.identities[chunk], query.cameras[chunk], gallery.identities, gallery.cameras
+    )
     return distance, rank, is_match
 
 

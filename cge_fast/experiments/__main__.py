@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default="paper",
         help="paper: the recipe untouched; small: short trainings for two cores, of pedestrians and omniglot",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each row, seeds 0, 1, ...")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each row of a table, seeds 0, 1, ...")
     parser.add_argument("--output", type=Path, default=Path("experiments"), help="folder of the trainings and tables")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, which share the processor's cores")
     split = arguments.index("--") if "--" in arguments else len(arguments)
@@ -58,12 +58,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = TABLES[options.table] if options.table in TABLES else figures.ROWS[options.table]
     small = options.preset == "small"
     rows_that_fit = [row for row in rows if row.stripes <= preset.rows and not (small and row.resnet50)]
-    failures = run_rows(output, rows_that_fit, options.seeds, common, options.jobs)
-    if options.table in TABLES:
-        command = ["python", "-m", PROGRAM, *arguments]
-        print(report.write(options.table, options.data, output, rows, options.seeds, common, failures, command))
-    else:
+    if options.table in figures.TITLES:
+        failures = run_rows(output, rows_that_fit, 1, common, options.jobs)
+        require_none(failures)
         print(figures.draw(options.table, output))
+        return
+    failures = run_rows(output, rows_that_fit, options.seeds, common, options.jobs)
+    command = ["python", "-m", PROGRAM, *arguments]
+    print(report.write(options.table, options.data, output, rows, options.seeds, common, failures, command))
+    require_none(failures)
+
+
+def require_none(failures: dict[tuple[str, int], str]) -> None:
+    """Raises UserError with the first of the trainings that failed."""
     if failures:
         (row, seed), message = next(iter(failures.items()))
         raise UserError(f"{len(failures)} trainings failed, first {row}, seed {seed}: {message}")

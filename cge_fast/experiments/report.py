@@ -99,7 +99,9 @@ def write(
         writer.writerows(lines)
     shown = [column for column in lines[0] if column != "command"]
     folders = {folder_of(output, row, seed) for row in rows for seed in range(seeds)}
-    total = sum(seconds(folder) for folder in folders if is_whole(folder))
+    first = output / "first"
+    total = sum(seconds(folder) for folder in [*sorted(folders), first] if is_whole(folder))
+    before = f", with the {seconds(first) / 60:.0f} of the one that they start from" if is_whole(first) else ""
     text = "\n".join(
         [
             f"# {table}, {data}: {TITLES[table]}",
@@ -109,11 +111,17 @@ def write(
             *("| " + " | ".join(line[column] for column in shown) + " |" for line in lines),
             "",
             "Mean ± standard deviation over the seeds; differences are of mAP and paired by seed. Mean w: of the "
-            "revision, over all classes, images and epochs. Precision: of each stripe's classifier on the training "
-            f"images, last epoch. All trainings of this table: {total / 60:.0f} minutes of one process each.",
+            "revision, over all classes and the samples of every tenth step. Less baseline x mean w: where a row has no "
+            "such control of its own, that of CGE with the recipe's settings. Precision: of each stripe's classifier on "
+            f"the training images, last epoch. All trainings of this table: {total / 60:.0f} minutes of one process"
+            f"{before}.",
             *(f"Failed: {row}, seed {seed}: {message}" for (row, seed), message in failures.items()),
             "",
             f"    {shlex.join(command)}",
+            "",
+            "Each row's training:",
+            "",
+            *(f"- {line['row']}: `{line['command']}`" for line in lines if line["command"] != NOTHING),
             "",
         ]
     )

@@ -3,8 +3,10 @@
 import json
 import os
 import statistics
+import shlex
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from multiprocessing import get_context
@@ -148,6 +150,10 @@ def run_or_fail(folder_and_arguments: tuple[Path, Sequence[str]]) -> tuple[Path,
         run(folder, arguments)
     except UserError as error:
         return folder, one_line(error)
+    except (RuntimeError, OSError) as error:  # memory or disk: the other trainings may fare better
+        with (folder / PRINTED).open("a") as printed:
+            traceback.print_exc(file=printed)
+        return folder, f"{type(error).__name__}: {one_line(error)}, see {folder / PRINTED}"
     return folder, None
 
 
@@ -170,4 +176,4 @@ def executor(jobs: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
 def command_of(common: Sequence[str], row: Row) -> str:
     """The training's command line, but for seed and output."""
     scale = " --model.logit_scale MEAN_W" if row.scaled_by is not None else ""
-    return f"{Path(sys.executable).stem} -m {train.PROGRAM} {' '.join([*common, *row.options])}{scale}"
+    return f"{Path(sys.executable).stem} -m {train.PROGRAM} {shlex.join([*common, *row.options])}{scale}"

@@ -51,12 +51,6 @@ def comparison(name: str, *options: str) -> list[Row]:
     ]
 
 
-def pair(name: str, *options: str) -> list[Row]:
-    """A method without and with CGE."""
-    rows = comparison(name, *options)
-    return [rows[0], rows[3]]
-
-
 def stripes() -> list[Row]:
     """n = 1 ... 12; that of the controls is 3."""
     controls = comparison(BOT)
@@ -81,16 +75,16 @@ def alphas() -> list[Row]:
 
 
 def regularisation() -> list[Row]:
-    """Random erasing, label smoothing and the losses' weights, each without and with CGE."""
+    """Random erasing, label smoothing and the losses' weights."""
     rows = comparison(BOT)
     for probability in ("0", "0.25", "0.75"):
-        rows += pair(f"erasing p {probability}", "--data.erasing", probability)
+        rows += comparison(f"erasing p {probability}", "--data.erasing", probability)
     for area in ("0.2", "0.6"):
-        rows += pair(f"erasing area {area}", "--data.erasing_area", area)
+        rows += comparison(f"erasing area {area}", "--data.erasing_area", area)
     for smoothing in ("0", "0.2"):
-        rows += pair(f"smoothing {smoothing}", "--loss.label_smoothing", smoothing)
+        rows += comparison(f"smoothing {smoothing}", "--loss.label_smoothing", smoothing)
     for l1, l2 in (("1", "0"), ("0.5", "1"), ("1", "0.5")):
-        rows += pair(f"l1 {l1}, l2 {l2}", "--loss.l1", l1, "--loss.l2", l2)
+        rows += comparison(f"l1 {l1}, l2 {l2}", "--loss.l1", l1, "--loss.l2", l2)
     return rows
 
 

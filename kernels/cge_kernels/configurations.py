@@ -60,6 +60,16 @@ def chunk_of_logits(batch: int, stripes: int, classes: int) -> int:
     return min(classes, max(SCORE_ROW, fitting // SCORE_ROW * SCORE_ROW))
 
 
+def chunk_of_statistics(batch: int, stripes: int, classes: int) -> int:
+    """How many classes the forward of revised_cross_entropy takes at a time: half of the budget is for their statistics.
+
+    At least 64, the widest tile. A tile of 16 classes, the narrowest, stores for each sample the highest value and its
+    class of n + 1 classifiers, and two sums.
+    """
+    fitting = scratch_bytes() // 2 * 16 // ((8 * (stripes + 1) + 8) * score_row(batch))
+    return min(classes, max(64, fitting // 64 * 64))
+
+
 @dataclass(frozen=True)
 class Configuration:
     """Blocks (constants of the kernel) and launch options."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from cge_kernels.configurations import (
     COMBINE,
     cdiv,
+    chunk_of_statistics,
     cross_entropy_configuration,
     logits_are_kept,
     next_power_of_2,
@@ -121,25 +122,34 @@ def combine_kernel(
     highest_pointer, winner_pointer, sums_pointer, target_pointer, labels_pointer,
     all_highest_pointer, all_winner_pointer, all_sums_pointer, all_target_pointer,
     loss_pointer, log_sum_pointer, hit_pointer, local_hit_pointer,
-    batch, classes, tiles, first_class, partial_row, label_smoothing,
-    STRIPES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, FAR: tl.constexpr,
+    batch, classes, tiles, first_class, all_classes, partial_row, label_smoothing,
+    STRIPES: tl.constexpr, EARLIER: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """One program for BLOCK_B samples of one classifier: 0 is the global one, i + 1 that of stripe i.
 
-    Reads what cross_entropy_kernel stored for its tiles of classes. With loss not None: loss and log_sum, the logarithm
-    of the sum of exponentials (B,) float32; hit (B,) and local_hit (B, n) bool; a label that is none of the N classes
-    gives a NaN loss. Else what several ranks' classes are put together from: all_highest (n+1, B), all_winner (n+1, B)
-    int64, all_sums (2, B), all_target (B,), 0 where the label is none of the N classes.
+    Reads what cross_entropy_kernel stored for the tiles of `classes` classes from first_class on and, if EARLIER, what
+    this kernel stored for those before them.
+    With loss not None: loss and log_sum, the logarithm of the sum of exponentials (B,) float32; hit (B,) and local_hit
+    (B, n) bool; a label that is none of all_classes gives a NaN loss. Else all_highest (n+1, B) float32; all_winner
+    (n+1, B) int64, counted from class 0; all_sums (2, B); all_target (B,), 0 where the label is none of the classes
+    gone over.
     """
     classifier = tl.program_id(0) % (STRIPES + 1)
     sample = (tl.program_id(0) // (STRIPES + 1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     sample_mask = sample < batch
-    label = tl.load(labels_pointer + sample, mask=sample_mask, other=0).to(tl.int64) - first_class
-    is_here = (label >= 0) & (label < classes)
+    label = tl.load(labels_pointer + sample, mask=sample_mask, other=0).to(tl.int64)
+    is_here = sample_mask & (label >= first_class) & (label < first_class + classes)
+    target = tl.load(target_pointer + sample, mask=is_here, other=0.0)
     highest = tl.full([BLOCK_B], -float("inf"), tl.float32)
-    winner = tl.full([BLOCK_B], FAR, tl.int32)
+    winner = tl.full([BLOCK_B], FAR, tl.int64)
     exponentials = tl.zeros([BLOCK_B], tl.float32)
     total = tl.zeros([BLOCK_B], tl.float32)
+    if EARLIER:
+        highest = tl.load(all_highest_pointer + classifier * batch + sample, mask=sample_mask, other=0.0)
+        winner = tl.load(all_winner_pointer + classifier * batch + sample, mask=sample_mask, other=0)
+        exponentials = tl.load(all_sums_pointer + sample, mask=sample_mask, other=0.0)
+        total = tl.load(all_sums_pointer + batch + sample, mask=sample_mask, other=0.0)
+        target = tl.load(all_target_pointer + sample, mask=sample_mask & (is_here == 0), other=0.0) + target
     for start in range(0, tiles, BLOCK_T):
         tile = (start + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
         mask = (tile < tiles) & sample_mask[None, :]
@@ -149,7 +159,8 @@ def combine_kernel(
         tile_winner = tl.load(winner_pointer + offsets, mask=mask, other=FAR)
         most = tl.max(tile_highest, axis=0)
         best = tl.min(tl.where(tile_highest == most[None, :], tile_winner, FAR), axis=0)
-        winner = tl.where(most > highest, best, winner)  # the lower index where they are equal: it came first
+        # the earlier one where they are equal: it is the lower
+        winner = tl.where(most > highest, best.to(tl.int64) + first_class, winner)
         new_highest = tl.maximum(most, highest)
         if classifier == 0:
             offsets = tile * 2 * partial_row + sample[None, :]
@@ -159,12 +170,12 @@ def combine_kernel(
             total += tl.sum(tl.load(sums_pointer + partial_row + offsets, mask=mask, other=0.0), axis=0)
         highest = new_highest
     if loss_pointer is not None:
-        hit = is_here & (winner == label)
+        is_valid = (label >= 0) & (label < all_classes)
+        hit = is_valid & (winner == label)
         if classifier == 0:
-            target = tl.load(target_pointer + sample, mask=sample_mask & is_here, other=float("nan"))
             log_sum = highest + tl.log(tl.where(sample_mask, exponentials, 1.0))
-            loss = log_sum - (1.0 - label_smoothing) * target - label_smoothing * (total / classes)
-            tl.store(loss_pointer + sample, loss, mask=sample_mask)
+            loss = log_sum - (1.0 - label_smoothing) * target - label_smoothing * (total / all_classes)
+            tl.store(loss_pointer + sample, tl.where(is_valid, loss, float("nan")), mask=sample_mask)
             tl.store(log_sum_pointer + sample, log_sum, mask=sample_mask)
             tl.store(hit_pointer + sample, hit, mask=sample_mask)
         else:
@@ -172,11 +183,10 @@ def combine_kernel(
     else:
         row = classifier * batch + sample
         tl.store(all_highest_pointer + row, highest, mask=sample_mask)
-        tl.store(all_winner_pointer + row, winner.to(tl.int64) + first_class, mask=sample_mask)
+        tl.store(all_winner_pointer + row, winner, mask=sample_mask)
         if classifier == 0:
             tl.store(all_sums_pointer + sample, exponentials, mask=sample_mask)
             tl.store(all_sums_pointer + batch + sample, total, mask=sample_mask)
-            target = tl.load(target_pointer + sample, mask=sample_mask & is_here, other=0.0)
             tl.store(all_target_pointer + sample, target, mask=sample_mask)
 
 
@@ -253,8 +263,9 @@ def launch_cross_entropy(
 
 
 def launch_combine(
-    partials: Partials, labels: Tensor, first_class: int, classes: int, results: dict[str, Tensor | float]
-) -> None:
+    partials: Partials, labels: Tensor, first_class: int, classes: int, all_classes: int, earlier: bool,
+    results: dict[str, Tensor | float],
+) -> None:  # fmt: skip
     """Fills the results that are given, by the names of combine_kernel's arguments."""
     tiles, classifiers, row = partials.highest.shape
     names = (
@@ -269,20 +280,25 @@ def launch_combine(
         "classes": classes,
         "tiles": tiles,
         "first_class": first_class,
+        "all_classes": all_classes,
         "partial_row": row,
         "label_smoothing": 0.0,
         **results,
     }
-    constants = {"STRIPES": classifiers - 1, **COMBINE.blocks, "FAR": FAR}
+    constants = {"STRIPES": classifiers - 1, "EARLIER": earlier, **COMBINE.blocks, "FAR": FAR}
     grid = (cdiv(len(labels), COMBINE.blocks["BLOCK_B"]) * classifiers,)
     launch(combine_kernel, grid, args, constants, COMBINE.options)
 
 
-def launch_tiles(
+def launch_chunks(
     features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor, labels: Tensor, bias: Tensor | None,
-    first_class: int,
-) -> tuple[Partials, Tensor, Tensor]:  # fmt: skip
-    """The tiles' statistics, kept (n+1, N, at least B), or (n+1, 0, ...) if it is not kept, and scale (n, B)."""
+    first_class: int, statistics: dict[str, Tensor], results: dict[str, Tensor | float],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Goes over the classes, all at once if their logits are kept, and fills the results, with names as for
+    launch_combine; `statistics` takes what is known before the last chunk.
+
+    Returns kept (n+1, N, at least B), or (n+1, 0, ...) if it is not kept, and scale (n, B).
+    """
     stripes, classes, _ = memory.shape
     batch = len(features)
     labels, weight = labels.contiguous(), weight.contiguous()
@@ -291,18 +307,43 @@ def launch_tiles(
     rows = classes if logits_are_kept(batch, stripes, classes) else 0
     kept = features.new_empty(stripes + 1, rows, score_row(batch), dtype=torch.float32)
     scale = features.new_empty(stripes, batch, dtype=torch.float32)
-    partials = launch_cross_entropy(
-        feature_operand, weight, bias, operand, squares, memory, labels, first_class, kept if rows else None, scale
-    )
-    return partials, kept, scale
+    chunk = classes if rows else chunk_of_statistics(batch, stripes, classes)
+    for start in range(0, classes, chunk):
+        part = slice(start, min(start + chunk, classes))
+        first, is_last = first_class + start, part.stop == classes
+        partials = launch_cross_entropy(
+            feature_operand,
+            weight[part],
+            None if bias is None else bias[part],
+            operand,
+            squares,
+            memory[:, part],
+            labels,
+            first,
+            kept if rows else None,
+            scale,
+        )
+        known = results if is_last and chunk >= classes else statistics | (results if is_last else {})
+        launch_combine(partials, labels, first, part.stop - start, classes, start > 0, known)
+    return kept, scale
+
+
+def empty_statistics(features: Tensor, stripes: int) -> dict[str, Tensor]:
+    """Where combine_kernel stores statistics."""
+    highest = features.new_empty(stripes + 1, len(features), dtype=torch.float32)
+    return {
+        "all_highest_pointer": highest,
+        "all_winner_pointer": torch.empty_like(highest, dtype=torch.int64),
+        "all_sums_pointer": torch.empty_like(highest[:2]),
+        "all_target_pointer": torch.empty_like(highest[0]),
+    }
 
 
 def launch_forward(
     features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor, labels: Tensor, bias: Tensor | None,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """loss and log_sum (B,), hit (B,) and local_hit (B, n) bool, kept and scale as launch_tiles has them."""
-    partials, kept, scale = launch_tiles(features, weight, local_features, memory, labels, bias, 0)
+    """loss and log_sum (B,), hit (B,) and local_hit (B, n) bool, kept and scale as launch_chunks has them."""
     loss = features.new_empty(len(features), dtype=torch.float32)
     log_sum, hit = torch.empty_like(loss), torch.empty_like(loss, dtype=torch.bool)
     local_hit = hit.new_empty(local_features.shape[:2])
@@ -313,7 +354,8 @@ def launch_forward(
         "local_hit_pointer": local_hit,
         "label_smoothing": label_smoothing,
     }
-    launch_combine(partials, labels.contiguous(), 0, memory.shape[1], results)
+    statistics = empty_statistics(features, len(memory))
+    kept, scale = launch_chunks(features, weight, local_features, memory, labels, bias, 0, statistics, results)
     return loss, log_sum, hit, local_hit, kept, scale
 
 
@@ -321,16 +363,9 @@ def launch_statistics(
     features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor, labels: Tensor, bias: Tensor | None,
     first_class: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """highest and winner (n+1, B), sums (2, B), target (B,), kept and scale as launch_tiles has them."""
-    partials, kept, scale = launch_tiles(features, weight, local_features, memory, labels, bias, first_class)
-    highest = features.new_empty(len(memory) + 1, len(features), dtype=torch.float32)
-    winner, sums = torch.empty_like(highest, dtype=torch.int64), torch.empty_like(highest[:2])
-    target = torch.empty_like(partials.target)
-    results = {
-        "all_highest_pointer": highest,
-        "all_winner_pointer": winner,
-        "all_sums_pointer": sums,
-        "all_target_pointer": target,
-    }
-    launch_combine(partials, labels.contiguous(), first_class, memory.shape[1], results)
-    return highest, winner, sums, target, kept, scale
+    """highest and winner (n+1, B), sums (2, B), target (B,), kept and scale as launch_chunks has them."""
+    statistics = empty_statistics(features, len(memory))
+    kept, scale = launch_chunks(
+        features, weight, local_features, memory, labels, bias, first_class, statistics, statistics
+    )
+    return *statistics.values(), kept, scale

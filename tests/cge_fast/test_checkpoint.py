@@ -121,4 +121,4 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
 
 def test_the_training_state_holds_no_code(tmp_path):
     with pytest.raises(UserError, match=r"training.pt cannot be read"):
-        checkpoint.load_training(checkpoint.save(tmp_path, model(0.0), {"epoch": print}, "", 1, True))
+        checkpoint.load_training(checkpoint.save(tmp_path, model(0.0).state_dict(), {"epoch": print}, "", 1, True))

@@ -146,11 +146,11 @@ def test_thousands_of_classes_in_the_widest_tiles():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("classes", [15, 16, 17, 32, 33, 100])
+@pytest.mark.parametrize("classes", [15, 16, 17, 32, 33, 64, 65, 200])
 def test_without_scratch_classes_go_by_16_and_labels_at_the_edges_are_found(monkeypatch, backend, classes):
     monkeypatch.setenv("CGE_SCRATCH_MB", "0")
     features, weight, local_features, memory, _ = example(6, classes, 5, 2)
-    labels = torch.tensor([0, 14, 15, 16, 31, classes - 1], device=KERNEL_DEVICE).clamp(max=classes - 1)
+    labels = torch.tensor([0, 15, 16, 63, 64, classes - 1], device=KERNEL_DEVICE).clamp(max=classes - 1)
     check_parity(features, weight, local_features, memory, labels, backend=backend)
 
 
@@ -304,8 +304,8 @@ def test_without_scratch_no_tensor_has_a_number_for_each_sample_and_class(monkey
         loss, _, _ = cge_kernels.revised_cross_entropy(*leaves, memory, labels)
         loss.sum().backward()
     assert made.elements < 40 * 300
-    # 16 classes of 40 samples (48 in a row), logits and scores; and each tile's statistics of the 19 x 2 classifiers
-    assert made.elements <= max(3 * 16 * 48, 19 * 3 * 48, 300 * 3 * 2)
+    # 16 classes of 40 samples (48 in a row), logits and scores; the statistics of 64 classes are fewer
+    assert made.elements <= 3 * 16 * 48
 
 
 def test_launches_once_forward_and_once_backward_while_logits_are_kept():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cge_fast import model, ranking
-from cge_fast.analyze.ranked import Features, average_precisions, first_images, ranked
+from cge_fast.analyze.ranked import Features, average_precisions, first_images, plain_distances, ranked
 from cge_fast.data import read
 from cge_fast.errors import UserError
 
@@ -29,7 +29,7 @@ def test_the_mean_of_the_precisions_is_evaluations(seed, chunk, monkeypatch):
     random = np.random.default_rng(seed)
     query, gallery = few_values(random, 9, identities=6), few_values(random, 40)
     monkeypatch.setattr(ranking, "CHUNK_DISTANCES", chunk)
-    found = average_precisions(query, gallery, "euclidean")
+    found = average_precisions(query, gallery, plain_distances(query, gallery, "euclidean"))
     evaluated = ranking.evaluate_ranking(*query, *gallery, "euclidean")
     assert found.nanmean().item() == pytest.approx(evaluated.mAP, rel=1e-12)
     assert found.isnan().sum() == evaluated.skipped
@@ -46,12 +46,15 @@ def test_the_first_images_are_by_distance_then_by_index_without_junk(seed, image
         [g for g in sorted(range(images), key=lambda g, q=q: (distance[q][g], g)) if not junk[q, g]][:10]
         for q in range(6)
     ]
-    assert first_images(query, gallery, "euclidean") == expected
+    distances_of = plain_distances(query, gallery, "euclidean")
+    assert [first_images(query, gallery, distances_of, index) for index in range(6)] == expected
     assert junk.any()
 
 
-def test_rows_are_the_worst_queries_of_the_evaluation(opened, rows_of, tmp_path, market):
-    trained = opened("mine", "--evaluation.flip_test", "true", "--evaluation.metric", "euclidean")
+@pytest.mark.parametrize("rerank", ["false", "true"])
+def test_rows_are_the_worst_queries_of_the_evaluation(opened, rows_of, tmp_path, market, rerank):
+    settings = "--evaluation.flip_test", "true", "--evaluation.metric", "euclidean", "--evaluation.rerank", rerank
+    trained = opened("mine", *settings)
     PIL.Image.new("RGB", (16, 24)).save(market / "query" / "0099_c1s1_000000_00.png")  # has no match
     config = trained.config
     evaluated = model.evaluate(trained.network, read(config.data), config.data, config.evaluation)

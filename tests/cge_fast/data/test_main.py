@@ -1,5 +1,7 @@
 """python -m cge_fast.data"""
 
+from dataclasses import astuple
+
 import PIL.Image
 import pytest
 
@@ -110,6 +112,27 @@ def test_counts_that_are_not_the_published_ones_fail_after_table_and_sheet(marke
     assert "data.root: these are not the published counts: train identities 4, not 751; train images 24, not" in error
     with PIL.Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 72
+
+
+# Zheng et al. 2015 (without the junk), Wei et al. 2018, Zhong et al. 2017 (new protocol), Liu et al. 2016
+@pytest.mark.parametrize(
+    ("name", "train", "query", "gallery"),
+    [
+        ("market1501", (751, 12936, 6), (750, 3368, 6), (751, 15913, 6)),
+        ("msmt17", (1041, 32621, 15), (3060, 11659, 15), (3060, 82161, 15)),
+        ("msmt17-train-only", (1041, 30248, 15), (3060, 11659, 15), (3060, 82161, 15)),
+        ("cuhk03-detected", (767, 7365, 2), (700, 1400, 2), (700, 5332, 2)),
+        ("cuhk03-labeled", (767, 7368, 2), (700, 1400, 2), (700, 5328, 2)),
+        ("veri776", (576, 37778, 20), (200, 1678, 19), (200, 11579, 19)),
+    ],
+)
+def test_the_published_counts(name, train, query, gallery):
+    _, published = SETS[name]
+    assert {split: astuple(counts) for split, counts in published.items()} == {
+        "train": train,
+        "query": query,
+        "gallery": gallery,
+    }
 
 
 def test_a_single_count_that_differs_is_the_one_named(market, tmp_path, monkeypatch):

@@ -10,6 +10,8 @@ from cge_fast.experiments.__main__ import main
 from cge_fast.experiments.presets import Preset, preset_of
 from cge_fast.experiments.runs import FINISHED, folder_of, mean_weight, run_rows
 from cge_fast.experiments.tables import WITH, comparison
+from cge_fast.log import read_rows
+from cge_fast.training import Training
 
 
 @pytest.fixture
@@ -58,15 +60,48 @@ def test_the_baseline_is_scaled_by_the_mean_weight_of_cge_with_the_same_seed(tin
     assert 0.5 < mean_weight(source) < 0.74
 
 
-def test_an_interrupted_training_is_continued(tiny, tmp_path):
+def test_an_interrupted_training_is_continued(tiny, tmp_path, monkeypatch):
     row = comparison("BOT")[3]
-    run_rows(tmp_path, [row], 1, tiny, jobs=1)
+    run_rows(tmp_path / "whole", [row], 1, tiny, jobs=1)
+    train_epoch = Training.train_epoch
+
+    def interrupted(self, wrapped, epoch, bar):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return train_epoch(self, wrapped, epoch, bar)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Training, "train_epoch", interrupted)
+        run_rows(tmp_path, [row], 1, tiny, jobs=1)
     folder = folder_of(tmp_path, row, 0)
-    (folder / FINISHED).unlink()
-    written = (folder / "checkpoints" / "last" / "model.safetensors").stat().st_mtime_ns
+    assert not (folder / FINISHED).exists()
+    assert [line["epoch"] for line in read_rows(folder / "metrics.jsonl")] == [1]
     assert run_rows(tmp_path, [row], 1, tiny, jobs=1) == {}
     assert (folder / FINISHED).exists()
-    assert (folder / "checkpoints" / "last" / "model.safetensors").stat().st_mtime_ns == written
+    found, expected = (read_rows(of / "metrics.jsonl") for of in (folder, folder_of(tmp_path / "whole", row, 0)))
+    assert [line["loss"] for line in found] == [line["loss"] for line in expected]
+
+
+def test_a_training_without_memory_leaves_the_others_and_the_table(tiny, tmp_path, monkeypatch):
+    first, *_, last = comparison("BOT")
+
+    def full(self, wrapped, epoch, bar):
+        if self.config.model.shuffle_memory:
+            raise RuntimeError("out of memory")
+        return train_epoch(self, wrapped, epoch, bar)
+
+    train_epoch = Training.train_epoch
+    monkeypatch.setattr(Training, "train_epoch", full)
+    failures = run_rows(tmp_path, [last, first], 1, tiny, jobs=1)
+    assert failures[last.name, 0].startswith("RuntimeError: out of memory, see ")
+    assert "Traceback" in (folder_of(tmp_path, last, 0) / "printed.txt").read_text()
+    assert (folder_of(tmp_path, first, 0) / FINISHED).exists()
+
+
+def test_a_figure_names_the_training_that_failed(tiny, market, tmp_path, monkeypatch):
+    monkeypatch.setitem(presets.PRESETS["small"], "omniglot", Preset((*tiny, "--data.identities", "9"), rows=3))
+    with pytest.raises(errors.UserError, match=r"1 trainings failed, first CGE\+BOT, seed 0: data.identities: a batch"):
+        main(arguments("figure6", market, tmp_path))
 
 
 def test_trainings_with_other_settings_are_not_taken_for_these(tiny, market, tmp_path):
