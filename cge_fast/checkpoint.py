@@ -1,9 +1,9 @@
 """Checkpoints that survive a kill at any moment.
 
 A checkpoint is a folder with model.safetensors, training.pt and config.yaml. With model.shard_checkpoints the rows of
-the identities, and Adam's moments of them, are in files classes-<first>-<end>.safetensors beside them. It is written
-under another name, fsynced and renamed, so that a folder called epoch_* is always whole. `last` and `best` are symbolic
-links, each replaced by one rename; folders that neither points to are removed after that.
+the identities, and Adam's moments of them, are in files classes-<first>-<end>-of-<N>.safetensors beside them. It is
+written under another name, fsynced and renamed, so that a folder called epoch_* is always whole. `last` and `best` are
+symbolic links, each replaced by one rename; folders that neither points to are removed after that.
 """
 
 import io
@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cge_fast.distributed import Shard, barrier, gather, rank
+from cge_fast.distributed import Shard, barrier, rank
 from cge_fast.errors import UserError
 
 UNFINISHED = ".unfinished-"  # prefix of what is being written, pointed elsewhere or removed
@@ -27,34 +27,41 @@ MEMORY, CLASSIFIER = "head.memory", "head.classifier.weight"  # names among the 
 SHARDED = {CLASSIFIER: 0, MEMORY: 1}  # the weights with a row for each identity, and along which axis
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, of the classifier
 STAGED = ".unfinished-rows"  # where the ranks' files wait for the checkpoint that they belong to
-ROWS_FILE = re.compile(r"classes-(\d+)-(\d+)\.safetensors")
+ROWS_FILE = re.compile(r"classes-(\d+)-(\d+)-of-(\d+)\.safetensors")
 
 
 def save(
-    folder: Path, weights: dict[str, Tensor], training: dict[str, Any], config: str, epoch: int, best: bool
+    folder: Path,
+    weights: dict[str, Tensor],
+    training: dict[str, Any],
+    config: str,
+    epoch: int,
+    best: bool,
+    staged_rows: bool = False,
 ) -> Path:
     """Writes a checkpoint below `folder` and lets `last`, and if it is the best so far `best`, point to it.
 
     Args:
         folder: the run's folder of checkpoints; it is made if need be.
-        weights: parameters and buffers by name, the memory among them; what `stage_rows` wrote is added.
+        weights: parameters and buffers by name, the memory among them.
         training: what else the training needs to go on: tensors and plain values only.
         config: the settings as YAML.
         epoch: names the checkpoint.
         best: whether this is the best checkpoint so far.
+        staged_rows: take in what `stage_rows` wrote just before. Without it that is what a killed save left behind.
 
     Returns:
         the checkpoint's folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     staged = folder / STAGED
-    for leftover in set(folder.glob(UNFINISHED + "*")) - {staged}:
+    for leftover in set(folder.glob(UNFINISHED + "*")) - ({staged} if staged_rows else set()):
         shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
     number = 0
     while (final := folder / f"epoch_{epoch:04d}{f'.{number}' if number else ''}").exists():
         number += 1  # an earlier run got as far, then was killed or resumed from before
     unfinished = folder / (UNFINISHED + final.name)
-    staged.rename(unfinished) if staged.exists() else unfinished.mkdir()
+    staged.rename(unfinished) if staged_rows else unfinished.mkdir()
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     buffer = io.BytesIO()
     torch.save(training, buffer)
@@ -92,10 +99,15 @@ def stage_rows(folder: Path, rows: dict[str, Tensor], shard: Shard) -> None:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
     barrier()
-    content = {name: tensor.detach().cpu().contiguous() for name, tensor in rows.items()}
-    name = f"classes-{shard.first:010d}-{shard.first + shard.count:010d}.safetensors"
-    _write(staged / name, safetensors.torch.save(content))
+    write_rows(folder, rows, shard)
     barrier()
+
+
+def write_rows(folder: Path, rows: dict[str, Tensor], shard: Shard) -> None:
+    """One rank's part of `stage_rows`."""
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in rows.items()}
+    name = f"classes-{shard.first:010d}-{shard.rows.stop:010d}-of-{shard.classes:010d}.safetensors"
+    _write(folder / STAGED / name, safetensors.torch.save(content))
 
 
 def load_weights(checkpoint: Path, shard: Shard | None = None) -> dict[str, Tensor]:
@@ -133,27 +145,23 @@ def load_moments(checkpoint: Path, moments: dict[str, Tensor], shard: Shard | No
     rows_files = find_rows(checkpoint)
     if rows_files:
         return {name: _join(rows_files, name, shard, 0) for name in MOMENTS}
-    return {name: moments[name][shard.rows] if shard else moments[name] for name in MOMENTS}
+    # Copies: a part of a tensor would keep the whole of it in memory.
+    return {name: moments[name][shard.rows].clone() if shard else moments[name] for name in MOMENTS}
 
 
 def find_rows(checkpoint: Path) -> list[tuple[int, int, Path]]:
     """First class, end and file of each rank's rows, in order; none if the checkpoint is whole.
 
     Raises:
-        UserError: a file between others is missing.
+        UserError: a file is missing.
     """
-    found = sorted(
-        (int(match[1]), int(match[2]), path)
-        for path in checkpoint.iterdir()
-        if (match := ROWS_FILE.fullmatch(path.name))
-    )
-    end = 0
-    for first, next_end, path in found:
-        if first != end:
-            raise UserError(
-                f"checkpoint {checkpoint} lacks the rows of classes {end} to {first - 1}, next is {path.name}"
-            )
-        end = next_end
+    matches = [(match, path) for path in checkpoint.iterdir() if (match := ROWS_FILE.fullmatch(path.name))]
+    found = sorted((int(match[1]), int(match[2]), path) for match, path in matches)
+    ends = [0, *(end for _, end, _ in found)]
+    firsts = [*(first for first, _, _ in found), *{int(match[3]) for match, _ in matches}]
+    for end, first in zip(ends, firsts, strict=False):  # each file begins where the one before ends
+        if end != first:
+            raise UserError(f"checkpoint {checkpoint} has no file with the rows of classes {end} to {first - 1}")
     return found
 
 
@@ -169,14 +177,12 @@ def _join(rows_files: list[tuple[int, int, Path]], name: str, shard: Shard | Non
     for first, end, path in rows_files:
         start, stop = max(first, wanted.start) - first, min(end, wanted.stop) - first
         if start < stop:
-            with safetensors.safe_open(path, "pt") as file:
-                parts.append(_rows(file, name, slice(start, stop), axis))
+            try:
+                with safetensors.safe_open(path, "pt") as file:
+                    parts.append(_rows(file, name, slice(start, stop), axis))
+            except safetensors.SafetensorError as error:
+                raise UserError(f"checkpoint {path} cannot be read ({error})") from error
     return torch.cat(parts, dim=axis)
-
-
-def join_ranks(rows: Tensor, axis: int) -> Tensor:
-    """The whole of what each rank has some rows of along an axis, on every rank."""
-    return gather(rows.movedim(axis, 0)).movedim(0, axis)
 
 
 def load_training(checkpoint: Path) -> dict[str, Any]:
@@ -187,7 +193,8 @@ def load_training(checkpoint: Path) -> dict[str, Any]:
     """
     config_file(checkpoint)
     try:
-        return dict(torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True))
+        # Mapped into memory: a shard's rows are read without the rest.
+        return dict(torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True, mmap=True))
     except Exception as error:  # torch.load has no common base for what a damaged file raises
         raise UserError(f"checkpoint {checkpoint / TRAINING} cannot be read ({error})") from error
 

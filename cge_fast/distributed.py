@@ -111,6 +111,24 @@ def shard_of(classes: int, number: int | None = None, ranks: int | None = None) 
     return Shard(number * share + min(number, left), share + (number < left), classes)
 
 
+def collect_rows(rows: Tensor, shard: Shard, axis: int) -> Tensor | None:
+    """On rank 0, on the CPU, the whole of what each rank has its classes' rows of along an axis; None elsewhere.
+
+    Rank after rank, so that no device must hold more than its own rows and one other's.
+    """
+    if rank() > 0:
+        dist.send(rows.contiguous(), 0)
+        return None
+    parts = [rows.cpu()]
+    for sender in range(1, world_size()):
+        shape = list(rows.shape)
+        shape[axis] = shard_of(shard.classes, sender).count
+        received = rows.new_empty(shape)
+        dist.recv(received, sender)
+        parts.append(received.cpu())
+    return torch.cat(parts, dim=axis)
+
+
 def require_equal(**sizes: int) -> None:
     """Raises ValueError, the same on every rank, unless all ranks gave the same sizes."""
     if world_size() == 1:
@@ -121,6 +139,13 @@ def require_equal(**sizes: int) -> None:
         values = [numbers[name] for numbers in found]
         if len(set(values)) > 1:
             raise ValueError(f"{name}: must be the same on every rank, got {', '.join(map(str, values))}")
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on one rank or more."""
+    count = torch.tensor(float(flag), device=device)
+    sum_over_ranks(count)
+    return count.item() > 0
 
 
 def gather_equal(tensor: Tensor) -> Tensor:
@@ -210,8 +235,11 @@ def sharded_cross_entropy(
         loss (R*B,), hit (R*B,) and local_hit (R*B, n) of all ranks' samples, in rank order, the same on every rank.
 
     Raises:
-        ValueError: (on the CPU) a label of any rank is outside [0, N), on every rank; on a GPU its loss is NaN.
+        ValueError, on every rank: (on the CPU) a label of any rank is outside [0, N), or the ranks have different
+            numbers of samples. On a GPU, where looking would synchronise, the loss of such a label is NaN.
     """
+    if labels.device.type == "cpu":
+        require_equal(samples=len(labels))
     return _ShardedCrossEntropy.apply(
         features, weight, local_features, memory, labels, label_smoothing, local_gradient, shard
     )

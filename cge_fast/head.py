@@ -1,5 +1,6 @@
 """The CGE head: a feature map goes in; out come the loss in training and the embedding in use."""
 
+import itertools
 import math
 from typing import Literal, NamedTuple
 
@@ -17,13 +18,20 @@ from cge_fast.distributed import (
     world_size,
 )
 from cge_fast.losses.classification import Classification, classification_losses, sphere_logits
-from cge_fast.operators import Kernels, local_hits, operators, require_shape, require_tensor, valid_labels
+from cge_fast.operators import (
+    Kernels,
+    local_hits,
+    operators,
+    require_shape,
+    require_tensor,
+    scratch_bytes,
+    valid_labels,
+)
 
 GEM_INITIAL_P = 3.0
 CLASSIFIER_STD = 0.001  # BagTricks' initialisation of the classifier
 CONSTANT_ALPHA = 0.01
 DRAWN_ROWS = 1024  # so that each draw is a multiple of 16 numbers, as torch draws them
-WEIGHTS_AT_A_TIME = 1 << 22  # numbers of a (B, classes) tensor
 
 Pooling = Literal["average", "gem"]
 Alpha = Literal["linear", "exponential", "constant"]
@@ -83,13 +91,14 @@ def draw_rows_(weight: Tensor, shard: Shard, std: float) -> None:
 
     The others are drawn and forgotten, so that every rank goes on with the same random numbers.
     """
-    buffer = weight.new_empty(min(DRAWN_ROWS, shard.classes), weight.shape[1])
-    starts = range(0, shard.classes, DRAWN_ROWS)
-    for start in starts:
-        buffer[: shard.classes - start].uniform_()  # what nn.Linear draws first
-    for start in starts:
-        rows = buffer[: shard.classes - start].normal_(std=std)
-        first, end = max(start, shard.first), min(start + len(rows), shard.first + shard.count)
+    # The last piece has what remains: of fewer than 16 numbers torch draws each by itself.
+    edges = [*range(0, max(1, shard.classes // DRAWN_ROWS) * DRAWN_ROWS, DRAWN_ROWS), shard.classes]
+    buffer = weight.new_empty(edges[-1] - edges[-2], weight.shape[1])
+    for start, end in itertools.pairwise(edges):
+        buffer[: end - start].uniform_()  # what nn.Linear draws first
+    for start, end in itertools.pairwise(edges):
+        rows = buffer[: end - start].normal_(std=std)
+        first, end = max(start, shard.first), min(end, shard.rows.stop)
         if first < end:
             weight[first - shard.first : end - shard.first] = rows[first - start : end - start]
 
@@ -334,8 +343,10 @@ class CGEHead(nn.Module):
             local_features, labels = gather(local_features), gather(labels)
         row = labels.long() - (self.shard.first if self.shard else 0)
         found = local_features.new_zeros(2)
-        chunk = max(1, WEIGHTS_AT_A_TIME // len(labels))
-        for start in range(0, self.memory.shape[1], chunk):
+        stripes, classes, channels = self.memory.shape
+        numbers_per_class = stripes * channels + (stripes + 2) * len(labels)  # a copy of the memory, scores, weights
+        chunk = max(1, scratch_bytes() // (4 * numbers_per_class))
+        for start in range(0, classes, chunk):
             weights = self.revision_weights(local_features, slice(start, start + chunk))
             place = row - start
             is_here = (place >= 0) & (place < weights.shape[1])
@@ -353,6 +364,8 @@ class CGEHead(nn.Module):
 
     def revise(self, feature_map: Tensor, labels: Tensor | None = None) -> Tensor:
         """Revised logits (B, N) float32 of a feature map (B, C, H, W), for losses of your own.
+
+        With shard_classes those of this rank's classes alone, without what a loss over all classes would need.
 
         labels: (B,) int64 in [0, N), for classification "sphere": where its margin is set; without them there is none.
 

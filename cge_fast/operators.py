@@ -8,12 +8,22 @@ import torch
 import cge_kernels
 from cge_fast.errors import UserError
 from cge_kernels.checks import require_shape, require_tensor
+from cge_kernels.configurations import scratch_bytes
 from cge_kernels.dispatch import runs_on_triton
 from cge_kernels.revised_cross_entropy import local_hits, valid_labels
 
 Kernels = Literal["fused", "one_pass", "reference"]
 
-__all__ = ["Kernels", "check_backend", "local_hits", "operators", "require_shape", "require_tensor", "valid_labels"]
+__all__ = [
+    "Kernels",
+    "check_backend",
+    "local_hits",
+    "operators",
+    "require_shape",
+    "require_tensor",
+    "scratch_bytes",
+    "valid_labels",
+]
 
 
 def operators(kernels: Kernels) -> ModuleType:

@@ -97,7 +97,7 @@ def reranked_distances(
 
     def distances_of(chunk: slice) -> Tensor:
         result = half_squares(query_features[chunk], gallery_features, metric)
-        result.mul_(original_share / farthest[:queries][chunk, None])
+        result.mul_(original_share / farthest[chunk, None])
         overlap = torch.zeros_like(result)
         entries = slice(first_of_query[chunk.start], first_of_query[chunk.stop])
         blocks = (values[entries].split(BLOCK_ENTRIES) for values in (row, column, weight))

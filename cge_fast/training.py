@@ -15,7 +15,15 @@ from cge_fast import checkpoint, data, model
 from cge_fast.config import LossConfig, TrainConfig, to_yaml
 from cge_fast.data.batches import train_labels, train_loader
 from cge_fast.data.sampler import PKSampler
-from cge_fast.distributed import copy_from_first_rank, gather_with_gradient, rank, sum_over_ranks, world_size
+from cge_fast.distributed import (
+    any_rank,
+    collect_rows,
+    copy_from_first_rank,
+    gather_with_gradient,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from cge_fast.errors import UserError
 from cge_fast.head import memory_alpha
 from cge_fast.log import Log
@@ -211,7 +219,8 @@ class Training:
                 self.show(bar, losses[-1], sums)
                 unseen.clear()
             self.lap("bookkeeping")
-        if not all(tensor.isfinite().all() for tensor in self.network.state_dict().values()):
+        finite = all(tensor.isfinite().all() for tensor in self.network.state_dict().values())
+        if any_rank(not finite, self.device):  # with shards it may be in one rank's rows alone
             raise self.not_finite(f"a parameter or buffer after epoch {epoch}")
         for tensor in sums:
             sum_over_ranks(tensor)
@@ -299,6 +308,7 @@ class Training:
     def save(self, is_best: bool) -> None:
         """Writes a checkpoint of the run as it stands; every rank calls it."""
         weights, optimizer, shard = self.network.state_dict(), self.optimizer.state_dict(), self.network.head.shard
+        stages = shard is not None and self.config.model.shard_checkpoints
         if shard:
             self.take_rows(weights, optimizer)
         if rank() > 0:
@@ -313,10 +323,10 @@ class Training:
             "untrained": self.untrained,
             "result": self.result,
         }
-        checkpoint.save(self.checkpoints, weights, state, to_yaml(self.config), self.epochs_done, is_best)
+        checkpoint.save(self.checkpoints, weights, state, to_yaml(self.config), self.epochs_done, is_best, stages)
 
     def take_rows(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
-        """Puts the rows of all ranks together in both, or writes them to a file of each rank and takes them out."""
+        """Puts the rows of all ranks together in rank 0's, or writes them to a file of each rank and takes them out."""
         number = self.classifier_number
         state = dict(optimizer["state"][number])  # a copy: the optimiser goes on with its own
         moments = {name: state.pop(name) for name in checkpoint.MOMENTS}
@@ -325,9 +335,10 @@ class Training:
             rows = {name: weights.pop(name) for name in checkpoint.SHARDED}
             checkpoint.stage_rows(self.checkpoints, rows | moments, self.network.head.shard)
             return
+        shard = self.network.head.shard
         for name, axis in checkpoint.SHARDED.items():
-            weights[name] = checkpoint.join_ranks(weights[name], axis)
-        state |= {name: checkpoint.join_ranks(rows, 0) for name, rows in moments.items()}
+            weights[name] = collect_rows(weights[name], shard, axis)
+        state |= {name: collect_rows(rows, shard, 0) for name, rows in moments.items()}
 
     @property
     def classifier_number(self) -> int:

@@ -104,7 +104,8 @@ def average_precisions(query: Features, gallery: Features, distances_of: Distanc
     found = []
     with tqdm(total=len(query.features), desc="ranking", unit=" query", leave=False) as bar:
         for start in range(0, len(query.features), rows):
-            _, rank, is_match = match_ranks(query, gallery, distances_of, slice(start, start + rows))
+            chunk = slice(start, min(start + rows, len(query.features)))
+            _, rank, is_match = match_ranks(query, gallery, distances_of, chunk)
             number = torch.arange(1, rank.shape[1] + 1, dtype=torch.float64, device=rank.device)
             found.append(((number / rank).where(is_match, 0).sum(dim=1) / is_match.sum(dim=1)).cpu())
             bar.update(len(rank))

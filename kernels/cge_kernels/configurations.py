@@ -61,7 +61,7 @@ def chunk_of_logits(batch: int, stripes: int, classes: int) -> int:
 
 
 def chunk_of_statistics(batch: int, stripes: int, classes: int) -> int:
-    """How many classes the forward of revised_cross_entropy takes at a time: half of the budget is for their statistics.
+    """How many classes the forward of revised_cross_entropy takes at a time: half of the budget is for statistics.
 
     At least 64, the widest tile. A tile of 16 classes, the narrowest, stores for each sample the highest value and its
     class of n + 1 classifiers, and two sums.

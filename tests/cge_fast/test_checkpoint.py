@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cge_fast import checkpoint
+from cge_fast.distributed import Shard
 from cge_fast.errors import UserError
 from cge_fast.training import holds_run
 
@@ -54,7 +55,29 @@ def test_an_epoch_saved_twice_does_not_disturb_the_first(tmp_path):
     assert loaded_epochs(tmp_path) == {"last": 1, "best": 1}
 
 
-def save_and_die(folder, epoch, best, operation) -> bool:
+def class_rows(value: float) -> dict[str, torch.Tensor]:
+    classifier, memory = torch.full((5, 2), value), torch.full((3, 5, 2), value)
+    return {checkpoint.CLASSIFIER: classifier, checkpoint.MEMORY: memory}
+
+
+def save_whole(folder, epoch, best=True):
+    checkpoint.save(folder, class_rows(float(epoch)), {"epoch": epoch}, "", epoch, best)
+
+
+def save_sharded(folder, epoch, best=True):
+    rows = class_rows(float(epoch))
+    for shard in (Shard(0, 3, 5), Shard(3, 2, 5)):  # the ranks of a run write them at the same time
+        of_shard = {
+            name: rows[name].narrow(axis, shard.first, shard.count) for name, axis in checkpoint.SHARDED.items()
+        }
+        if shard.first == 0:
+            checkpoint.stage_rows(folder, of_shard, shard)
+        else:
+            checkpoint.write_rows(folder, of_shard, shard)
+    checkpoint.save(folder, {}, {"epoch": epoch}, "", epoch, best, staged_rows=True)
+
+
+def save_and_die(folder, epoch, best, operation, save=save) -> bool:
     """In a child process: saves, and exits just before file operation number `operation`. True if it came so far."""
     child = os.fork()
     if child == 0:
@@ -105,6 +128,40 @@ def test_a_kill_during_the_first_save_leaves_no_checkpoint_or_a_whole_one(tmp_pa
         assert loaded_epochs(folder / "checkpoints") == {"last": 1, "best": 1}
         assert len(list((folder / "checkpoints").iterdir())) == 3, "no leftovers"
         operation += 1
+
+
+@pytest.mark.parametrize("save_next", [save_whole, save_sharded])
+def test_a_kill_in_a_sharded_save_leaves_no_rows_to_the_next_checkpoint(tmp_path, save_next):
+    operation, died = 0, True
+    while died:
+        folder = tmp_path / str(operation)
+        save_whole(folder, 1)
+        died = save_and_die(folder, 2, True, operation, save_sharded)
+        for epoch in (checkpoint.load_training(folder / "last")["epoch"], 3):
+            if epoch == 3:
+                save_next(folder, epoch)
+            for name, rows in checkpoint.load_weights(folder / "last").items():
+                assert rows.equal(class_rows(float(epoch))[name]), name
+        assert sorted(path.name for path in folder.iterdir()) == ["best", "epoch_0003", "last"], "no leftovers"
+        operation += 1
+    assert operation > 12, "the hook must have seen the file operations, the rows' among them"
+
+
+def test_a_sharded_checkpoint_without_one_of_its_files_is_refused(tmp_path):
+    for number, missing in enumerate(("0 to 2", "3 to 4")):
+        folder = tmp_path / str(number)
+        save_sharded(folder, 1)
+        sorted(folder.glob("last/classes-*"))[number].unlink()
+        with pytest.raises(UserError, match=f"has no file with the rows of classes {missing}"):
+            checkpoint.load_weights(folder / "last")
+
+
+def test_a_damaged_file_of_rows_is_named(tmp_path):
+    save_sharded(tmp_path, 1)
+    damaged = sorted(tmp_path.glob("last/classes-*"))[1]
+    damaged.write_bytes(b"x")
+    with pytest.raises(UserError, match=f"{damaged.name} cannot be read"):
+        checkpoint.load_weights(tmp_path / "last")
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path):
