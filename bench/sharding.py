@@ -136,7 +136,7 @@ def measured_rows(ranks: Sequence[int], sizes: tuple[int, int, int, int]) -> lis
         held, received = max(pair[0] for pair in pairs), max(pair[1] for pair in pairs)
         wanted = need(sizes[0], count, *sizes[1:])
         most = wanted.state + wanted.features + wanted.scratch
-        mega = (f"{size / 1e6:,.1f}" for size in (most, held, wanted.received, received))
+        mega = (f"{size / 1e6:,.3f}" for size in (most, held, wanted.received, received))
         found.append((f"{sizes[0]:,}", str(count), *mega))
     return found
 
