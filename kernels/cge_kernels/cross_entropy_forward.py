@@ -147,9 +147,11 @@ def combine_kernel(
     if EARLIER:
         highest = tl.load(all_highest_pointer + classifier * batch + sample, mask=sample_mask, other=0.0)
         winner = tl.load(all_winner_pointer + classifier * batch + sample, mask=sample_mask, other=0)
-        exponentials = tl.load(all_sums_pointer + sample, mask=sample_mask, other=0.0)
-        total = tl.load(all_sums_pointer + batch + sample, mask=sample_mask, other=0.0)
-        target = tl.load(all_target_pointer + sample, mask=sample_mask & (is_here == 0), other=0.0) + target
+        # the global classifier's program stores these, meanwhile: no other may read them
+        is_mine = sample_mask & (classifier == 0)
+        exponentials = tl.load(all_sums_pointer + sample, mask=is_mine, other=0.0)
+        total = tl.load(all_sums_pointer + batch + sample, mask=is_mine, other=0.0)
+        target = tl.load(all_target_pointer + sample, mask=is_mine & (is_here == 0), other=0.0) + target
     for start in range(0, tiles, BLOCK_T):
         tile = (start + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
         mask = (tile < tiles) & sample_mask[None, :]
