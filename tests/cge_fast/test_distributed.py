@@ -6,8 +6,7 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as processes
+from support import on_ranks
 from torch import nn
 
 from cge_fast import CGEHead, checkpoint, model, train, training
@@ -17,18 +16,6 @@ from cge_fast.model import ReidModel
 from cge_reference import write_memory_
 
 LABELS = torch.tensor([0, 0, 1, 1, 2, 2])
-
-
-def on_two_ranks(function, *arguments, folder):
-    """Runs function(rank, *arguments) in two gloo processes."""
-    processes.spawn(start, (function, arguments, str(folder)), nprocs=2)
-
-
-def start(rank, function, arguments, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    function(rank, *arguments)
-    dist.destroy_process_group()
 
 
 def features() -> torch.Tensor:
@@ -81,11 +68,11 @@ def train_without_batch_norm(rank, options):
 
 @pytest.mark.parametrize("function", [gather_uneven, triplet_gradient, write_uneven])
 def test_on_two_ranks(function, tmp_path):
-    on_two_ranks(function, folder=tmp_path)
+    on_ranks(2, function, folder=tmp_path)
 
 
 def test_one_image_on_two_ranks(options, tmp_path):
-    on_two_ranks(embed_fewer_images_than_ranks, options, folder=tmp_path)
+    on_ranks(2, embed_fewer_images_than_ranks, options, folder=tmp_path)
 
 
 @pytest.mark.parametrize("accumulate", ["1", "2"])
@@ -93,7 +80,7 @@ def test_two_ranks_train_what_one_process_trains(options, tmp_path, monkeypatch,
     # The triplet loss is mined in a micro-batch, so that it is left out where micro-batches differ.
     options = [*options, "--optim.accumulate", accumulate, *(["--loss.l2", "0"] if accumulate == "2" else [])]
     options += ["--optim.lr", "0.001"]
-    on_two_ranks(train_without_batch_norm, options, folder=tmp_path)
+    on_ranks(2, train_without_batch_norm, options, folder=tmp_path)
     monkeypatch.setattr(training.model, "build", network_without_batch_norm)
     train_without_batch_norm(0, [*options, "--output", str(tmp_path / "alone")])
     together, alone = (checkpoint.load_weights(tmp_path / run / "checkpoints" / "last") for run in ("run", "alone"))

@@ -4,12 +4,10 @@ import os
 import subprocess
 import sys
 import time
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as processes
+from support import RANKS_TIMEOUT, on_ranks
 from torch import nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
@@ -20,22 +18,7 @@ from cge_fast.distributed import require_equal, shard_of, sharded_cross_entropy,
 from cge_fast.errors import UserError
 from cge_fast.head import draw_rows_
 
-LIMIT = 60  # seconds that anything with an error may take
-
 CLASSES, BATCH, CHANNELS, STRIPES = 11, 12, 5, 3
-
-
-def on_ranks(ranks, function, *arguments, folder):
-    """Runs function(rank, *arguments) in so many gloo processes."""
-    processes.spawn(start, (ranks, function, arguments, str(folder)), nprocs=ranks)
-
-
-def start(rank, ranks, function, arguments, folder):
-    torch.set_num_threads(1)
-    timeout = timedelta(seconds=LIMIT)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timeout)
-    function(rank, *arguments)
-    dist.destroy_process_group()
 
 
 def problem():
@@ -207,7 +190,7 @@ def errors_on_every_rank(rank):
 def test_wrong_sizes_and_labels_are_errors_on_every_rank(tmp_path):
     start_time = time.monotonic()
     on_ranks(2, errors_on_every_rank, folder=tmp_path)
-    assert time.monotonic() - start_time < LIMIT
+    assert time.monotonic() - start_time < RANKS_TIMEOUT
 
 
 @pytest.mark.parametrize(
@@ -243,12 +226,10 @@ def die_in_the_second_step(rank, folder):
 
 def test_a_rank_that_dies_in_mid_step_ends_the_others_with_an_error(tmp_path):
     start_time = time.monotonic()
-    context = processes.start_processes(
-        start, (2, die_in_the_second_step, (tmp_path,), str(tmp_path)), nprocs=2, join=False, start_method="spawn"
-    )
+    context = on_ranks(2, die_in_the_second_step, tmp_path, folder=tmp_path, join=False)
     for process in context.processes:
-        process.join(LIMIT)
-    assert time.monotonic() - start_time < LIMIT
+        process.join(RANKS_TIMEOUT)
+    assert time.monotonic() - start_time < RANKS_TIMEOUT
     assert [process.exitcode for process in context.processes] == [1, 1]
     assert (tmp_path / "error").read_text()
 
