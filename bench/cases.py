@@ -17,7 +17,7 @@ from bench.compiler import missing_compiler
 from bench.measure import Contender, Times, take_turns
 from bench.shapes import Shape
 from bench.work import INSTANCES
-from cge_fast.head import CGEHead
+from cge_fast.losses.cge import CGEHead
 
 OURS, EAGER, COMPILED = "cge_kernels", "eager", "torch.compile"  # the latter two run cge_reference
 EPOCHS = 120

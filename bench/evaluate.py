@@ -21,7 +21,7 @@ from torch import Tensor
 from bench.numpy_ranking import numpy_ranking
 from bench.tables import table
 from cge_fast import errors
-from cge_fast.ranking import evaluate_ranking
+from cge_fast.evaluation.ranking import evaluate_ranking
 
 PROGRAM = "bench.evaluate"
 

@@ -1,6 +1,6 @@
 """Figures of the GPUs that bench/predict.py knows, each with its source.
 
-Multiprocessors, and what one of them holds, are in cge_kernels.targets. The measured figures are those of
+Multiprocessors, and what one of them holds, are in cge_kernels.tools.gpus. The measured figures are those of
 github.com/te42kyfo/gpu-benches: gpu-l2-cache (bandwidth of sets that fit in L2), gpu-latency and cuda-latency (pointer
 chase through sets beyond L2), gpu-small-kernels (kernels that move 64 KB, one after the other). Where it has not
 measured the GPU itself, a source names the one that it did. A figure that nobody measured or published says so with
@@ -10,7 +10,7 @@ the word "assumption".
 from dataclasses import dataclass
 
 from cge_fast.errors import UserError
-from cge_kernels.targets import HARDWARE, Hardware
+from cge_kernels.tools.gpus import HARDWARE, Hardware
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from bench.operations import Operations
 from bench.shapes import SHAPES, Shape, named
 from bench.tables import table
 from cge_fast import CGEHead, errors
-from cge_fast.head import Pooling
+from cge_fast.losses.cge import Pooling
 from cge_fast.operators import Kernels
 
 PROGRAM = "bench.launches"

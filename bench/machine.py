@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from cge_kernels.language import triton
+from cge_kernels.common.device_functions import triton
 
 CPU_INFO = Path("/proc/cpuinfo")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from cge_kernels.aten import recycle
+from cge_kernels.common import recycle
 
 WARMUP = 2  # rounds that do not count; in the first one torch.compile compiles
 FEWEST_ROUNDS = 5

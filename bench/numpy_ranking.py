@@ -15,7 +15,7 @@ def numpy_ranking(
     ranks: int = 50,
     progress: bool = False,
 ) -> tuple[float, list[float]]:
-    """mAP and the cumulative matching curve by the cosine, as cge_fast.ranking.evaluate_ranking defines them.
+    """mAP and the cumulative matching curve by the cosine, as `evaluate_ranking` defines them.
 
     Beside the features it holds their normalised copies, (Q + G) C numbers, and the distances, Q G numbers. At least
     one query must have a match.

@@ -45,8 +45,8 @@ from bench.tables import table
 from bench.traffic import STEP, Problem, compulsory, step
 from cge_fast import errors
 from cge_fast.errors import UserError
-from cge_kernels.compile import compile_launch, measure
-from cge_kernels.language import INTERPRETED
+from cge_kernels.common.device_functions import INTERPRETED
+from cge_kernels.tools.compile import compile_launch, measure
 
 PROGRAM = "bench.predict"
 ROOT = Path(__file__).parents[1]
@@ -269,7 +269,7 @@ def predict(gpu: str, shape: str, dtype: str, pooling: str) -> list[OperatorPred
 def gpu_rows(gpu: GPU) -> list[tuple[str, ...]]:
     """Rows of the table of figures."""
     return [
-        ("multiprocessors", f"{gpu.multiprocessors}", f"cge_kernels.targets, {gpu.family}"),
+        ("multiprocessors", f"{gpu.multiprocessors}", f"cge_kernels.tools.gpus, {gpu.family}"),
         ("memory bandwidth", f"{gpu.memory_bandwidth / 1e12:g} TB/s", gpu.data_sheet),
         ("matmul rate, 16-bit", f"{gpu.tensor_rate / 1e12:g} TFLOP/s", gpu.data_sheet),
         ("float32 rate", f"{gpu.vector_rate / 1e12:g} TFLOP/s", gpu.data_sheet),

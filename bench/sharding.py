@@ -36,7 +36,7 @@ from bench.measure import Contender, peak_bytes
 from bench.tables import table
 from cge_fast import CGEHead, errors
 from cge_fast.errors import UserError
-from cge_kernels.configurations import scratch_bytes
+from cge_kernels.common.tiles import scratch_bytes
 
 PROGRAM = "bench.sharding"
 CLASSES = [10**5, 10**6, 10**7, 10**8]

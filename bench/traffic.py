@@ -54,8 +54,8 @@ from bench.tables import table
 from bench.work import INSTANCES, Work, work
 from cge_fast import errors
 from cge_fast.errors import UserError
-from cge_kernels.language import INTERPRETED
-from cge_kernels.targets import HARDWARE
+from cge_kernels.common.device_functions import INTERPRETED
+from cge_kernels.tools.gpus import HARDWARE
 
 PROGRAM = "bench.traffic"
 OWN_ONE_SAMPLE = {"stripe_pool_kernel", "stripe_pool_backward_kernel"}  # programs, in the order of the samples

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from bench.tables import table
 from cge_fast import errors
-from cge_fast.backbones import Backbone
-from cge_fast.config import DataConfig, ModelConfig, TrainConfig
-from cge_fast.training import EpochSums, Training
+from cge_fast.backbones.build import Backbone
+from cge_fast.loop import EpochSums, Training
+from cge_fast.options import DataConfig, ModelConfig, TrainConfig
 
 PROGRAM = "bench.train_step"
 KERNELS = REFERENCE, FUSED = "reference", "fused"

@@ -1,5 +1,5 @@
 """Training for re-identification with Comprehensive Global Embedding (CGE)."""
 
-from cge_fast.head import CGEHead, HeadOutput
+from cge_fast.losses.cge import CGEHead, HeadOutput
 
 __all__ = ["CGEHead", "HeadOutput"]

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cge_kernels.cross_entropy_backward import revised_cross_entropy_backward_op
-from cge_kernels.revised_cross_entropy import loss_of_statistics, revised_statistics_op, valid_labels
+from cge_kernels.cross_entropy.backward import revised_cross_entropy_backward_op
+from cge_kernels.cross_entropy.op import loss_of_statistics, revised_statistics_op, valid_labels
 
 
 def rank() -> int:

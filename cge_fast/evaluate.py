@@ -9,7 +9,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from cge_fast import checkpoint, data, errors, model
-from cge_fast.config import (
+from cge_fast.options import (
     DataConfig,
     EvaluationConfig,
     TrainConfig,

@@ -20,7 +20,9 @@ from torch.export import Dim, ExportedProgram
 from torchvision.transforms import v2
 
 from cge_fast import checkpoint, errors, model
-from cge_fast.config import (
+from cge_fast.data.batches import mean_and_std, normalised
+from cge_fast.errors import UserError
+from cge_fast.options import (
     DataConfig,
     EvaluationConfig,
     TrainConfig,
@@ -29,8 +31,6 @@ from cge_fast.config import (
     program_parser,
     read_settings,
 )
-from cge_fast.data.batches import mean_and_std, normalised
-from cge_fast.errors import UserError
 
 PROGRAM = "cge_fast.export"
 GEM_EPS = 1e-6  # the default of stripe_pool, which has the second bound, of the mean, too

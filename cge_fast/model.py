@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cge_fast import backbones, checkpoint
-from cge_fast.config import DataConfig, EvaluationConfig, LossConfig, ModelConfig, TrainConfig
 from cge_fast.data import Image, ReidSet
 from cge_fast.data.batches import test_loader
 from cge_fast.distributed import gather, rank, world_size
 from cge_fast.errors import UserError
-from cge_fast.head import CGEHead, HeadOutput
+from cge_fast.evaluation.ranking import Retrieval, evaluate_ranking
+from cge_fast.evaluation.reranking import evaluate_reranking
+from cge_fast.losses.cge import CGEHead, HeadOutput
 from cge_fast.operators import Kernels, check_backend
-from cge_fast.ranking import Retrieval, evaluate_ranking
-from cge_fast.reranking import evaluate_reranking
+from cge_fast.options import DataConfig, EvaluationConfig, LossConfig, ModelConfig, TrainConfig
 
 
 class ReidModel(nn.Module):

@@ -2,7 +2,7 @@
 
 import math
 
-from cge_fast.config import OptimConfig
+from cge_fast.options import OptimConfig
 
 
 def learning_rate(optim: OptimConfig, epochs_done: float, steps_per_epoch: int) -> float:

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from cge_fast import checkpoint, errors
-from cge_fast.config import TrainConfig, as_dataclass, parse_settings, program_parser, recipes, with_recipe_paths
 from cge_fast.distributed import rank
 from cge_fast.errors import UserError
-from cge_fast.training import Training, holds_run
+from cge_fast.loop import Training, holds_run
+from cge_fast.options import TrainConfig, as_dataclass, parse_settings, program_parser, recipes, with_recipe_paths
 
 PROGRAM = "cge_fast.train"
 

@@ -42,7 +42,7 @@ def on_ranks(ranks: int, function, *arguments, folder: Path, join: bool = True):
     They are forked from a process that has imported the package and nothing else, since to import it takes each longer
     than most tests.
     """
-    multiprocessing.set_forkserver_preload(["cge_fast.training"])
+    multiprocessing.set_forkserver_preload(["cge_fast.loop"])
     arguments = ranks, function, arguments, str(folder)
     return processes.start_processes(start_rank, arguments, nprocs=ranks, join=join, start_method="forkserver")
 

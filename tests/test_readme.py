@@ -24,7 +24,7 @@ def test_the_kernels_run_on_a_chosen_backend():
 
 
 def test_every_recipe_is_named():
-    from cge_fast.config import recipes
+    from cge_fast.options import recipes
 
     for name in recipes():
         assert f"`{name}`" in README

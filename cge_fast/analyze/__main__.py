@@ -16,7 +16,9 @@ from cge_fast.analyze.ranked import ranked
 from cge_fast.analyze.saliency import saliency
 from cge_fast.analyze.trained import open_checkpoint
 from cge_fast.analyze.weights import weights
-from cge_fast.config import (
+from cge_fast.errors import UserError
+from cge_fast.evaluate import take_defaults
+from cge_fast.options import (
     DataConfig,
     EvaluationConfig,
     as_dataclass,
@@ -24,8 +26,6 @@ from cge_fast.config import (
     program_parser,
     read_settings,
 )
-from cge_fast.errors import UserError
-from cge_fast.evaluate import take_defaults
 
 PROGRAM = "cge_fast.analyze"
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from cge_fast.analyze.trained import Trained, require_labels_differ, train_batches
 from cge_fast.analyze.written import COLOURS, LINES, Written, write
 from cge_fast.errors import UserError
-from cge_fast.losses.classification import classification_losses
+from cge_fast.losses.softmax import classification_losses
 from cge_fast.model import ReidModel
 
 STEPS = 500  # of the normalised loss, between 0 and 1

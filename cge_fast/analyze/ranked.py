@@ -11,13 +11,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from cge_fast import data, model, ranking
+from cge_fast import data, model
 from cge_fast.analyze.trained import Trained
 from cge_fast.analyze.written import Written, write
 from cge_fast.data import Image
 from cge_fast.data.images import open_rgb
 from cge_fast.errors import UserError
-from cge_fast.reranking import reranked_distances
+from cge_fast.evaluation import ranking
+from cge_fast.evaluation.reranking import reranked_distances
 
 DistancesOf = Callable[[slice], Tensor]
 SHOWN = 10  # gallery images of a query

@@ -9,9 +9,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cge_fast import checkpoint, data, model
-from cge_fast.config import DataConfig, EvaluationConfig, TrainConfig, read_settings
 from cge_fast.data.batches import test_loader, train_labels
 from cge_fast.errors import UserError
+from cge_fast.options import DataConfig, EvaluationConfig, TrainConfig, read_settings
 
 
 @dataclass(frozen=True)

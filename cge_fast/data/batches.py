@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
-from cge_fast.config import DataConfig
 from cge_fast.data.images import Image, open_rgb
+from cge_fast.options import DataConfig
 
 NORMALISATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),

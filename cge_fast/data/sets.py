@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from cge_fast.config import DataConfig
 from cge_fast.data import cuhk03, market1501, msmt17, veri776
 from cge_fast.data.counts import SetCounts
 from cge_fast.data.folder import read_folder
@@ -15,6 +14,7 @@ from cge_fast.data.images import ReidSet, without_corrupt
 from cge_fast.data.pedestrians import draw
 from cge_fast.data.whole_folder import once
 from cge_fast.errors import UserError
+from cge_fast.options import DataConfig
 
 DRAWING = 1  # number of the embedded sets' present drawing: a change of the pixels takes the next
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cge_fast import checkpoint, train
-from cge_fast.config import read_settings
+from cge_fast.options import read_settings
 from cge_fast.errors import UserError, one_line
 from cge_fast.experiments.tables import Row
 from cge_fast.log import read_rows
-from cge_fast.training import holds_run
+from cge_fast.loop import holds_run
 
 FINISHED, PRINTED = "finished.json", "printed.txt"
 

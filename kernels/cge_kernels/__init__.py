@@ -9,13 +9,13 @@ GPU tensors run as Triton kernels, CPU tensors on ATen. CGE_BACKEND=auto|triton|
 to torch.compile, never synchronise with the host, and give the same bits from run to run.
 """
 
-from cge_kernels.dispatch import backend
-from cge_kernels.launch import Launch, Target, launching
-from cge_kernels.revise_logits import revise_logits
-from cge_kernels.revise_logits_one_pass import revise_logits_one_pass
-from cge_kernels.revised_cross_entropy import revised_cross_entropy
-from cge_kernels.stripe_pool import stripe_pool
-from cge_kernels.write_memory import write_memory_
+from cge_kernels.common.dispatch import backend
+from cge_kernels.common.launch import Launch, Target, launching
+from cge_kernels.cross_entropy.op import revised_cross_entropy
+from cge_kernels.revise_logits.one_pass import revise_logits_one_pass
+from cge_kernels.revise_logits.op import revise_logits
+from cge_kernels.stripe_pool.triton import stripe_pool
+from cge_kernels.write_memory.triton import write_memory_
 
 __all__ = [
     "Launch",

@@ -7,7 +7,7 @@ from jsonargparse import ArgumentError
 
 from bench import evaluate
 from bench.numpy_ranking import numpy_ranking
-from cge_fast.ranking import evaluate_ranking
+from cge_fast.evaluation.ranking import evaluate_ranking
 
 
 def assert_agree(*drawn: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ from bench.gpus import GPUS
 from bench.operations import Operation
 from bench.predict import KernelPrediction, OperatorPrediction, aten_us
 from cge_fast.errors import UserError
-from cge_kernels.targets import HARDWARE
+from cge_kernels.tools.gpus import HARDWARE
 
 ROOT = Path(__file__).parents[2]
 H100 = GPUS["h100"]

@@ -10,7 +10,7 @@ from torch import nn
 from cge_fast import checkpoint
 from cge_fast.distributed import Shard
 from cge_fast.errors import UserError
-from cge_fast.training import holds_run
+from cge_fast.loop import holds_run
 
 FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.symlink", "os.remove", "os.rmdir", "os.truncate", "os.link"}
 

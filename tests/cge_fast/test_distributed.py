@@ -9,7 +9,8 @@ import torch
 from support import on_ranks
 from torch import nn
 
-from cge_fast import CGEHead, checkpoint, model, train, training
+from cge_fast import CGEHead, checkpoint, model, train
+from cge_fast import loop as training
 from cge_fast.distributed import gather, gather_with_gradient
 from cge_fast.losses.triplet import batch_hard_triplet
 from cge_fast.model import ReidModel

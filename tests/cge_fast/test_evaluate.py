@@ -6,9 +6,9 @@ import safetensors.torch
 import torch
 
 from cge_fast import checkpoint, errors, evaluate, train
-from cge_fast.config import read_settings, to_yaml
-from cge_fast.ranking import evaluate_ranking
-from cge_fast.reranking import evaluate_reranking
+from cge_fast.evaluation.ranking import evaluate_ranking
+from cge_fast.evaluation.reranking import evaluate_reranking
+from cge_fast.options import read_settings, to_yaml
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from cge_fast import checkpoint, errors, export, model, train
-from cge_fast.config import DataConfig, EvaluationConfig, read_settings, to_yaml
 from cge_fast.data import read
-from cge_fast.head import CGEHead
+from cge_fast.losses.cge import CGEHead
+from cge_fast.options import DataConfig, EvaluationConfig, read_settings, to_yaml
 
 HEIGHT, WIDTH = 32, 16  # the files are 24 x 16
 

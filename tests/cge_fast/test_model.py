@@ -8,8 +8,8 @@ import torch
 import yaml
 
 from cge_fast import backbones, model
-from cge_fast.config import DataConfig, LossConfig, ModelConfig, TrainConfig, read_settings, to_yaml
 from cge_fast.errors import UserError
+from cge_fast.options import DataConfig, LossConfig, ModelConfig, TrainConfig, read_settings, to_yaml
 
 
 def build(settings: ModelConfig, height: int = 32, width: int = 16) -> model.ReidModel:

@@ -5,8 +5,8 @@ from dataclasses import asdict
 import pytest
 
 from cge_fast import train
-from cge_fast.config import RECIPES, TrainConfig, read_settings, recipes
 from cge_fast.errors import UserError
+from cge_fast.options import RECIPES, TrainConfig, read_settings, recipes
 
 METHODS = {
     "bot": {

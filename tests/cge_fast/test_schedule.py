@@ -2,7 +2,7 @@
 
 import pytest
 
-from cge_fast.config import OptimConfig
+from cge_fast.options import OptimConfig
 from cge_fast.schedule import learning_rate
 
 

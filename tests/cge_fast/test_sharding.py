@@ -13,10 +13,11 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 import cge_reference
-from cge_fast import CGEHead, checkpoint, model, train, training
+from cge_fast import CGEHead, checkpoint, model, train
+from cge_fast import loop as training
 from cge_fast.distributed import require_equal, shard_of, sharded_cross_entropy, world_size
 from cge_fast.errors import UserError
-from cge_fast.head import draw_rows_
+from cge_fast.losses.cge import draw_rows_
 
 CLASSES, BATCH, CHANNELS, STRIPES = 11, 12, 5, 3
 

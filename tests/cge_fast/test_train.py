@@ -14,9 +14,9 @@ import yaml
 import cge_kernels
 import cge_reference
 from cge_fast import checkpoint, errors, evaluate, train
-from cge_fast.config import read_settings
+from cge_fast.loop import Training
 from cge_fast.operators import Kernels
-from cge_fast.training import Training
+from cge_fast.options import read_settings
 
 
 def run(arguments, capsys) -> tuple[int, str, str]:

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 import cge_kernels
 import cge_reference
-from cge_kernels.aten import stripe_pool as stripe_pool_on_aten
+from cge_kernels.stripe_pool.cpu import stripe_pool as stripe_pool_on_aten
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SMALLEST, LARGEST = 2.0**-6, 4.0  # of the positive activations in these tests

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cge_kernels.targets import HARDWARE
+from cge_kernels.tools.gpus import HARDWARE
 
 # The command line, with small kernels in place of the operators
 SMALL = """
@@ -15,8 +15,8 @@ import sys
 import torch
 import triton
 import triton.language as tl
-import cge_kernels.compile as program
-from cge_kernels.launch import launch
+import cge_kernels.tools.compile as program
+from cge_kernels.common.launch import launch
 
 @triton.jit
 def spills_kernel(pointer, BLOCK: tl.constexpr):
@@ -51,9 +51,9 @@ sys.exit(program.main(sys.argv[2:]))
 REVISION = """
 import sys
 import torch
-import cge_kernels.compile as program
-from cge_kernels.representative import empty
-from cge_kernels.revise_forward import launch_forward
+import cge_kernels.tools.compile as program
+from cge_kernels.tools.sample_calls import empty
+from cge_kernels.revise_logits.forward import launch_forward
 
 def call_operators(quick, dtype, memory_dtype):
     if memory_dtype == torch.bfloat16 or (dtype == torch.float32 and torch.get_float32_matmul_precision() == "high"):
@@ -115,15 +115,15 @@ def test_what_one_program_may_use():
 
 
 def test_unknown_target_lists_the_known_ones():
-    result = run("-m", "cge_kernels.compile", "--target", "sm_80", "sm_1")
+    result = run("-m", "cge_kernels.tools.compile", "--target", "sm_80", "sm_1")
     assert result.returncode == 1
-    assert result.stderr == f"cge_kernels.compile: unknown target sm_1; known: {', '.join(HARDWARE)}\n"
+    assert result.stderr == f"cge_kernels.tools.compile: unknown target sm_1; known: {', '.join(HARDWARE)}\n"
 
 
 def test_without_triton():
-    result = run("-c", "import sys; sys.modules['triton'] = None; import cge_kernels.compile as c; c.main([])")
+    result = run("-c", "import sys; sys.modules['triton'] = None; import cge_kernels.tools.compile as c; c.main([])")
     assert result.returncode == 1
-    assert result.stderr == "cge_kernels.compile: Triton is not installed\n"
+    assert result.stderr == "cge_kernels.tools.compile: Triton is not installed\n"
 
 
 @pytest.mark.parametrize(
@@ -156,10 +156,10 @@ def test_exit_code(tmp_path, kernel, targets, problems, summary):
 BARRIER = """
 import torch
 from cge_kernels import launching
-from cge_kernels.compile import compile_launch
-from cge_kernels.representative import empty
-from cge_kernels.revise_logits_one_pass import launch_forward
-from cge_kernels.targets import HARDWARE
+from cge_kernels.tools.compile import compile_launch
+from cge_kernels.tools.sample_calls import empty
+from cge_kernels.revise_logits.one_pass import launch_forward
+from cge_kernels.tools.gpus import HARDWARE
 
 target = HARDWARE["sm_80"].target
 launches = []

@@ -10,8 +10,9 @@ from support import GPU
 from torch.nn.functional import normalize
 
 import cge_kernels
-from cge_kernels import Launch, Target, configurations
-from cge_kernels.launch import current_target, float32_precision
+from cge_kernels import Launch, Target
+from cge_kernels.common import tiles as configurations
+from cge_kernels.common.launch import INTERPRETER, current_target, float32_precision
 
 H100 = Target("cuda", 90, 32, 132, 227 * 1024)
 A100 = Target("cuda", 80, 32, 108, 163 * 1024)
@@ -92,7 +93,7 @@ def test_the_target_decides_tiles_and_grid():
     large = collect(revise, H100)[1]
     assert large.constants["BLOCK_N"] < small.constants["BLOCK_N"]
     assert large.grid[0] > small.grid[0]
-    assert current_target(torch.rand(1)) == cge_kernels.launch.INTERPRETER
+    assert current_target(torch.rand(1)) == INTERPRETER
 
 
 @pytest.mark.parametrize(

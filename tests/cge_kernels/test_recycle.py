@@ -2,7 +2,7 @@
 
 import torch
 
-from cge_kernels.aten.recycle import LARGE, recycled_empty_like
+from cge_kernels.common.recycle import LARGE, recycled_empty_like
 
 
 def large(**options):

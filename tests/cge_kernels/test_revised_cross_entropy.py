@@ -11,9 +11,9 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cge_kernels
-import cge_kernels.aten.revised_cross_entropy as streamed
+import cge_kernels.cross_entropy.cpu as streamed
 import cge_reference
-from cge_kernels.revised_cross_entropy import local_hits, loss_of_statistics, revised_statistics_op
+from cge_kernels.cross_entropy.op import local_hits, loss_of_statistics, revised_statistics_op
 
 BACKENDS = ["triton", "aten"]
 FLOAT32 = ROUNDING[torch.float32]

@@ -11,8 +11,8 @@ from cge_fast.analyze.trained import Trained, open_checkpoint
 from cge_fast.data import read
 from cge_fast.data.batches import test_loader as loader_of
 from cge_fast.data.batches import train_labels
+from cge_fast.loop import Training
 from cge_fast.train import parse
-from cge_fast.training import Training
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ import PIL.Image
 import pytest
 import torch
 
-from cge_fast import model, ranking
+from cge_fast import model
 from cge_fast.analyze.ranked import Features, average_precisions, first_images, plain_distances, ranked
 from cge_fast.data import read
 from cge_fast.errors import UserError
+from cge_fast.evaluation import ranking
 
 
 def few_values(random, images, identities=5, cameras=3):

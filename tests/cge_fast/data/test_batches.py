@@ -6,7 +6,6 @@ import PIL.Image
 import pytest
 import torch
 
-from cge_fast.config import DataConfig
 from cge_fast.data import Image
 from cge_fast.data.batches import (
     TrainImages,
@@ -20,6 +19,7 @@ from cge_fast.data.batches import (
 from cge_fast.data.images import open_rgb
 from cge_fast.data.sampler import PKSampler
 from cge_fast.errors import UserError
+from cge_fast.options import DataConfig
 
 test_loader.__test__ = test_transform.__test__ = False  # functions of the package, not tests
 

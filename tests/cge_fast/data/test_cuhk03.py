@@ -8,10 +8,10 @@ import PIL.Image
 import pytest
 from scipy.io import savemat
 
-from cge_fast.config import DataConfig
 from cge_fast.data import read
 from cge_fast.data.counts import Counts, count
 from cge_fast.errors import UserError
+from cge_fast.options import DataConfig
 
 PEOPLE = (2, 1, 0, 0, 1)  # of each of the five camera pairs
 TRAIN = ["1_001_1_01.png", "1_001_1_02.png", "1_001_2_06.png"]

@@ -6,12 +6,12 @@ import PIL.Image
 import pytest
 
 from cge_fast import errors
-from cge_fast.config import DataConfig
 from cge_fast.data import pedestrians, read
 from cge_fast.data.__main__ import main
 from cge_fast.data.counts import Counts
 from cge_fast.data.market1501 import read_market1501
 from cge_fast.data.sets import SETS
+from cge_fast.options import DataConfig
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@
 import PIL.Image
 import pytest
 
-from cge_fast.config import DataConfig
 from cge_fast.data import read
 from cge_fast.data.counts import Counts, count
 from cge_fast.errors import UserError
+from cge_fast.options import DataConfig
 
 LISTS = {
     "list_train.txt": [

@@ -5,10 +5,10 @@ from typing import get_args, get_type_hints
 import PIL.Image
 import pytest
 
-from cge_fast.config import DataConfig
 from cge_fast.data import read
 from cge_fast.data.sets import SETS, pedestrians
 from cge_fast.errors import UserError
+from cge_fast.options import DataConfig
 
 
 def touch(path, size=(4, 8)):

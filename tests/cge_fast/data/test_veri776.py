@@ -3,10 +3,10 @@
 import PIL.Image
 import pytest
 
-from cge_fast.config import DataConfig
 from cge_fast.data import read
 from cge_fast.data.counts import Counts, count
 from cge_fast.errors import UserError
+from cge_fast.options import DataConfig
 
 TRAIN = ["0001_c001_00016450_0.jpg", "0001_c020_00016460_0.jpg", "0003_c001_00016465_1.jpg"]
 UNLABELLED = "0003_c007_00016470_0.jpg"

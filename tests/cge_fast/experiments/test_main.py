@@ -11,7 +11,7 @@ from cge_fast.experiments.presets import Preset, preset_of
 from cge_fast.experiments.runs import FINISHED, folder_of, mean_weight, run_rows
 from cge_fast.experiments.tables import WITH, comparison
 from cge_fast.log import read_rows
-from cge_fast.training import Training
+from cge_fast.loop import Training
 
 
 @pytest.fixture

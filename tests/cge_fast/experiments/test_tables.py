@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 
 from cge_fast import train
-from cge_fast.config import RECIPES, read_settings
+from cge_fast.options import RECIPES, read_settings
 from cge_fast.experiments.figures import ROWS
 from cge_fast.experiments.presets import PRESETS
 from cge_fast.experiments.tables import AGW, TABLES, UPT, WITH, comparison

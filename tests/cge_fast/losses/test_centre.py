@@ -2,7 +2,7 @@
 
 import torch
 
-from cge_fast.losses.centre import CentreLoss
+from cge_fast.losses.center import CentreLoss
 
 
 def test_the_loss_is_the_mean_squared_distance_to_the_own_centre():

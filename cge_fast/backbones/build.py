@@ -1,0 +1,109 @@
+"""Networks from images to feature maps: the small one for the embedded data set, and torchvision's ResNets."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import get_model
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from cge_fast.backbones.weights import file_tensors, imagenet_tensors, start_from
+from cge_fast.backbones.ibn import with_ibn_a
+from cge_fast.backbones.non_local import NonLocal, with_non_local
+from cge_fast.errors import UserError
+
+Backbone = Literal["compact", "resnet18", "resnet34", "resnet50", "resnet101", "resnet50_ibn_a"]
+
+
+def build(
+    name: Backbone,
+    pretrained: bool = False,
+    weights: Path | None = None,
+    non_local: NonLocal = "none",
+    map_norm: bool = False,
+) -> nn.Sequential:
+    """A backbone from (B, 3, H, W) float32 images to a (B, C, H', W') feature map, with stride 8 or 16.
+
+    Args:
+        name: the network.
+        pretrained: start from torchvision's ImageNet weights.
+        weights: start from the weights in this file.
+        non_local: inner channels of AGW's non-local blocks, after the last two blocks of layer 2 and the last three of
+            layer 3, or compact's last two.
+        map_norm: BatchNorm of the feature map, as LUPerson's code has it for its weights.
+
+    Raises:
+        UserError: weights are asked for and cannot be had, do not fit, or are asked for twice.
+    """
+    if pretrained and weights:
+        raise UserError(f"model.weights: {weights} cannot be loaded as well as model.pretrained, set that to false")
+    network = network_called(name)
+    if pretrained:
+        start_from(network, imagenet_tensors(name), "model.pretrained: torchvision's file")
+    if weights:
+        start_from(network, file_tensors(weights, name), f"model.weights: {weights}")
+    # Only now, since weights made without them are matched by name and in full.
+    if non_local != "none":
+        if name == "compact":
+            network = with_non_local(network, 2, non_local)
+        else:
+            network.layer2 = with_non_local(network.layer2, 2, non_local)
+            network.layer3 = with_non_local(network.layer3, 3, non_local)
+    if map_norm:
+        channels, _, _ = map_size(network, 32, 32)
+        network.add_module("map_norm", nn.BatchNorm2d(channels))
+    return network
+
+
+def network_called(name: Backbone) -> nn.Sequential:
+    """The network, randomly initialised."""
+    if name == "compact":
+        return compact()
+    if name == "resnet50_ibn_a":
+        return last_stride_one(with_ibn_a(get_model("resnet50")))
+    return last_stride_one(get_model(name))
+
+
+def compact() -> nn.Sequential:
+    """A residual network with 0.3 million parameters and stride 8: 96x48 images become a 128x12x6 map."""
+    stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+    blocks = []
+    for channels in (32, 64, 128):
+        shortcut = nn.Sequential(nn.Conv2d(channels // 2, channels, 1, stride=2, bias=False), nn.BatchNorm2d(channels))
+        blocks.append(BasicBlock(channels // 2, channels, stride=2, downsample=shortcut))
+    network = nn.Sequential(stem, *blocks)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return network
+
+
+def last_stride_one(network: ResNet) -> nn.Sequential:
+    """A ResNet's convolutional part with the last stage's stride 1, as BagTricks uses it: the map is twice as large."""
+    first = network.layer4[0]
+    strided = first.conv1 if isinstance(first, BasicBlock) else first.conv2
+    strided.stride = first.downsample[0].stride = (1, 1)
+    stages = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+    convolutional = nn.Sequential()
+    for name in stages:
+        convolutional.add_module(name, getattr(network, name))
+    return convolutional
+
+
+@torch.no_grad()
+def map_size(backbone: nn.Module, height: int, width: int) -> tuple[int, int, int]:
+    """(C, H', W') of the feature map of a height x width image.
+
+    Raises:
+        UserError: such an image is too small.
+    """
+    training = backbone.training
+    try:
+        feature_map: Tensor = backbone.eval()(torch.zeros(1, 3, height, width))
+    except ValueError as error:  # InstanceNorm needs more than one position
+        raise UserError(
+            f"data.height, data.width: images of {height} x {width} are too small for the backbone"
+        ) from error
+    backbone.train(training)
+    return tuple(feature_map.shape[1:])

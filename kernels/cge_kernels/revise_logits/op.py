@@ -1,0 +1,104 @@
+"""Local classification by cosine to a class memory (NLC) and revision of the global logits (GLR).
+
+Forward   s_i = <f_i, M_i> / max(||f_i||, 1e-12);  log w = mean_i log sigmoid(s_i);  revised = p * w.
+Backward  dp = g * w;  ds_i = g * p * w * (1 - sigmoid(s_i)) / n;
+          df_i = (ds_i M_i - u_i * <ds_i, s_i>) / ||f_i||, u_i = f_i / ||f_i||: since s_i = <u_i, M_i>, the projection
+          <u_i, ds_i M_i> is a sum over classes of numbers that are at hand.
+Kernels: prepare (squared lengths, and the local features in the memory's dtype), revise (matmul, and in its epilogue
+sigmoid, n-th root and revision; a program owns BLOCK_B samples x BLOCK_N classes of all stripes), and backwards
+grad_scores (elementwise) and grad_local (matmul; a program owns BLOCK_B samples x BLOCK_C channels of one stripe).
+The length is not summed beside the dot: the operand would be needed in registers too and leave its swizzled layout.
+Saved for the backward: the inputs, 1 / ||f_i|| and, if CGE_SCRATCH_MB has room for them, the scores; else the
+backward computes them again, chunk of classes by chunk, in that room.
+"""
+
+import torch
+from torch import Tensor
+
+from cge_kernels.common.checks import (
+    accumulation_dtype,
+    require_memory,
+    require_same_device,
+    require_shape,
+    require_tensor,
+)
+from cge_kernels.common.dispatch import implementation
+from cge_kernels.common.tiles import score_row, scores_are_kept
+from cge_kernels.revise_logits import cpu
+from cge_kernels.revise_logits.backward import revise_logits_backward_op
+from cge_kernels.revise_logits.forward import launch_forward
+
+
+@torch.library.custom_op("cge_kernels::revise_logits", mutates_args=())
+def revise_logits_op(
+    logits: Tensor, local_features: Tensor, memory: Tensor, local_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return implementation(launch_forward, cpu.revise_logits, logits, local_features, memory)(
+        logits, local_features, memory
+    )
+
+
+@revise_logits_op.register_fake
+def _(logits, local_features, memory, local_gradient):
+    batch, stripes, _ = local_features.shape
+    dtype = accumulation_dtype(local_features, memory)
+    row = score_row(memory.shape[1]) if scores_are_kept(local_features, memory) else 0
+    return (
+        torch.empty_like(logits, memory_format=torch.contiguous_format),
+        logits.new_empty(stripes, batch, row, dtype=dtype),
+        logits.new_empty(stripes, batch, dtype=dtype),
+    )
+
+
+def setup_context(ctx, inputs, output) -> None:
+    logits, local_features, memory, ctx.local_gradient = inputs
+    _, scores, scale = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, local_features, memory, scores, scale)
+
+
+def backward(ctx, grad, _grad_scores, _grad_scale):
+    if grad is None:
+        return None, None, None, None
+    local_gradient = ctx.local_gradient and ctx.needs_input_grad[1]
+    grad_logits, grad_local = revise_logits_backward_op(grad, *ctx.saved_tensors, local_gradient)
+    return grad_logits, grad_local if local_gradient else None, None, None
+
+
+revise_logits_op.register_autograd(backward, setup_context=setup_context)
+
+
+def check_revision(logits: Tensor, local_features: Tensor, memory: Tensor) -> None:
+    """Raises as `revise_logits` says."""
+    require_tensor("logits", logits, "(B, N)")
+    require_tensor("local_features", local_features, "(B, n, C)")
+    require_memory("memory", memory)
+    require_same_device(logits=logits, local_features=local_features, memory=memory)
+    batch, stripes, channels = local_features.shape
+    classes = memory.shape[1]
+    require_shape("memory", memory, (stripes, classes, channels), f"local_features {(batch, stripes, channels)}")
+    require_shape("logits", logits, (batch, classes), f"local_features and memory {tuple(memory.shape)}")
+
+
+def revise_logits(logits: Tensor, local_features: Tensor, memory: Tensor, local_gradient: bool = True) -> Tensor:
+    """Multiplies the global logits by what the local classifiers think of each class (the paper's module GLR).
+
+    s_i[k] = <f_i, M[i,k]> / max(||f_i||, 1e-12);  w = (prod_i sigmoid(s_i))^(1/n);  revised = logits * w.
+    The operands of the product are cast to the memory's dtype; sums are float32 (float64 if an argument is). float32
+    products follow torch.get_float32_matmul_precision().
+
+    Args:
+        logits: (B, N), floating.
+        local_features: (B, n, C), floating.
+        memory: (n, N, C), floating, contiguous; only read, and no gradient reaches it. Write it after the backward.
+        local_gradient: whether the gradient flows through w to the local features.
+
+    Returns:
+        revised (B, N) in the dtype of the logits.
+
+    Raises:
+        TypeError: an argument is not a floating tensor.
+        ValueError: ranks, shapes or devices do not fit, or the memory is not contiguous.
+    """
+    check_revision(logits, local_features, memory)
+    return revise_logits_op(logits, local_features, memory, local_gradient)[0]
