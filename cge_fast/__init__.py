@@ -2,4 +2,6 @@
 
 from cge_fast.losses.cge import CGEHead, HeadOutput
 
-__all__ = ["CGEHead", "HeadOutput"]
+__version__ = "0.2.0"
+
+__all__ = ["CGEHead", "HeadOutput", "__version__"]
