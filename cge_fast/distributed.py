@@ -1,10 +1,12 @@
 """What the ranks of a torch.distributed run tell each other; with one process everything here is the identity."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cge_kernels import ClassShard
 
@@ -57,6 +59,16 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
     computes whole has the gradient that one process would have had.
     """
     return tensor if world_size() == 1 else _GatherWithGradient.apply(tensor)
+
+
+@contextmanager
+def without_gradient_sync(*modules: nn.Module) -> Iterator[None]:
+    """Inside, those that are in DistributedDataParallel add up their gradients without exchanging them."""
+    with ExitStack() as stack:
+        for module in modules:
+            if isinstance(module, DistributedDataParallel):
+                stack.enter_context(module.no_sync())
+        yield
 
 
 def barrier() -> None:

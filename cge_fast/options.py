@@ -122,6 +122,11 @@ class LossConfig:
     center_lr: PositiveFloat = 0.5
     """Learning rate of the centers."""
 
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        """Of the classification, the metric and the center loss."""
+        return self.classification_weight, self.metric_weight, self.center_weight
+
 
 @dataclass
 class OptimConfig:

@@ -62,10 +62,10 @@ def require_match(reid_set: ReidSet) -> None:
         raise UserError("data.root: the gallery has no query's identity from another camera, there is nothing to find")
 
 
-def pedestrians(trap: bool) -> Path:
+def pedestrians(trap: bool = False, seed: int = 0) -> Path:
     """The folder of an embedded set, drawn now if it is not in the cache ($CGE_CACHE, or ~/.cache/cge-fast)."""
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     cache = Path(os.environ.get("CGE_CACHE", home / "cge-fast"))
-    folder = cache / f"pedestrians{'-trap' if trap else ''}-{DRAWING}"
-    once(folder, partial(draw, trap=trap))
+    folder = cache / f"pedestrians{'-trap' if trap else ''}-{DRAWING}{f'-seed-{seed}' if seed else ''}"
+    once(folder, partial(draw, trap=trap, seed=seed))
     return folder

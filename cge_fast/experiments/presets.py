@@ -35,30 +35,16 @@ PAPER_ROWS = 24
 
 def other_people() -> tuple[str, ...]:
     """Options of the training on other drawn people, who are drawn now if they are not in the cache."""
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = Path(os.environ.get("CGE_CACHE", home / "cge-fast")) / f"pedestrians-seed-{OTHER_PEOPLE}"
-    once(folder, partial(draw, seed=OTHER_PEOPLE))
-    return (
-        *("--config", "pedestrians_bot", "--data.name", "market1501", "--data.root", str(folder), *QUIET),
-        *("--optim.epochs", "20"),
-    )
+    root = str(pedestrians(seed=OTHER_PEOPLE))
+    name = ("--config", "pedestrians_bot", "--data.name", "market1501", "--data.root", root)
+    return (*name, *QUIET, "--optim.epochs", "20")
 
 
 PRESETS: dict[str, dict[str, Preset]] = {
     "small": {
         # From scratch, 200 steps teach little; the paper starts from ImageNet's or other people's images as well.
         "pedestrians": Preset(
-            (
-                "--config",
-                "pedestrians_cge",
-                *QUIET,
-                "--data.identities",
-                "8",
-                "--optim.epochs",
-                "2",
-                "--optim.lr",
-                "1e-3",
-            ),
+            ("--config", "pedestrians_cge", *QUIET, *split("--data.identities 8 --optim.epochs 2 --optim.lr 1e-3")),
             rows=12,
             first=other_people,
         ),
