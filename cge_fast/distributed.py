@@ -1,17 +1,14 @@
-"""What the ranks of a torch.distributed run tell each other; with one process everything here is the identity.
+"""What the ranks of a torch.distributed run tell each other; with one process everything here is the identity."""
 
-Class sharding: of classifier and memory each rank has the rows of some classes. Features, local features and labels of
-all ranks are gathered, each rank streams over its own classes, and what is reduced over the ranks are the statistics of
-each sample's softmax: the highest logit, the sum of exponentials, the sum of logits and the label's logit.
-"""
-
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from cge_kernels import ClassShard, revised_cross_entropy
+from cge_kernels import ClassShard
 
 
 def rank() -> int:
@@ -64,6 +61,16 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
     return tensor if world_size() == 1 else _GatherWithGradient.apply(tensor)
 
 
+@contextmanager
+def without_gradient_sync(*modules: nn.Module) -> Iterator[None]:
+    """Inside, those that are in DistributedDataParallel add up their gradients without exchanging them."""
+    with ExitStack() as stack:
+        for module in modules:
+            if isinstance(module, DistributedDataParallel):
+                stack.enter_context(module.no_sync())
+        yield
+
+
 def barrier() -> None:
     """Returns when every rank has come here."""
     if world_size() > 1:
@@ -83,22 +90,7 @@ def copy_from_first_rank(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor, 0)
 
 
-Shard = ClassShard
-
-
-def shard_of(classes: int, number: int | None = None, ranks: int | None = None) -> Shard:
-    """The classes of rank `number` of `ranks` (by default this one): N // R, one more for the first N % R ranks.
-
-    Raises:
-        ValueError: there are fewer classes than ranks.
-    """
-    number, ranks = rank() if number is None else number, world_size() if ranks is None else ranks
-    if classes < ranks:
-        raise ValueError(f"shard_classes: {classes} identities cannot be shared out among {ranks} ranks")
-    return ClassShard.of_rank(classes, number, ranks)
-
-
-def collect_rows(rows: Tensor, shard: Shard, axis: int) -> Tensor | None:
+def collect_rows(rows: Tensor, shard: ClassShard, axis: int) -> Tensor | None:
     """On rank 0, on the CPU, the whole of what each rank has its classes' rows of along an axis; None elsewhere.
 
     Rank after rank, so that no device must hold more than its own rows and one other's.
@@ -109,7 +101,7 @@ def collect_rows(rows: Tensor, shard: Shard, axis: int) -> Tensor | None:
     parts = [rows.cpu()]
     for sender in range(1, world_size()):
         shape = list(rows.shape)
-        shape[axis] = shard_of(shard.classes, sender).count
+        shape[axis] = ClassShard.of_rank(shard.classes, sender, world_size()).count
         received = rows.new_empty(shape)
         dist.recv(received, sender)
         parts.append(received.cpu())
@@ -120,10 +112,10 @@ def require_equal(**sizes: int) -> None:
     """Raises ValueError, the same on every rank, unless all ranks gave the same sizes."""
     if world_size() == 1:
         return
-    found: list[dict[str, int]] = [{} for _ in range(world_size())]
-    dist.all_gather_object(found, sizes)
+    of_ranks: list[dict[str, int]] = [{} for _ in range(world_size())]
+    dist.all_gather_object(of_ranks, sizes)
     for name in sizes:
-        values = [numbers[name] for numbers in found]
+        values = [numbers[name] for numbers in of_ranks]
         if len(set(values)) > 1:
             raise ValueError(f"{name}: must be the same on every rank, got {', '.join(map(str, values))}")
 
@@ -133,19 +125,3 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     count = torch.tensor(float(flag), device=device)
     sum_over_ranks(count)
     return count.item() > 0
-
-
-def sharded_cross_entropy(
-    features: Tensor,
-    weight: Tensor,
-    local_features: Tensor,
-    memory: Tensor,
-    labels: Tensor,
-    shard: ClassShard,
-    label_smoothing: float = 0.1,
-    local_gradient: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`revised_cross_entropy` with a shard."""
-    return revised_cross_entropy(
-        features, weight, local_features, memory, labels, label_smoothing, local_gradient, shard=shard
-    )

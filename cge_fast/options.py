@@ -1,12 +1,9 @@
-"""Every setting of the programs, typed; the defaults are the recipe pedestrians_cge."""
+"""Every setting of the programs, typed; the defaults are the recipe pedestrians_cge. Imports nothing heavy."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeFloat,
@@ -16,21 +13,14 @@ from jsonargparse.typing import (
     restricted_number_type,
 )
 
-from cge_fast.backbones.build import Backbone
-from cge_fast.backbones.non_local import NonLocal
-from cge_fast.errors import UserError
-from cge_fast.losses.cge import Alpha, Pooling, Revision
-from cge_fast.losses.metric import Metric
-from cge_fast.losses.softmax import Classification
-from cge_fast.operators import Kernels
-
-Settings = TypeVar("Settings")
+Backbone = Literal["compact", "resnet18", "resnet34", "resnet50", "resnet101", "resnet50_ibn_a"]
+NonLocal = Literal["none", "one", "half"]
+Pooling = Literal["average", "gem"]
+MemoryMomentum = Literal["linear", "exponential", "constant"]
+Metric = Literal["triplet", "wrt", "wrt_published", "contrastive", "lifted", "instance", "circle"]
+Backend = Literal["auto", "triton", "cpu", "reference"]
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])
 ErasingArea = restricted_number_type("ErasingArea", float, [(">=", 0.02), ("<=", 1)])
-
-RECIPES = Path(__file__).parent / "recipes"
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 @dataclass
@@ -79,7 +69,7 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    """Backbone and head."""
+    """Backbone, pooling, classifier and memory."""
 
     backbone: Backbone = "compact"
     """Network below the head."""
@@ -97,18 +87,10 @@ class ModelConfig:
     """Comprehensive Global Embedding; false is the BagTricks baseline."""
     stripes: PositiveInt = 3
     """n: horizontal stripes, each a local classifier."""
-    alpha: Alpha = "linear"
-    """How much of a memory row stays at a write, by epoch."""
-    revision: Revision = "logits"
-    """What the weights multiply: the logits, the classifier's N maps before they are pooled, or none of them."""
-    local_gradient: bool = True
-    """Let the gradient flow through the revision's weights to the backbone."""
-    shuffle_memory: bool = False
-    """A control: revise by a memory whose rows are permuted among the identities."""
+    memory_momentum: MemoryMomentum = "linear"
+    """How much of a memory row a write keeps, by epoch (the paper's alpha)."""
     classifier_std: PositiveFloat = 0.001
     """Standard deviation of the classifier's weights at the start: 0.001 in BagTricks, 0.01 in FastReID."""
-    logit_scale: PositiveFloat = 1.0
-    """Factor of the logits; revision alone multiplies them by about 0.7, so compare with baselines scaled alike."""
     shard_classes: bool = False
     """Under torchrun, give each process the classifier's and the memory's rows of some identities only."""
     shard_checkpoints: bool = False
@@ -117,26 +99,33 @@ class ModelConfig:
 
 @dataclass
 class LossConfig:
-    """l1 * classification loss + l2 * metric loss + centre * centre loss."""
+    """classification_weight * classification loss + metric_weight * metric loss + center_weight * center loss."""
 
-    classification: Classification = "cross_entropy"
-    """Loss of the logits, revised if there is CGE; sphere: cross entropy with SphereFace's angular margin of 4."""
+    custom: str = ""
+    """A classification loss of your own as package.module:Class; empty: CGELoss, or without model.cge SoftmaxLoss."""
+    custom_args: dict[str, Any] = field(default_factory=dict)
+    """Constructor arguments of that class besides those that CGELoss or SoftmaxLoss would get."""
+    classification_weight: NonNegativeFloat = 1.0
+    """Weight of the classification loss."""
     label_smoothing: ClosedUnitInterval = 0.1
     """e: the target is (1-e) * onehot + e/N."""
     smoothed: Literal["all", "others"] = "all"
     """What e is spread over: all classes (e/N each), or the other ones (e/(N-1) each), as FastReID does."""
     metric: Metric = "triplet"
     """Loss of the features before BNNeck: batch-hard triplet, AGW's weighted regularisation triplet, ..."""
+    metric_weight: NonNegativeFloat = 1.0
+    """Weight of the metric loss."""
     margin: NonNegativeFloat | Literal["soft"] = 0.3
     """Triplet margin (hinge), or soft: log(1 + exp(d_ap - d_an))."""
-    l1: NonNegativeFloat = 1.0
-    """Weight of the classification loss."""
-    l2: NonNegativeFloat = 1.0
-    """Weight of the metric loss."""
-    centre: NonNegativeFloat = 0.0
-    """Weight of the centre loss; AGW's published settings have 5e-4."""
-    centre_lr: PositiveFloat = 0.5
-    """Learning rate of the centres."""
+    center_weight: NonNegativeFloat = 0.0
+    """Weight of the center loss; AGW's published settings have 5e-4."""
+    center_lr: PositiveFloat = 0.5
+    """Learning rate of the centers."""
+
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        """Of the classification, the metric and the center loss."""
+        return self.classification_weight, self.metric_weight, self.center_weight
 
 
 @dataclass
@@ -152,7 +141,7 @@ class OptimConfig:
     warmup: NonNegativeFloat = 0.1
     """Length of the linear warm-up: epochs, or below 1 a share of all epochs."""
     warmup_steps: NonNegativeInt = 0
-    """Length of the warm-up in optimiser steps; 0: as `warmup` says."""
+    """Length of the warm-up in optimizer steps; 0: as `warmup` says."""
     warmup_factor: PositiveFloat = 0.1
     """Learning rate at the start of the warm-up, as a factor."""
     by_epoch: bool = False
@@ -198,87 +187,9 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    kernels: Kernels = "fused"
-    """Operators: fused kernels, the same with pooling and revision in one pass, or the plain reference."""
+    backend: Backend = "auto"
+    """Operators: Triton kernels on a GPU and else for the CPU, or one of these, or the plain reference."""
     seed: Seed = 0
     """Seed of initialisation, sampling and augmentation."""
     output: Path | None = None
     """Folder of the run; without it runs/<date>-<time>."""
-
-
-def program_parser(program: str, description: str) -> ArgumentParser:
-    """A typed command line whose errors are exceptions."""
-    return ArgumentParser(prog=program, description=description, exit_on_error=False, allow_abbrev=False)
-
-
-def recipes() -> list[str]:
-    """Names of the recipes in the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def with_recipe_paths(arguments: Sequence[str]) -> list[str]:
-    """The command line with `--config NAME` turned into the path of the recipe called so."""
-    found = list(arguments)
-    for index, argument in enumerate(found):
-        option, equals, value = argument.partition("=")
-        if option == "--config" and equals and value in recipes():
-            found[index] = f"--config={RECIPES / value}.yaml"
-        elif index and found[index - 1] == "--config" and argument in recipes():
-            found[index] = str(RECIPES / f"{argument}.yaml")
-    return found
-
-
-def parse_settings(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
-    """Parses a command line.
-
-    Raises:
-        ArgumentError, UserError: a key is unknown, a value of the wrong type or out of range, a file not readable.
-    """
-    try:
-        return parser.parse_args(list(arguments))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"config: the file is not YAML in UTF-8 ({error})") from error
-
-
-def as_dataclass(parser: ArgumentParser, parsed: Namespace, kind: type[Settings]) -> Settings:
-    """The parsed settings as an instance of the dataclass whose fields the parser was given.
-
-    Raises:
-        UserError: a section is not a mapping.
-    """
-    for settings in fields(kind):
-        if is_dataclass(settings.type) and not isinstance(parsed[settings.name], Namespace):
-            raise UserError(f"{settings.name}: must be a section of settings, got {parsed[settings.name]!r}")
-    values = parser.instantiate(parsed)
-    return plain(kind(**{settings.name: values[settings.name] for settings in fields(kind)}))
-
-
-def plain(value: Any) -> Any:
-    """Settings with ordinary numbers in place of the range-checked ones, which neither YAML nor torch.load knows."""
-    if is_dataclass(value):
-        return replace(value, **{settings.name: plain(getattr(value, settings.name)) for settings in fields(value)})
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value) if isinstance(value, float) else int(value)
-    return value
-
-
-def to_yaml(config: TrainConfig) -> str:
-    """The settings as YAML that --config reads back."""
-    values = asdict(config)
-    for section, key in ((values, "output"), (values["data"], "root"), (values["model"], "weights")):
-        section[key] = None if section[key] is None else str(section[key])
-    return yaml.safe_dump(values, sort_keys=False)
-
-
-def read_settings(file: Path) -> TrainConfig:
-    """The settings that `to_yaml` wrote.
-
-    Raises:
-        ArgumentError, UserError: the file is not such settings.
-    """
-    parser = program_parser("", "")
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(TrainConfig)
-    return as_dataclass(parser, parse_settings(parser, [f"--config={file}"]), TrainConfig)

@@ -1,55 +1,124 @@
-"""Where the time of a training step goes."""
+"""Where the time of a training step goes: a table, and a trace for chrome://tracing or Perfetto."""
 
-import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
 
+TRACE = "trace.json"
+STEPS = 40  # steps that are recorded, of which a trace holds some 100 MB at most
 BACKBONE = ("backbone forward", "backbone backward")
+_FORWARD, _GRADIENT = "forward of the backbone", "gradient of the feature map"
+
+_profiled: "StepProfile | None" = None  # the one that records now
 
 
-class Stopwatch:
-    """Adds up the time between laps, by the name of the part that each lap ends.
+@contextmanager
+def part(name: str) -> Iterator[None]:
+    """Names a part of a training step for the profile, if one is taken."""
+    if _profiled is None:
+        yield
+        return
+    with record_function(name):
+        yield
+        _profiled.synchronize()
 
-    Every lap waits for the GPU, so a profiled run is slower than another; the shares are what counts.
+
+class StepProfile:
+    """Records training steps with torch.profiler; evaluation and checkpoints are in no part, so not in the table.
+
+    Every part waits for the GPU, so a profiled run is slower than another; the shares are what counts.
+
+    Args:
+        backbone: it is told apart from the head by hooks, in forward and backward.
+        device: where the steps run.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.last = time.perf_counter()
+    def __init__(self, backbone: nn.Module, device: torch.device):
+        self.device, self.steps = device, 0
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+        self.profiler = profile(activities=activities)
+        self._forward: record_function | None = None
+        backbone.register_forward_pre_hook(self._forward_begins)
+        backbone.register_forward_hook(self._forward_ends)
+
+    def synchronize(self) -> None:
+        """Waits for the GPU."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def start(self) -> None:
-        """Forgets the time since the last lap."""
-        self._wait()
-        self.last = time.perf_counter()
+        """Records from here on."""
+        global _profiled
+        _profiled = self
+        self.profiler.start()
 
-    def lap(self, part: str) -> None:
-        """Counts the time since the last lap, or start, to `part`."""
-        before = self.last
-        self.start()
-        self.seconds[part] += self.last - before
+    def step(self) -> None:
+        """A step has ended; stops after STEPS of them."""
+        self.steps += 1
+        if self.steps == STEPS:
+            self.stop()
 
-    def watch(self, backbone: nn.Module) -> None:
-        """Laps by itself, in training, where the backbone's forward ends and where its backward begins."""
+    def stop(self) -> None:
+        """Records no more."""
+        global _profiled
+        if _profiled is self:
+            _profiled = None
+            self.profiler.stop()
 
-        def forward_ended(module: nn.Module, inputs: tuple[Tensor, ...], feature_map: Tensor) -> None:
-            if module.training:
-                self.lap("backbone forward")
-                feature_map.register_hook(lambda gradient: self.lap("head backward"))
+    def _forward_begins(self, backbone: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if _profiled is self and backbone.training:
+            self._forward = record_function(_FORWARD)
+            self._forward.__enter__()
 
-        backbone.register_forward_hook(forward_ended)
+    def _forward_ends(self, backbone: nn.Module, inputs: tuple[Tensor, ...], feature_map: Tensor) -> None:
+        if self._forward is not None:
+            self.synchronize()
+            self._forward.__exit__(None, None, None)
+            self._forward = None
+            feature_map.register_hook(self._gradient_arrives)
+
+    def _gradient_arrives(self, gradient: Tensor) -> None:
+        self.synchronize()
+        with record_function(_GRADIENT):
+            pass
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds in each part of the recorded steps."""
+        starts, spent = defaultdict(list), defaultdict(float)
+        for event in sorted(self.profiler.events(), key=lambda event: event.time_range.start):
+            if event.device_type == torch.autograd.DeviceType.CPU:
+                starts[event.name].append(event.time_range.start)
+                spent[event.name] += event.time_range.elapsed_us() * 1e-6
+        head_backward = 1e-6 * (sum(starts[_GRADIENT]) - sum(starts["backward"]))
+        return {
+            "waiting for data": spent["waiting for data"],
+            "backbone forward": spent[_FORWARD],
+            "head forward and losses": spent["forward"] - spent[_FORWARD],
+            "head backward": head_backward,
+            "backbone backward": spent["backward"] - head_backward,
+            "optimizer": spent["optimizer"],
+            "memory write": spent["memory write"],
+            "bookkeeping": spent["bookkeeping"],
+        }
 
     def table(self) -> str:
         """Seconds and shares by part, and the share of all that is not the backbone."""
-        total = sum(self.seconds.values())
-        if not total:
+        if not self.steps:
             return "no training step to profile"
-        rows = [f"{part:<28}{seconds:9.2f} s {seconds / total:6.1%}" for part, seconds in self.seconds.items()]
-        rest = sum(seconds for part, seconds in self.seconds.items() if part not in BACKBONE)
+        seconds = self.seconds()
+        total = sum(seconds.values())
+        rows = [f"{name:<28}{spent:9.2f} s {spent / total:6.1%}" for name, spent in seconds.items()]
+        rest = sum(spent for name, spent in seconds.items() if name not in BACKBONE)
         return "\n".join([*rows, f"{'all but the backbone':<28}{rest:9.2f} s {rest / total:6.1%}"])
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def write_trace(self, folder: Path) -> Path | None:
+        """Writes the trace into a folder; None if no step was recorded."""
+        if not self.steps:
+            return None
+        self.profiler.export_chrome_trace(str(folder / TRACE))
+        return folder / TRACE

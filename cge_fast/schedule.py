@@ -1,8 +1,10 @@
-"""The learning rate as a function of how much of the training is done."""
+"""The learning rate, and the memory's momentum, as functions of how much of the training is done."""
 
 import math
 
-from cge_fast.options import OptimConfig
+from cge_fast.options import MemoryMomentum, OptimConfig
+
+CONSTANT_MOMENTUM = 0.01
 
 
 def learning_rate(optim: OptimConfig, epochs_done: float, steps_per_epoch: int) -> float:
@@ -25,3 +27,22 @@ def learning_rate(optim: OptimConfig, epochs_done: float, steps_per_epoch: int) 
     if done < warmup:
         factor *= optim.warmup_factor + (1 - optim.warmup_factor) * done / warmup
     return optim.lr * factor
+
+
+def memory_momentum(strategy: MemoryMomentum, epoch: int, epochs: int) -> float:
+    """How much of an old memory row stays (the paper's alpha), for epoch t = 1..E.
+
+    linear t/E; exponential exp(-5 * ((1-t)/E)^2), as the paper prints it; constant 0.01.
+
+    Raises:
+        ValueError: the epoch is outside 1..E.
+    """
+    if not 1 <= epoch <= epochs:
+        raise ValueError(f"epoch must lie between 1 and {epochs}, got {epoch}")
+    match strategy:
+        case "linear":
+            return epoch / epochs
+        case "exponential":
+            return math.exp(-5 * ((1 - epoch) / epochs) ** 2)
+        case "constant":
+            return CONSTANT_MOMENTUM

@@ -1,5 +1,5 @@
 """Networks from images to feature maps."""
 
-from cge_fast.backbones.build import Backbone, build, map_size
+from cge_fast.backbones.build import build, map_size
 
-__all__ = ["Backbone", "build", "map_size"]
+__all__ = ["build", "map_size"]

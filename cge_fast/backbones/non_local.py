@@ -4,8 +4,6 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-NonLocal = Literal["none", "one", "half"]
-
 
 class NonLocalBlock(nn.Module):
     """x + BatchNorm(out(y)) with y_i = sum_j (theta(x)_i . phi(x)_j) g(x)_j / P over the P positions; no softmax.

@@ -1,1 +1,1 @@
-"""Losses of logits (`classification`) and of features (`metric`)."""
+"""Losses: of the classifier (`cge`, `softmax`), of the features (`metric`), and their sum (`criterion`)."""

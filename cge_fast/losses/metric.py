@@ -1,32 +1,113 @@
-"""Losses of the features within a batch, by name."""
+"""Losses of the features within a batch, by name, and the center loss."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
-from pytorch_metric_learning.losses import CircleLoss, ContrastiveLoss, LiftedStructureLoss
-from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize, softplus
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize, relu, softplus
 
-from cge_fast.losses.triplet import batch_hard_triplet, pairwise_distance
-
-Metric = Literal["triplet", "wrt", "wrt_published", "contrastive", "lifted", "instance", "circle"]
+from cge_fast.options import Metric
 
 CIRCLE_MARGIN, CIRCLE_GAMMA = 0.25, 2.0  # the CGE paper's
 INSTANCE_SCALE = 64.0  # as in pytorch-metric-learning and Zheng's person re-ID baseline
 PUBLISHED_WRT_EPS = 1e-6
 
 
-def metric_loss(features: Tensor, labels: Tensor, kind: Metric, margin: float | Literal["soft"]) -> Tensor:
+class MetricLoss(nn.Module):
     """The loss called `kind`, 0-d, of features (B, C), floating, and labels (B,), integer; float32 at least.
 
-    margin: of the triplet loss (`batch_hard_triplet`); the others have none.
+    Args:
+        kind: which loss.
+        margin: of the triplet loss (`batch_hard_triplet`); the others have none.
     """
-    if features.dtype in (torch.float16, torch.bfloat16):
-        features = features.float()
-    if kind == "triplet":
-        return batch_hard_triplet(features, labels, margin)
-    return PAIR_LOSSES[kind](features, labels)
+
+    def __init__(self, kind: Metric = "triplet", margin: float | Literal["soft"] = 0.3):
+        super().__init__()
+        self.loss = loss_called(kind, margin)
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """The loss, 0-d."""
+        if features.dtype in (torch.float16, torch.bfloat16):
+            features = features.float()
+        return self.loss(features, labels)
+
+
+def loss_called(kind: Metric, margin: float | Literal["soft"]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function or module that computes the loss."""
+    match kind:
+        case "triplet":
+            return partial(batch_hard_triplet, margin=margin)
+        case "wrt" | "wrt_published":
+            return partial(weighted_regularised_triplet, published=kind == "wrt_published")
+        case "instance":
+            return instance_loss
+    from pytorch_metric_learning.losses import CircleLoss, ContrastiveLoss, LiftedStructureLoss  # takes a second
+
+    match kind:
+        case "contrastive":
+            return ContrastiveLoss()  # positive margin 0, negative margin 1, of normalised features
+        case "lifted":
+            return LiftedStructureLoss()  # the same margins
+        case "circle":
+            return CircleLoss(m=CIRCLE_MARGIN, gamma=CIRCLE_GAMMA)
+
+
+class CenterLoss(nn.Module):
+    """mean_b |x_b - c_{y_b}|^2 (Wen et al. 2016), as AGW's published settings have it.
+
+    After each step the centers take a step of SGD with a rate of their own, so they are no parameters.
+
+    Args:
+        num_classes: N.
+        channels: C of the features.
+        rate: learning rate of the centers (AGW: 0.5).
+    """
+
+    def __init__(self, num_classes: int, channels: int, rate: float = 0.5):
+        super().__init__()
+        self.register_buffer("centers", torch.randn(num_classes, channels))
+        self.rate = rate
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """0-d, of features (B, C) and labels (B,); no gradient reaches the centers."""
+        return (features.float() - self.centers[labels]).square().sum(dim=1).mean()
+
+    @torch.no_grad()
+    def step(self, features: Tensor, labels: Tensor) -> None:
+        """One step of SGD on the centers, of features (B, C) of the batch that the loss was computed on."""
+        gradient = (self.centers[labels] - features.float()) * (2 / len(labels))
+        self.centers.index_add_(0, labels.long(), gradient, alpha=-self.rate)
+
+
+def pairwise_distance(features: Tensor) -> Tensor:
+    """(B, B) Euclidean distances of features (B, C)."""
+    # Differences, not the matmul form: near-equal features lose all digits there, and cdist's gradient at 0 is 0.
+    return torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def batch_hard_triplet(features: Tensor, labels: Tensor, margin: float | Literal["soft"] = 0.0) -> Tensor:
+    """Mean over anchors of the hardest triplet in the batch (Hermans et al. 2017), Euclidean, not normalised.
+
+    With d_ap the farthest sample of the anchor's identity (the anchor itself counts, at 0) and d_an the nearest of
+    another: max(0, d_ap - d_an + margin), or log(1 + exp(d_ap - d_an)) for margin "soft". An anchor without any
+    sample of another identity contributes 0.
+
+    Args:
+        features: (B, C), float32 or float64.
+        labels: (B,), integer.
+        margin: the hinge's margin, or "soft".
+
+    Returns:
+        the loss, 0-d.
+    """
+    distance = pairwise_distance(features)
+    same = labels[:, None] == labels[None, :]
+    hardest_positive = distance.masked_fill(~same, 0).amax(dim=1)
+    hardest_negative = distance.masked_fill(same, torch.inf).amin(dim=1)
+    gap = hardest_positive - hardest_negative
+    return (softplus(gap) if margin == "soft" else relu(gap + margin)).mean()
 
 
 def weighted_regularised_triplet(features: Tensor, labels: Tensor, published: bool = False) -> Tensor:
@@ -74,13 +155,3 @@ def instance_loss(features: Tensor, labels: Tensor) -> Tensor:
     directions = normalize(features)
     members = torch.nn.functional.one_hot(number).T.to(features.dtype)
     return cross_entropy(INSTANCE_SCALE * directions @ normalize(members @ directions).T, number)
-
-
-PAIR_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "wrt": weighted_regularised_triplet,
-    "wrt_published": lambda features, labels: weighted_regularised_triplet(features, labels, published=True),
-    "contrastive": ContrastiveLoss(),  # positive margin 0, negative margin 1, of normalised features
-    "lifted": LiftedStructureLoss(),  # the same margins
-    "instance": instance_loss,
-    "circle": CircleLoss(m=CIRCLE_MARGIN, gamma=CIRCLE_GAMMA),
-}

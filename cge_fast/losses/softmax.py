@@ -1,64 +1,100 @@
-"""Losses of the logits: smoothed cross entropy, focal loss, and the logits of SphereFace."""
+"""The baseline's loss: label-smoothed cross entropy of a linear classifier, as in BagTricks."""
 
-import math
-from typing import Literal
+import itertools
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy, linear, log_softmax, normalize
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear
 
-Classification = Literal["cross_entropy", "focal", "sphere"]
+from cge_fast.model import Embeddings
+from cge_kernels import ClassShard
+from cge_kernels.common.checks import require_shape, require_tensor
+from cge_kernels.cross_entropy.op import valid_labels
 
-FOCAL_ALPHA, FOCAL_GAMMA = 0.5, 1.0  # the CGE paper's
-SPHERE_MARGIN = 4  # m: SphereFace's and the CGE paper's
+CLASSIFIER_STD = 0.001  # BagTricks' initialisation
+DRAWN_ROWS = 1024  # so that each draw is a multiple of 16 numbers, as torch draws them
 
 
-def classification_losses(logits: Tensor, labels: Tensor, kind: Classification, label_smoothing: float) -> Tensor:
-    """Per-sample loss (B,) of logits (B, N); "sphere" is the cross entropy of logits with a margin (`sphere_logits`).
+class LossOutput(NamedTuple):
+    """What a classification loss gives of a batch; B batch, n stripes."""
 
-    Args:
-        logits: (B, N), floating, revised or not.
-        labels: (B,), int64, in [0, N).
-        kind: which loss; the focal loss knows no label smoothing.
-        label_smoothing: e of the target (1-e) * onehot + e/N.
+    loss: Tensor  # 0-d: the mean over the batch
+    correct: Tensor  # (B,) bool: the arg max of the logits, revised if there is CGE, is the label
+    stripe_correct: Tensor | None = None  # (B, n) bool: stripe i's arg max is the label; None without a memory
+
+
+class SoftmaxLoss(nn.Module):
+    """Cross entropy of a linear classifier without a bias; the arguments are CGELoss's, which adds a memory to it."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        label_smoothing: float = 0.1,
+        classifier_std: float = CLASSIFIER_STD,
+    ):
+        super().__init__()
+        require_sizes(label_smoothing, in_channels=in_channels, num_classes=num_classes)
+        self.num_classes, self.label_smoothing = num_classes, label_smoothing
+        self.weight = nn.Parameter(draw_classifier(num_classes, in_channels, classifier_std))
+
+    def forward(self, embeddings: Embeddings, labels: Tensor) -> LossOutput:
+        """The loss of labels (B,), integer, in [0, N)."""
+        logits = linear_float32(embeddings.embedding, self.weight)
+        return logits_loss(logits, labels, self.label_smoothing)
+
+
+def linear_float32(embedding: Tensor, weight: Tensor) -> Tensor:
+    """Logits (B, N) of embeddings (B, C) and a classifier's weight (N, C), never in autocast."""
+    with torch.autocast(embedding.device.type, enabled=False):
+        return linear(embedding, weight)
+
+
+def logits_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> LossOutput:
+    """The label-smoothed cross entropy of logits (B, N) and labels (B,), integer, in [0, N)."""
+    valid, targets = valid_targets(labels, *logits.shape)
+    losses = cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    return LossOutput(torch.where(valid, losses, torch.nan).mean(), logits.argmax(dim=1) == labels)
+
+
+def valid_targets(labels: Tensor, batch: int, classes: int) -> tuple[Tensor, Tensor]:
+    """Mask (B,) of the labels in [0, N), and int64 labels with 0 for the others.
+
+    As in `revised_cross_entropy` a label outside is a ValueError on the CPU, and masked on a GPU.
     """
-    if kind == "focal":
-        return focal_losses(logits, labels)
-    return cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    require_tensor("labels", labels, "(B,)", "an integer")
+    require_shape("labels", labels, (batch,), f"a batch of {batch}")
+    valid = valid_labels(labels, classes)  # if nobody took the mask, torch.compile would drop the check
+    return valid, torch.where(valid, labels, 0).long()
 
 
-def focal_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """-alpha * (1 - q)^gamma * log q, q the softmax probability of the label (Lin et al. 2017), alpha 0.5 and gamma 1.
+def require_sizes(label_smoothing: float, **sizes: int) -> None:
+    """Raises ValueError unless each size is at least 1 and label_smoothing lies in [0, 1]."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
 
-    Args:
-        logits: (B, N), floating.
-        labels: (B,), int64.
 
-    Returns:
-        (B,).
+@torch.no_grad()
+def draw_classifier(num_classes: int, channels: int, std: float, shard: ClassShard | None = None) -> Tensor:
+    """The weight (N, C) float32 with the numbers that nn.Linear and then nn.init.normal_ would draw.
+
+    With a shard only its rows (count, C): those of the whole. The others are drawn and forgotten, piece by piece, so
+    that every rank goes on with the same random numbers and none holds all rows.
     """
-    log_q = log_softmax(logits, dim=1).gather(1, labels[:, None]).squeeze(1)
-    return -FOCAL_ALPHA * (1 - log_q.exp()) ** FOCAL_GAMMA * log_q
-
-
-def sphere_logits(features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Logits of SphereFace (Liu et al. 2017): |x| cos(theta_k), and |x| psi(theta_k) for the label.
-
-    theta_k is the angle between the feature x and class k's row; psi(theta) = (-1)^j cos(m theta) - 2j with
-    j = floor(m theta / pi), m = 4. pytorch-metric-learning has the loss of these logits, but revision needs the logits.
-
-    Args:
-        features: (B, C), floating.
-        weight: (N, C), floating; its rows are normalised here.
-        labels: (B,), int64.
-
-    Returns:
-        (B, N).
-    """
-    cosine = linear(normalize(features), normalize(weight))
-    own = cosine.gather(1, labels[:, None])
-    with torch.no_grad():
-        turns = (SPHERE_MARGIN * own.clamp(-1, 1).acos() / math.pi).floor()
-    multiple_angle = 8 * own**4 - 8 * own**2 + 1  # cos(4 theta)
-    psi = torch.where(turns % 2 == 0, multiple_angle, -multiple_angle) - 2 * turns
-    return features.norm(dim=1, keepdim=True) * cosine.scatter(1, labels[:, None], psi)
+    shard = shard or ClassShard(0, num_classes, num_classes)
+    weight = torch.empty(shard.count, channels)
+    # The last piece has what remains: of fewer than 16 numbers torch draws each by itself.
+    edges = [*range(0, max(1, num_classes // DRAWN_ROWS) * DRAWN_ROWS, DRAWN_ROWS), num_classes]
+    buffer = weight.new_empty(edges[-1] - edges[-2], channels)
+    for start, end in itertools.pairwise(edges):
+        buffer[: end - start].uniform_()  # what nn.Linear draws first
+    for start, end in itertools.pairwise(edges):
+        rows = buffer[: end - start].normal_(std=std)
+        first, end = max(start, shard.first), min(end, shard.rows.stop)
+        if first < end:
+            weight[first - shard.first : end - shard.first] = rows[first - start : end - start]
+    return weight

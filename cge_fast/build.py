@@ -1,0 +1,265 @@
+"""From settings to a run: data, model, criterion and optimizer."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import cge_kernels
+from cge_fast import backbones, checkpoint, data
+from cge_fast.data.batches import train_labels, train_loader
+from cge_fast.data.sampler import PKSampler
+from cge_fast.distributed import rank, world_size
+from cge_fast.errors import UserError
+from cge_fast.losses.cge import CGELoss
+from cge_fast.losses.criterion import ReidCriterion
+from cge_fast.losses.metric import CenterLoss, MetricLoss
+from cge_fast.losses.softmax import SoftmaxLoss
+from cge_fast.model import ReidModel
+from cge_fast.options import Backend, DataConfig, TrainConfig
+from cge_kernels import ClassShard
+from cge_kernels.common.dispatch import runs_on_triton
+
+
+@dataclass
+class Run:
+    """Everything that a training consists of, and how far it is."""
+
+    config: TrainConfig  # `config.output` is set
+    device: torch.device
+    reid_set: data.ReidSet
+    sampler: PKSampler
+    loader: DataLoader
+    model: ReidModel
+    criterion: ReidCriterion
+    ddp_model: nn.Module  # in DistributedDataParallel where there are several ranks, and so is the next
+    ddp_criterion: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    epochs_done: int = 0
+    best_map: float = -math.inf
+    untrained: dict[str, float] | None = None  # what evaluation gave before the first epoch
+    result: dict[str, float] | None = None  # and after the last
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.config.output / "checkpoints"
+
+    @property
+    def shard(self) -> ClassShard | None:
+        """The classes whose rows this rank has; None if it has all."""
+        return getattr(self.criterion.classification, "shard", None)
+
+
+def build_run(config: TrainConfig, device: torch.device) -> Run:
+    """A run that has not begun.
+
+    Raises:
+        UserError: data and settings do not fit, or the device cannot compute so.
+    """
+    check_backend(config.backend, device)
+    torch.manual_seed(config.seed)
+    reid_set = data.read(config.data)
+    labels = train_labels(reid_set.train)
+    sampler = PKSampler(labels, config.data.identities, config.data.instances, config.seed, rank(), world_size())
+    check_batch(config)
+    loader = train_loader(reid_set.train, sampler, config.data, pin_memory=device.type == "cuda")
+    precision = compute_precision(config.optim.precision, device)
+    if config.model.shard_classes and precision == torch.float16:
+        raise UserError("model.shard_classes: float16's loss scaling would differ between ranks, use bfloat16")
+    model = build_model(config, config.data, precision, loss_class(config))
+    if world_size() > 1 and device.type == "cuda":  # SyncBatchNorm exists on GPUs only
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    criterion = build_criterion(config, model.neck.num_features, max(labels) + 1)
+    model, criterion = model.to(device), criterion.to(device)
+    optimizer = torch.optim.Adam(
+        [*model.parameters(), *criterion.parameters()],
+        lr=config.optim.lr,
+        weight_decay=config.optim.weight_decay,
+        fused=True,
+    )
+    run = Run(
+        config=config,
+        device=device,
+        reid_set=reid_set,
+        sampler=sampler,
+        loader=loader,
+        model=model,
+        criterion=criterion,
+        ddp_model=model,
+        ddp_criterion=criterion,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
+    )
+    if world_size() > 1:
+        # No broadcast of buffers at every step: the memory is equal anyway, statistics are shared once an epoch.
+        run.ddp_model = DistributedDataParallel(model, broadcast_buffers=False)
+        if run.shard is None and any(True for _ in criterion.parameters()):
+            run.ddp_criterion = DistributedDataParallel(criterion, broadcast_buffers=False)
+    return run
+
+
+def check_batch(config: TrainConfig) -> None:
+    """Raises UserError unless a batch can be cut into micro-batches, and each trained on."""
+    share, pieces = config.data.identities // world_size(), config.optim.accumulate
+    if share % pieces:
+        raise UserError(f"optim.accumulate: {share} identities cannot be cut evenly into {pieces}")
+    if config.loss.metric_weight and config.data.identities // pieces < 2:
+        raise UserError(
+            "loss.metric_weight: the metric loss needs 2 identities in a micro-batch, so at least twice as many "
+            f"data.identities as optim.accumulate, got {config.data.identities} and {pieces}"
+        )
+    if share // pieces * config.data.instances < 2:
+        raise UserError("data.instances: BatchNorm needs 2 images in a process's micro-batch, got 1")
+
+
+def chosen_backend(name: Backend) -> AbstractContextManager:
+    """Inside, the operators run on the backend; "auto" leaves the choice to CGE_BACKEND."""
+    return nullcontext() if name == "auto" else cge_kernels.backend(name)
+
+
+def check_backend(name: Backend, device: torch.device) -> None:
+    """Raises UserError, before any work, if CGE_BACKEND is no backend or the device cannot run what is chosen."""
+    try:
+        with chosen_backend(name):
+            runs_on_triton(torch.empty(0, device=device))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from error
+
+
+def compute_precision(setting: str, device: torch.device) -> torch.dtype:
+    """The dtype of the backbone's arithmetic; "auto" is bfloat16 where the device computes it in hardware.
+
+    Raises:
+        UserError: the device cannot compute in the dtype that was asked for.
+    """
+    if setting == "auto":
+        native = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device.type == "cuda"
+            else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
+        return torch.bfloat16 if native else torch.float32
+    if setting == "float16" and device.type == "cpu":
+        raise UserError("optim.precision: float16 needs a GPU, use bfloat16 or float32 on a CPU")
+    return getattr(torch, setting)
+
+
+def build_model(
+    config: TrainConfig, data: DataConfig, precision: torch.dtype, loss: type[nn.Module] = CGELoss
+) -> ReidModel:
+    """The network that the settings describe, on the CPU.
+
+    Args:
+        config: the settings of its training.
+        data: how large its images are.
+        precision: of the backbone's arithmetic.
+        loss: the classification loss, whose `model_class`, if it has one, takes the place of ReidModel.
+
+    Raises:
+        UserError: more stripes than the feature map has rows, images too small for the backbone, or weights to start
+            from that cannot be had or do not fit.
+    """
+    model = config.model
+    backbone = backbones.build(model.backbone, model.pretrained, model.weights, model.non_local, model.map_norm)
+    channels, height, width = backbones.map_size(backbone, data.height, data.width)
+    if model.cge and not 1 <= model.stripes <= height:
+        raise UserError(
+            f"model.stripes: {model.stripes} do not fit the feature map, which has {height} rows and {width} columns "
+            f"for images of {data.height} x {data.width}"
+        )
+    model_class = getattr(loss, "model_class", ReidModel)
+    return model_class(backbone, channels, model.stripes if model.cge else 1, model.pooling == "gem", precision)
+
+
+def loss_class(config: TrainConfig) -> type[nn.Module]:
+    """CGELoss, SoftmaxLoss, or the class of `loss.custom`.
+
+    Raises:
+        UserError: that is no class that can be imported.
+    """
+    name = config.loss.custom
+    if not name:
+        return CGELoss if config.model.cge else SoftmaxLoss
+    module, _, class_name = name.partition(":")
+    try:
+        return getattr(import_module(module), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"loss.custom: must be package.module:Class of a loss, got {name} ({error})") from error
+
+
+def build_classification_loss(config: TrainConfig, channels: int, num_classes: int) -> nn.Module:
+    """The classification loss that the settings describe, on the CPU, with this rank's rows of its classes.
+
+    Raises:
+        UserError: the arguments do not fit the class, or there are fewer classes than ranks.
+    """
+    built = loss_class(config)
+    # e' of the form that spreads e' over all classes: e over the others is e N/(N-1) over all.
+    spread = num_classes / max(1, num_classes - 1) if config.loss.smoothed == "others" else 1.0
+    arguments: dict[str, Any] = {
+        "label_smoothing": config.loss.label_smoothing * spread,
+        "classifier_std": config.model.classifier_std,
+    }
+    if config.model.cge:
+        arguments["stripes"] = config.model.stripes
+    try:
+        if config.model.shard_classes and built is not CGELoss:
+            raise ValueError(f"shard_classes needs cge and the loss CGELoss, got {built.__name__}")
+        if config.model.shard_classes and world_size() > 1:
+            arguments["shard"] = ClassShard.of_rank(num_classes, rank(), world_size())
+        return built(channels, num_classes, **arguments, **config.loss.custom_args)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
+    except TypeError as error:
+        raise UserError(f"loss.custom_args: {error}") from error
+
+
+def build_criterion(config: TrainConfig, channels: int, num_classes: int) -> ReidCriterion:
+    """The training loss that the settings describe, on the CPU.
+
+    Raises:
+        UserError: see `build_classification_loss`.
+    """
+    loss = config.loss
+    classification = build_classification_loss(config, channels, num_classes)
+    center = CenterLoss(num_classes, channels, loss.center_lr) if loss.center_weight else None
+    return ReidCriterion(classification, MetricLoss(loss.metric, loss.margin), center, loss.weights)
+
+
+def load_model(folder: Path, trained: TrainConfig, data: DataConfig, device: torch.device) -> ReidModel:
+    """The network of a checkpoint that was trained with the settings `trained`, for images as `data` sizes them.
+
+    Raises:
+        UserError: the folder is no checkpoint, its weights do not fit its settings, or the device cannot compute so.
+    """
+    weights = checkpoint.load_model(folder)
+    only_on_gpu = trained.optim.precision == "float16" and device.type == "cpu"
+    precision = compute_precision("auto" if only_on_gpu else trained.optim.precision, device)
+    # The checkpoint's weights follow.
+    without_pretrained = replace(trained, model=replace(trained.model, pretrained=False, weights=None))
+    model = build_model(without_pretrained, data, precision)
+    checkpoint.fit_model(model, weights, folder)
+    return model.to(device)
+
+
+def load_classification_loss(folder: Path, trained: TrainConfig, device: torch.device) -> nn.Module:
+    """The classification loss of a checkpoint, whole, for analyses.
+
+    Raises:
+        UserError: the folder is no checkpoint, or its loss does not fit its settings.
+    """
+    tensors = checkpoint.load_loss(folder)
+    whole = replace(trained, model=replace(trained.model, shard_classes=False))
+    num_classes, channels = tensors[checkpoint.CLASSIFIER].shape
+    loss = build_classification_loss(whole, channels, num_classes)
+    checkpoint.fit_loss(loss, checkpoint.of_classification(tensors), folder)
+    return loss.to(device)

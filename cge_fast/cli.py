@@ -1,0 +1,174 @@
+"""Command lines and settings files: recipes, YAML, and the names that options once had."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from cge_fast.errors import UserError
+from cge_fast.options import TrainConfig
+
+Settings = TypeVar("Settings")
+
+RECIPES = Path(__file__).parent / "recipes"
+VARIANTS = "cge_fast.experiments.variants"
+
+RENAMED = {
+    "loss.l1": "loss.classification_weight",
+    "loss.l2": "loss.metric_weight",
+    "loss.centre": "loss.center_weight",
+    "loss.centre_lr": "loss.center_lr",
+    "model.alpha": "model.memory_momentum",
+    "kernels": "backend",
+}
+BACKENDS = {"fused": "auto", "one_pass": "auto", "reference": "reference"}  # of what `kernels` could be
+# Options that are now a loss of loss.custom: the value that was the published path, and a class of VARIANTS for others.
+NOW_CUSTOM: dict[str, tuple[Any, dict[Any, str]]] = {
+    "model.revision": ("logits", {"features": "RevisedMaps", "none": "UnusedMemory"}),
+    "model.shuffle_memory": (False, {True: "ShuffledMemory"}),
+    "model.local_gradient": (True, {False: "DetachedWeights"}),
+    "model.logit_scale": (1.0, {}),
+    "loss.classification": ("cross_entropy", {"focal": "FocalLoss", "sphere": "SphereLoss"}),
+}
+SCALED = "ScaledLogits"  # the class for any logit_scale but 1
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def program_parser(program: str, description: str) -> ArgumentParser:
+    """A typed command line whose errors are exceptions."""
+    return ArgumentParser(prog=program, description=description, exit_on_error=False, allow_abbrev=False)
+
+
+def recipes() -> list[str]:
+    """Names of the recipes in the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def with_recipe_paths(arguments: Sequence[str]) -> list[str]:
+    """The command line with `--config NAME` turned into the path of the recipe called so."""
+    completed = list(arguments)
+    for index, argument in enumerate(completed):
+        option, equals, value = argument.partition("=")
+        if option == "--config" and equals and value in recipes():
+            completed[index] = f"--config={RECIPES / value}.yaml"
+        elif index and completed[index - 1] == "--config" and argument in recipes():
+            completed[index] = str(RECIPES / f"{argument}.yaml")
+    return completed
+
+
+def parse_settings(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """Parses a command line.
+
+    Raises:
+        ArgumentError, UserError: a key is unknown or an old name, a value of the wrong type or out of range, a file not
+            readable.
+    """
+    try:
+        for index, argument in enumerate(arguments):
+            option, equals, value = argument.partition("=")
+            value = value if equals else "".join(arguments[index + 1 : index + 2])
+            if option.startswith("--"):
+                refuse_old_name(option[2:], value)
+            if option == "--config" and Path(value).is_file():
+                for name, setting in flat(yaml.safe_load(Path(value).read_text())):
+                    refuse_old_name(name, setting, f"{value}: ")
+        return parser.parse_args(list(arguments))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"config: the file is not YAML in UTF-8 ({error})") from error
+
+
+def flat(values: Any) -> Iterator[tuple[str, Any]]:
+    """(section.key or key, value) of settings as YAML has them."""
+    for key, value in values.items() if isinstance(values, dict) else ():
+        if isinstance(value, dict):
+            yield from ((f"{key}.{inner}", found) for inner, found in value.items())
+        yield str(key), value
+
+
+def refuse_old_name(name: str, value: Any, where: str = "") -> None:
+    """Raises UserError, which says the new name, if `name` is one that an option once had."""
+    if name in RENAMED:
+        raise UserError(f"{where}{name} is now {RENAMED[name]}")
+    if name in NOW_CUSTOM:
+        raise UserError(f"{where}{name} is now --loss.custom {custom_of(name, value)}")
+
+
+def custom_of(name: str, value: Any) -> str:
+    """The loss that stands for the value of an option of NOW_CUSTOM."""
+    _, classes = NOW_CUSTOM[name]
+    by_text = {str(key).lower(): cls for key, cls in classes.items()}
+    return f"{VARIANTS}:{by_text.get(str(value).lower(), next(iter(by_text.values()), SCALED))}"
+
+
+def translated(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings of any edition with the names of this one."""
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    customs = []
+    for name, value in [*flat(values)]:
+        section, key = name.split(".") if "." in name else (None, name)
+        holder = values[section] if section else values
+        if name in RENAMED:
+            del holder[key]
+            holder[RENAMED[name].rpartition(".")[2]] = BACKENDS.get(value, value) if name == "kernels" else value
+        elif name in NOW_CUSTOM:
+            del holder[key]
+            if value != NOW_CUSTOM[name][0]:
+                customs.append(custom_of(name, value))
+                if name == "model.logit_scale":
+                    values.setdefault("loss", {})["custom_args"] = {"scale": value}
+    if customs:  # of several, which no class is, the name says it; evaluation needs no loss
+        values.setdefault("loss", {})["custom"] = " and ".join(customs)
+    return values
+
+
+def as_dataclass(parser: ArgumentParser, parsed: Namespace, kind: type[Settings]) -> Settings:
+    """The parsed settings as an instance of the dataclass whose fields the parser was given.
+
+    Raises:
+        UserError: a section is not a mapping.
+    """
+    for settings in fields(kind):
+        if is_dataclass(settings.type) and not isinstance(parsed[settings.name], Namespace):
+            raise UserError(f"{settings.name}: must be a section of settings, got {parsed[settings.name]!r}")
+    values = parser.instantiate(parsed)
+    return plain(kind(**{settings.name: values[settings.name] for settings in fields(kind)}))
+
+
+def plain(value: Any) -> Any:
+    """Settings with ordinary numbers in place of the range-checked ones, which neither YAML nor torch.load knows."""
+    if is_dataclass(value):
+        return replace(value, **{settings.name: plain(getattr(value, settings.name)) for settings in fields(value)})
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value) if isinstance(value, float) else int(value)
+    return value
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The settings as YAML that --config reads back."""
+    values = asdict(config)
+    for section, key in ((values, "output"), (values["data"], "root"), (values["model"], "weights")):
+        section[key] = None if section[key] is None else str(section[key])
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def read_settings(file: Path) -> TrainConfig:
+    """The settings that `to_yaml` wrote, in this edition or an earlier one.
+
+    Raises:
+        ArgumentError, UserError: the file is not such settings.
+    """
+    parser = program_parser("", "")
+    parser.add_class_arguments(TrainConfig)
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"config: {file} is not YAML in UTF-8 ({error})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config: {file} must hold settings, got {type(values).__name__}")
+    return as_dataclass(parser, parser.parse_object(translated(values)), TrainConfig)

@@ -1,0 +1,57 @@
+"""Features of a set's images, and the figures of their ranking."""
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cge_fast.data import Image, ReidSet
+from cge_fast.data.batches import test_loader
+from cge_fast.distributed import gather, rank, world_size
+from cge_fast.errors import UserError
+from cge_fast.evaluation.ranking import Retrieval, evaluate_ranking
+from cge_fast.evaluation.reranking import evaluate_reranking
+from cge_fast.model import ReidModel
+from cge_fast.options import DataConfig, EvaluationConfig
+
+
+@torch.no_grad()
+def embed(model: ReidModel, images: list[Image], data: DataConfig, evaluation: EvaluationConfig, name: str) -> Tensor:
+    """Features (len(images), C) float32 on the model's device, with a progress bar called `name`.
+
+    The ranks share the images and every rank returns all features.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    after_neck = evaluation.neck == "after"
+    # A first, empty one: with fewer images than ranks some have nothing to do.
+    features = [torch.empty(0, model.neck.num_features, device=device)]
+    loader = test_loader(images[rank() :: world_size()], evaluation.batch, data)
+    for batch in tqdm(loader, desc=f"features, {name}", unit=" batch", leave=False, disable=rank() > 0):
+        batch = batch.to(device, non_blocking=True)
+        feature = model.embed(batch, after_neck)
+        if evaluation.flip_test:
+            feature = (feature + model.embed(batch.flip(3), after_neck)) / 2
+        features.append(feature)
+    model.train(training)
+    order = torch.cat([torch.arange(first, len(images), world_size()) for first in range(world_size())])
+    return gather(torch.cat(features))[order.argsort().to(device)]
+
+
+def evaluate(model: ReidModel, reid_set: ReidSet, data: DataConfig, evaluation: EvaluationConfig) -> Retrieval:
+    """mAP, mINP and CMC of a network on the query and gallery of a set.
+
+    Raises:
+        UserError: a feature is not finite, or no query has a match.
+    """
+    arguments = []
+    for name, images in (("query", reid_set.query), ("gallery", reid_set.gallery)):
+        features = embed(model, images, data, evaluation, name)
+        identities = torch.tensor([image.identity for image in images], device=features.device)
+        cameras = torch.tensor([image.camera for image in images], device=features.device)
+        arguments += [features, identities, cameras]
+    evaluated = evaluate_reranking if evaluation.rerank else evaluate_ranking
+    try:
+        return evaluated(*arguments, metric=evaluation.metric, progress=rank() == 0)
+    except ValueError as error:
+        raise UserError(f"evaluation: {error}") from error

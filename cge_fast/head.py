@@ -1,0 +1,48 @@
+"""Pooling, BNNeck and CGELoss in one module, for a training loop of your own."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from cge_fast.losses.cge import CGELoss
+from cge_fast.model import BNNeck, Embeddings, StripePool
+
+
+class HeadOutput(NamedTuple):
+    """The fields of LossOutput and Embeddings; `stripes` is detached, for `write_memory`."""
+
+    loss: Tensor
+    correct: Tensor
+    stripe_correct: Tensor
+    pooled: Tensor
+    embedding: Tensor
+    stripes: Tensor
+
+
+class CGEHead(nn.Module):
+    """Comprehensive Global Embedding on top of any backbone.
+
+    Training: `out = head(feature_map, labels)`, then `out.loss.backward()`, `optimizer.step()` and
+    `head.write_memory(out.stripes, labels, momentum)`. In use: `head(feature_map)` is the embedding.
+    The arguments are those of StripePool and CGELoss.
+    """
+
+    def __init__(
+        self, in_channels: int, num_classes: int, stripes: int = 3, gem: bool = True, label_smoothing: float = 0.1
+    ):
+        super().__init__()
+        self.pool, self.neck = StripePool(stripes, gem), BNNeck(in_channels)
+        self.loss = CGELoss(in_channels, num_classes, stripes, label_smoothing)
+
+    def forward(self, feature_map: Tensor, labels: Tensor | None = None) -> HeadOutput | Tensor:
+        """The training output of a feature map (B, C, H, W) and labels (B,); without labels the embedding (B, C)."""
+        if labels is None:
+            return self.neck(self.pool(feature_map, stripes=1)[0])
+        pooled, stripes = self.pool(feature_map)
+        embedding = self.neck(pooled)
+        out = self.loss(Embeddings(pooled, stripes, embedding), labels)
+        return HeadOutput(*out, pooled, embedding, stripes.detach())
+
+    def write_memory(self, stripes: Tensor, labels: Tensor, momentum: float) -> None:
+        """See CGELoss.write_memory; call it after `optimizer.step()`."""
+        self.loss.write_memory(stripes, labels, momentum)

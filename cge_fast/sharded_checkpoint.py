@@ -1,0 +1,125 @@
+"""A folder of checkpointed tensors of which each rank writes, and reads, the rows of its classes.
+
+torch.distributed.checkpoint writes and reads it, whatever the number of ranks then and now. The planners below say which
+part of a whole tensor a rank has. A DTensor would say the same, but for torch.chunk's shares only, which may leave the
+last ranks without a class where ClassShard shares N out evenly.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from cge_fast.errors import UserError
+from cge_kernels import ClassShard
+
+Axes = dict[str, int]  # the tensors with a row for each class, and along which axis; of others every rank has the whole
+
+
+def placed(tensor: Tensor, axis: int | None, shard: ClassShard) -> tuple[ChunkStorageMetadata, torch.Size]:
+    """Where a rank's rows lie in the whole tensor, and how large that is."""
+    offsets, size = [0] * tensor.dim(), list(tensor.shape)
+    if axis is not None:
+        offsets[axis], size[axis] = shard.first, shard.classes
+    return ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=tensor.shape), torch.Size(size)
+
+
+class RowsSavePlanner(dcp.DefaultSavePlanner):
+    """Plans to write a rank's rows, and on rank 0 what has no rows."""
+
+    def __init__(self, axes: Axes, shard: ClassShard):
+        super().__init__(flatten_state_dict=False)
+        self.axes, self.shard = axes, shard
+
+    def create_local_plan(self) -> SavePlan:
+        """An item for each tensor."""
+        items = []
+        for name, tensor in self.state_dict.items():
+            if name in self.axes or self.is_coordinator:
+                chunk, size = placed(tensor, self.axes.get(name), self.shard)
+                data = TensorWriteData(chunk, TensorProperties.create_from_tensor(tensor), size)
+                items.append(WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data))
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        """The rows that an item is about."""
+        return self.state_dict[index.fqn]
+
+
+class RowsLoadPlanner(dcp.DefaultLoadPlanner):
+    """Plans to read a rank's rows into the tensors that are given."""
+
+    def __init__(self, axes: Axes, shard: ClassShard):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.axes, self.shard = axes, shard
+
+    def create_local_plan(self) -> LoadPlan:
+        """The items that overlap with each tensor."""
+        items = []
+        for name, tensor in self.state_dict.items():
+            chunk, _ = placed(tensor, self.axes.get(name), self.shard)
+            items += create_read_items_for_chunk_list(name, self.metadata.state_dict_metadata[name], [chunk])
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """The rows that an item goes to."""
+        return self.state_dict[index.fqn]
+
+
+def write(folder: Path, tensors: dict[str, Tensor], axes: Axes, shard: ClassShard) -> None:
+    """Writes the folder; every rank calls it, each with its rows of the tensors in `axes`."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), planner=RowsSavePlanner(axes, shard))
+
+
+def read(folder: Path, names: set[str] | None, axes: Axes, shard: ClassShard | None) -> dict[str, Tensor]:
+    """The tensors on the CPU, those of `names` or all, with a shard only its rows of those in `axes`.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    reader = dcp.FileSystemReader(folder)
+    try:
+        metadata = reader.read_metadata()
+        require_files(folder, metadata, axes)
+        tensors = {}
+        for name, stored in metadata.state_dict_metadata.items():
+            if names is None or name in names:
+                size = list(stored.size)
+                if shard and name in axes:
+                    size[axes[name]] = shard.count
+                tensors[name] = torch.empty(size, dtype=stored.properties.dtype)
+        shard = shard or ClassShard(0, classes(folder, axes), classes(folder, axes))
+        dcp.load(tensors, storage_reader=reader, planner=RowsLoadPlanner(axes, shard), no_dist=True)
+    except UserError:
+        raise
+    except Exception as error:  # pickle and torch.load have no common base for what a damaged file raises
+        raise UserError(f"checkpoint {folder} cannot be read ({error})") from error
+    return tensors
+
+
+def classes(folder: Path, axes: Axes) -> int:
+    """Of how many classes the folder has rows."""
+    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    name = next(name for name in axes if name in stored)
+    return stored[name].size[axes[name]]
+
+
+def require_files(folder: Path, metadata: Metadata, axes: Axes) -> None:
+    """Raises UserError, which names the file or its classes, if one is missing or cut short."""
+    for index, place in metadata.storage_data.items():
+        file, axis = folder / place.relative_path, axes.get(index.fqn)
+        if not file.exists():
+            chunks = metadata.state_dict_metadata[index.fqn].chunks
+            sizes = next(chunk.sizes for chunk in chunks if chunk.offsets == index.offset)
+            rows = "" if axis is None else (
+                f" with the rows of classes {index.offset[axis]} to {index.offset[axis] + sizes[axis] - 1}"
+            )
+            raise UserError(f"checkpoint {folder} has no file{rows} ({file.name})")
+        if file.stat().st_size < place.offset + place.length:
+            raise UserError(f"checkpoint {file} cannot be read (it is cut short)")
