@@ -1,9 +1,8 @@
-"""What is compared: every operator and the whole head, of this project and of cge_reference, eager and compiled."""
+"""What is compared: every operator and the whole head, as kernels, as cge_reference and as cge_reference compiled."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
-from types import ModuleType
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,15 +12,14 @@ from torch.utils._pytree import tree_leaves
 
 import cge_kernels
 import cge_reference
-from bench.compiler import missing_compiler
-from bench.measure import Contender, Times, take_turns
-from bench.shapes import Shape
 from bench.work import INSTANCES
+from bench.measure import Contender
+from bench.shapes import Shape
 from cge_fast.losses.cge import CGEHead
 
 OURS, EAGER, COMPILED = "cge_kernels", "eager", "torch.compile"  # the latter two run cge_reference
-EPOCHS = 120
-ALPHA = 0.5
+POOLINGS = ("average", "gem")
+MOMENTUM = 0.5
 
 
 @dataclass(frozen=True)
@@ -30,11 +28,6 @@ class Case:
 
     operator: str
     pooling: str | None = None
-
-    @property
-    def has_backward(self) -> bool:
-        """All but the memory's write have one."""
-        return self.operator != "write_memory_"
 
     def __str__(self) -> str:
         return f"{self.operator}, {self.pooling}" if self.pooling else self.operator
@@ -53,131 +46,73 @@ CASES = [
 ]
 
 
-class Inputs:
-    """Random arguments of a shape, each made when it is first asked for.
-
-    dtype: of the feature map and of the memory that is multiplied; everything else is float32.
-    """
-
-    def __init__(self, case: Case, shape: Shape, dtype: torch.dtype, device: torch.device):
-        self.case, self.shape, self.dtype, self.device = case, shape, dtype, device
-
-    def draw(self, *size: int) -> Tensor:
-        """Between 0 and 1: positive, like features that were pooled after a ReLU."""
-        return torch.rand(size, device=self.device)
-
-    @cached_property
-    def feature_map(self) -> Tensor:
-        s = self.shape
-        activations = torch.randn(s.batch, s.channels, s.height, s.width, device=self.device).relu_()
-        return activations.to(self.dtype).requires_grad_()
-
-    @cached_property
-    def p(self) -> Tensor | None:
-        return torch.tensor(3.0, device=self.device, requires_grad=True) if self.case.pooling == "gem" else None
-
-    @cached_property
-    def local_features(self) -> Tensor:
-        return self.draw(self.shape.batch, self.shape.stripes, self.shape.channels).requires_grad_()
-
-    @cached_property
-    def logits(self) -> Tensor:
-        return self.draw(self.shape.batch, self.shape.classes).requires_grad_()
-
-    @cached_property
-    def features(self) -> Tensor:
-        return self.draw(self.shape.batch, self.shape.channels).requires_grad_()
-
-    @cached_property
-    def weight(self) -> Tensor:
-        return self.draw(self.shape.classes, self.shape.channels).requires_grad_()
-
-    @cached_property
-    def master(self) -> Tensor:
-        return normalize(self.draw(self.shape.stripes, self.shape.classes, self.shape.channels), dim=2)
-
-    @cached_property
-    def memory(self) -> Tensor:
-        return self.master.to(self.dtype)
-
-    @cached_property
-    def shadow(self) -> Tensor | None:
-        return None if self.dtype == torch.float32 else self.master.to(self.dtype)
-
-    @cached_property
-    def labels(self) -> Tensor:
-        return torch.arange(self.shape.batch, device=self.device) // INSTANCES % self.shape.classes
-
-
-def compare(
-    case: Case, shape: Shape, dtype: torch.dtype, rounds: int, seconds: float, only: str | None = None
-) -> dict[str, dict[str, Times]]:
-    """Times by contender and direction, on the GPU if there is one; of all contenders, or of one alone."""
-    device = default_device()
-    compared = contenders(case, shape, dtype, device, not missing_compiler())
-    return take_turns({only: compared[only]} if only else compared, device, rounds, seconds)
-
-
-def default_device() -> torch.device:
-    """The GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def contenders(
-    case: Case, shape: Shape, dtype: torch.dtype, device: torch.device, with_compiled: bool = True
+    case: Case, shape: Shape, dtype: torch.dtype, device: torch.device, with_compiled: bool = True, **layout: Any
 ) -> dict[str, Contender]:
     """This project, cge_reference eager and, unless it is left out, cge_reference under torch.compile.
 
-    They share their arguments.
+    They share their arguments. dtype: of the feature map and of the memory that is multiplied; everything else is
+    float32. layout: the feature map's memory_format.
     """
     torch._dynamo.reset()  # else the limit of recompilations would end it after a few shapes
-    inputs = Inputs(case, shape, dtype, device)
-    functions: dict[str, Callable[..., Any]]
+    taken = arguments(case, shape, dtype, device, **layout)
     if case.operator == "head":
-        heads = {name: head(kernels, inputs) for name, kernels in ((OURS, "fused"), (EAGER, "reference"))}
-        functions = {name: partial(loss, heads[name]) for name in heads}
+        heads = {name: head(case, shape, device, name) for name in (OURS, EAGER)}
+        functions: dict[str, Callable] = {name: partial(loss, heads[name]) for name in heads}
         parameters = {name: list(heads[name].parameters()) for name in heads}
-        arguments = (inputs.feature_map, inputs.labels)
     else:
-        functions = {OURS: partial(call, cge_kernels, case), EAGER: partial(call, cge_reference, case)}
-        parameters = {name: [] for name in functions}
-        arguments = arguments_of(case, inputs)
+        functions = {OURS: getattr(cge_kernels, case.operator), EAGER: getattr(cge_reference, case.operator)}
+        parameters = {OURS: [], EAGER: []}
     if with_compiled:
-        functions[COMPILED] = torch.compile(functions[EAGER], dynamic=False)
-        parameters[COMPILED] = parameters[EAGER]
-    learnt = [argument for argument in arguments if isinstance(argument, Tensor) and argument.requires_grad]
+        functions[COMPILED], parameters[COMPILED] = torch.compile(functions[EAGER], dynamic=False), parameters[EAGER]
     return {
-        name: contender(partial(function, *arguments), learnt + [p for p in parameters[name] if p.requires_grad])
-        for name, function in functions.items()
+        name: contender(partial(function, *taken), [*taken, *parameters[name]]) for name, function in functions.items()
     }
 
 
-def arguments_of(case: Case, inputs: Inputs) -> tuple[Any, ...]:
-    """What an operator takes, without settings that are the same for all; `call` hands them on."""
+def arguments(
+    case: Case,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> tuple[Any, ...]:
+    """Random arguments of a case: like features that were pooled after a ReLU, none is negative."""
+    b, c, n, k = shape.batch, shape.channels, shape.stripes, shape.classes
+    learnt = partial(torch.rand, device=device, requires_grad=True)
+    labels = torch.arange(b, device=device) // INSTANCES % k
+
+    def feature_map() -> Tensor:
+        activations = torch.randn(b, c, shape.height, shape.width, device=device).relu_()
+        return activations.to(dtype, memory_format=memory_format).requires_grad_()
+
+    def memory() -> Tensor:
+        return normalize(torch.rand(n, k, c, device=device), dim=2)
+
+    p = torch.tensor(3.0, device=device, requires_grad=True) if case.pooling == "gem" else None
     match case.operator:
         case "stripe_pool":
-            return inputs.feature_map, inputs.shape.stripes, inputs.p
+            return feature_map(), n, p
         case "revise_logits":
-            return inputs.logits, inputs.local_features, inputs.memory
+            return learnt(b, k), learnt(b, n, c), memory().to(dtype)
         case "revise_logits_one_pass":
-            return inputs.feature_map, inputs.logits, inputs.memory, inputs.p
+            return feature_map(), learnt(b, k), memory().to(dtype), p
         case "revised_cross_entropy":
-            return inputs.features, inputs.weight, inputs.local_features, inputs.memory, inputs.labels
+            return learnt(b, c), learnt(k, c), learnt(b, n, c), memory().to(dtype), labels
         case "write_memory_":
-            return inputs.master, inputs.local_features.detach(), inputs.labels, ALPHA, inputs.shadow
-    raise ValueError(f"operator must be one of cge_kernels', got {case.operator!r}")
+            master = memory()
+            low_precision_memory = None if dtype == torch.float32 else master.to(dtype)
+            return master, torch.rand(b, n, c, device=device), labels, MOMENTUM, low_precision_memory
+        case "head":
+            return feature_map(), labels
+    raise ValueError(f"operator must be one of cge_kernels' or 'head', got {case.operator!r}")
 
 
-def call(package: ModuleType, case: Case, *arguments: Any) -> Any:
-    """An operator of a package."""
-    return getattr(package, case.operator)(*arguments)
-
-
-def head(kernels: str, inputs: Inputs) -> CGEHead:
-    """A head whose memory is filled."""
-    s = inputs.shape
-    made = CGEHead(s.channels, s.classes, EPOCHS, s.stripes, inputs.case.pooling, kernels=kernels).to(inputs.device)
-    made.memory.copy_(inputs.master)
+def head(case: Case, shape: Shape, device: torch.device, contender: str) -> CGEHead:
+    """The head of a contender, whose memory is filled."""
+    kernels = "reference" if contender == EAGER else "fused"
+    made = CGEHead(shape.channels, shape.classes, 120, shape.stripes, case.pooling, kernels=kernels).to(device)
+    made.memory.copy_(normalize(torch.rand_like(made.memory), dim=2))
     return made
 
 
@@ -186,8 +121,9 @@ def loss(module: Callable[..., Any], feature_map: Tensor, labels: Tensor) -> Ten
     return module(feature_map, labels).loss
 
 
-def contender(forward: Callable[[], Any], learnt: list[Tensor]) -> Contender:
-    """Its backward starts from ones for every result that has a gradient."""
+def contender(forward: Callable[[], Any], taken: list[Any]) -> Contender:
+    """Its backward starts from ones for every result that has a gradient, and ends at what requires one."""
+    learnt = [argument for argument in taken if isinstance(argument, Tensor) and argument.requires_grad]
     if not learnt:
         return Contender(forward)
 
@@ -198,7 +134,7 @@ def contender(forward: Callable[[], Any], learnt: list[Tensor]) -> Contender:
     return Contender(forward, backward)
 
 
-@lru_cache(maxsize=4)
+@cache
 def ones(shape: torch.Size, device: torch.device) -> Tensor:
     """A gradient that does not count as time or memory of what is measured."""
     return torch.ones(shape, device=device)

@@ -1,6 +1,7 @@
 """What the device reaches at most, measured: bytes per second of a large copy, FLOPs per second of a large matmul."""
 
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 
@@ -28,5 +29,5 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, rounds: int = 15)
     target = torch.empty_like(source)
     left, right = torch.randn(2, SIDE[device.type], SIDE[device.type], device=device).to(dtype)
     contenders = {"copy": Contender(lambda: target.copy_(source)), "matmul": Contender(lambda: left @ right)}
-    found = {name: times["forward"].median for name, times in take_turns(contenders, device, rounds).items()}
+    found = {name: median(laps["forward"]) for name, laps in take_turns(contenders, device, rounds).items()}
     return Ceilings(2 * source.nbytes / found["copy"], 2 * len(left) ** 3 / found["matmul"])

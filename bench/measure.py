@@ -2,12 +2,16 @@
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from cge_kernels.common import recycle
@@ -15,15 +19,8 @@ from cge_kernels.common import recycle
 WARMUP = 2  # rounds that do not count; in the first one torch.compile compiles
 FEWEST_ROUNDS = 5
 FLUSHED = 256 << 20  # bytes written between runs on a GPU, more than any L2 cache holds
-UNCERTAIN = 0.2  # spread from which on a figure is marked
-
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes to stderr whenever it starts and stops
-
-
-def directions(has_backward: bool) -> tuple[str, ...]:
-    """What is timed of an operator."""
-    return ("forward", "backward", "step") if has_backward else ("forward",)
 
 
 @dataclass(frozen=True)
@@ -32,35 +29,6 @@ class Contender:
 
     forward: Callable[[], Any]
     backward: Callable[[Any], None] | None = None
-
-
-@dataclass(frozen=True)
-class Times:
-    """Durations of one direction of one contender, in seconds; (rounds,)."""
-
-    seconds: Tensor
-
-    @property
-    def median(self) -> float:
-        """Seconds."""
-        return self.seconds.quantile(0.5).item()
-
-    @property
-    def percentiles(self) -> tuple[float, float]:
-        """20% and 80% of the rounds took less, seconds."""
-        low, high = self.seconds.quantile(torch.tensor([0.2, 0.8], dtype=self.seconds.dtype)).tolist()
-        return low, high
-
-    @property
-    def spread(self) -> float:
-        """(80% - 20%) / median."""
-        low, high = self.percentiles
-        return (high - low) / self.median
-
-    @property
-    def mark(self) -> str:
-        """ "~" behind a figure that the rounds disagree on by more than a fifth."""
-        return "~" if self.spread > UNCERTAIN else ""
 
 
 class Instant:
@@ -82,14 +50,14 @@ class Instant:
 
 def take_turns(
     contenders: dict[str, Contender], device: torch.device, rounds: int = 15, seconds: float = 20.0
-) -> dict[str, dict[str, Times]]:
-    """Times by contender and direction ("forward", "backward", and both as "step").
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each round by contender and direction ("forward", "backward", and both as "step").
 
     One run of each is a round; every round another one is the first. After `seconds` the rounds end early, but not
     before there are 5. On a GPU the L2 cache is flushed before each run.
     """
     names = list(contenders)
-    found = {name: {direction: [] for direction in directions(contenders[name].backward is not None)} for name in names}
+    found = {name: defaultdict(list) for name in names}
     flushed = torch.empty(FLUSHED, dtype=torch.uint8, device=device) if device.type == "cuda" else None
     start = time.perf_counter()
     for number in range(-WARMUP, rounds):
@@ -105,10 +73,7 @@ def take_turns(
             if number >= 0:
                 for direction, duration in laps.items():
                     found[name][direction].append(duration)
-    return {
-        name: {direction: Times(torch.tensor(values)) for direction, values in laps.items()}
-        for name, laps in found.items()
-    }
+    return found
 
 
 def run(contender: Contender, device: torch.device) -> dict[str, float]:
@@ -142,3 +107,24 @@ def peak_bytes(contender: Contender, device: torch.device) -> int:
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = torch.tensor([0, *(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))])
     return int(held.cumsum(0).max())
+
+
+def apart(function: Callable[..., Any], *arguments: Any, **environment: str) -> Any:
+    """A function's result in a new process, whose memory and environment variables are its own."""
+    with patch.dict(os.environ, environment), ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+@cache
+def missing_compiler() -> str:
+    """Why torch.compile cannot run here, on one line; "" if it can."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2))
+    except (torch._inductor.exc.InductorError, torch._dynamo.exc.BackendCompilerFailed) as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,12 +1,12 @@
-"""What the operators should take on a GPU, predicted, not measured: python -m bench.predict --gpu h100
+"""What the operators should take on a GPU: predicted, not measured.
 
-The step is that of bench/traffic.py, on a named shape. Three things are known without the GPU: the bytes that each
-launch loads and stores, which bench.traffic counts with the GPU's tiles in a process of its own (compiled and
-interpreted kernels cannot mix in one); what each kernel needs once compiled for the GPU, and so how many programs a
-multiprocessor holds; and the FLOPs, by formula. The figures of bench/gpus.py make times of them, by the formulas in
-`KernelPrediction`, which the program prints below its tables.
+Three things are known without the GPU: the bytes that each launch loads and stores, which bench/count/traffic.py counts
+with the GPU's tiles in a process of its own (compiled and interpreted kernels cannot mix in one); what each kernel needs
+once compiled for the GPU, and so how many programs a multiprocessor holds; and the FLOPs, by formula. The figures of
+bench/gpus.py make times of them, by the formulas in `KernelPrediction`, which the program prints.
 
-Nothing here is a timing. Whoever has the GPU can hold the prediction against it; the model is weak where
+Nothing here is a timing. Measured on the GPU, `operators` shows its times beside the prediction in the same results
+file. The model is weak where
 - rates and bandwidths are the data sheet's, which no kernel quite reaches, and caches are cold: what an earlier kernel
   left in L2 is loaded from memory again;
 - a program's bytes in flight are a guess (`bytes_in_flight`): shared memory may hold other things than what is being
@@ -19,37 +19,30 @@ Nothing here is a timing. Whoever has the GPU can hold the prediction against it
 - an ATen operation beside the kernels takes a launch and its bytes or, in a matmul, its FLOPs at full rate.
 """
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from inspect import getdoc
 from math import ceil
-from pathlib import Path
 
 from jsonargparse import ArgumentParser
 from torch import Tensor
 from tqdm import tqdm
 
 import cge_kernels
+from bench import gpus
+from bench.cases import POOLINGS, Case
+from bench.count import traffic
+from bench.count.operations import Operation
+from bench.count.traffic import Problem
+from bench.work import work
 from bench.gpus import GPU, GPUS
-from bench.gpus import named as gpu_named
-from bench.launches import DTYPES, POOLINGS
-from bench.operations import Operation, Operations
-from bench.shapes import SHAPES
-from bench.shapes import named as shapes_named
-from bench.tables import table
-from bench.traffic import STEP, Problem, compulsory, step
-from cge_fast import errors
+from bench.results import Figure
+from bench.shapes import DTYPES, SHAPES, named
 from cge_fast.errors import UserError
 from cge_kernels.common.device_functions import INTERPRETED
-from cge_kernels.tools.compile import compile_launch, measure
+from cge_kernels.tools.compile import compile_launch
+from cge_kernels.tools.compile import measure as measure_compiled
 
-PROGRAM = "bench.predict"
-ROOT = Path(__file__).parents[1]
 THREAD_BYTES = 16  # the widest load of one thread
 # Of one number of the map: x^p forward; backward log2 x and a power for each of two features (three in a shared row).
 SPECIAL = {"stripe_pool_kernel": 2, "stripe_pool_backward_kernel": 3}
@@ -142,13 +135,14 @@ class KernelPrediction:
 
 @dataclass(frozen=True)
 class OperatorPrediction:
-    """An operator of the step: its launches, the ATen operations beside them, and what it takes at least.
+    """A direction of an operator: its launches, the ATen operations beside them, and what it takes at least.
 
     aten_us: of those operations together, as `aten_us` says. floor_us: max(compulsory bytes / memory bandwidth,
     FLOPs / rate), both as bench/work.py has them.
     """
 
-    operator: str
+    case: Case
+    direction: str
     kernels: tuple[KernelPrediction, ...]
     aten: tuple[str, ...]
     aten_us: float
@@ -158,30 +152,6 @@ class OperatorPrediction:
     def predicted_us(self) -> float:
         """sum over its kernels and over the ATen operations beside them"""
         return sum(kernel.predicted_us for kernel in self.kernels) + self.aten_us
-
-
-def count_traffic(gpu: GPU, problem: Problem) -> list[dict]:
-    """The rows that bench.traffic prints as JSON, with the GPU's tiles; its progress shows on stderr."""
-    options = [f"--{name}={str(value).lower()}" for name, value in asdict(problem).items()]
-    command = [sys.executable, "-m", "bench.traffic", "--json", "--target", gpu.family, *options]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    return json.loads(subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True).stdout)
-
-
-def take_launches(gpu: GPU, problem: Problem) -> dict[str, tuple[list[cge_kernels.Launch], list[Operation]]]:
-    """The same step's launches, which do not run, and the ATen operations beside them, by operator."""
-    taken = {}
-
-    @contextmanager
-    def operator(name: str) -> Iterator[None]:
-        launches: list[cge_kernels.Launch] = []
-        with cge_kernels.launching(launches.append, gpu.hardware.target), Operations() as operations:
-            yield
-        taken[name] = launches, operations.found
-
-    with cge_kernels.backend("triton"):
-        step(cge_kernels, problem, operator)
-    return taken
 
 
 def bytes_in_flight(launch: cge_kernels.Launch, shared: int, warp_size: int) -> int:
@@ -216,10 +186,10 @@ def special(launch: cge_kernels.Launch) -> int:
     return SPECIAL[launch.kernel.__name__] * launch.args["map_pointer"].numel() if has_power else 0
 
 
-def predict_kernel(gpu: GPU, launch: cge_kernels.Launch, rows: list[dict]) -> KernelPrediction:
-    """A launch, compiled for the GPU, with its rows of bench.traffic."""
+def predict_kernel(gpu: GPU, launch: cge_kernels.Launch, rows: list[traffic.Traffic]) -> KernelPrediction:
+    """A launch, compiled for the GPU, with its traffic."""
     target = gpu.hardware.target
-    needs = measure(compile_launch(launch, target), target)
+    needs = measure_compiled(compile_launch(launch, target), target)
     occupancy, limit = gpu.hardware.occupancy(needs.registers, needs.shared, launch.options["num_warps"])
     return KernelPrediction(
         kernel=launch.kernel.__name__,
@@ -228,85 +198,85 @@ def predict_kernel(gpu: GPU, launch: cge_kernels.Launch, rows: list[dict]) -> Ke
         occupancy=occupancy,
         limit=limit,
         in_flight=bytes_in_flight(launch, needs.shared, target.warp_size),
-        loaded=sum(row["loaded"] for row in rows),
-        stored=sum(row["stored"] for row in rows),
-        distinct=sum(row["distinct_loaded"] + row["distinct_stored"] for row in rows),
+        loaded=sum(row.loaded for row in rows),
+        stored=sum(row.stored for row in rows),
+        distinct=sum(row.distinct for row in rows),
         flops=flops(launch),
         rate=rate(launch, gpu),
         special=special(launch),
     )
 
 
-def predict(gpu: str, shape: str, dtype: str, pooling: str) -> list[OperatorPrediction]:
-    """Predictions of the step's operators, in its order. It takes minutes at the larger shapes.
-
-    gpu: of bench.gpus; shape: of bench.shapes; dtype: of the map and of the memory that revision reads, "float32",
-    "bfloat16" or "float16"; pooling: "average" or "gem".
+def predict(gpu: GPU, problem: Problem) -> list[OperatorPrediction]:
+    """Predictions of the operators, in the step's order. It takes minutes at the larger shapes.
 
     Raises:
-        UserError: the GPU or the shape is unknown, or kernels are interpreted in this process.
+        UserError: kernels are interpreted in this process.
     """
-    figures = gpu_named(gpu)
-    problem = Problem(**asdict(shapes_named([shape])[shape]), dtype=dtype, pooling=pooling)
     if INTERPRETED.value:
         raise UserError("TRITON_INTERPRET: must not be set, since interpreted kernels cannot be compiled, got 1")
-    counted, taken = count_traffic(figures, problem), take_launches(figures, problem)
-    launches = [(operator, launch) for operator, (found, _) in taken.items() for launch in found]
-    kernels: dict[str, list[KernelPrediction]] = {operator: [] for operator in taken}
-    for number, (operator, launch) in enumerate(tqdm(launches, desc="compiling", unit=" kernel", leave=False)):
-        rows = [row for row in counted if row["launch"] == number]
-        kernels[operator].append(predict_kernel(figures, launch, rows))
-    predictions = []
-    for operator, needed in compulsory(problem).items():
-        aten = taken[operator][1]
-        fastest = max(kernel.rate for kernel in kernels[operator])
-        floor = max(needed.bytes / figures.memory_bandwidth, needed.flops / fastest) * MICRO
-        names, beside = tuple(found.name for found in aten), sum(aten_us(found, figures) for found in aten)
-        predictions.append(OperatorPrediction(operator, tuple(kernels[operator]), names, beside, floor))
+    counted = traffic.interpreted(traffic.count_traffic, problem, gpu.hardware.target)
+    predictions, number = [], 0
+    for (case, direction), (launches, aten) in traffic.take_launches(problem, gpu.hardware.target).items():
+        kernels = []
+        for launch in tqdm(launches, desc=f"compiling {case}, {direction}", unit=" kernel", leave=False):
+            kernels.append(predict_kernel(gpu, launch, [row for row in counted if row.launch == number]))
+            number += 1
+        least = work(case.operator, problem.shape, problem.pooling, DTYPES[problem.dtype].itemsize)[direction]
+        fastest = max(kernel.rate for kernel in kernels)
+        floor = max(least.bytes / gpu.memory_bandwidth, least.flops / fastest) * MICRO
+        names, beside = tuple(found.name for found in aten), sum(aten_us(found, gpu) for found in aten)
+        predictions.append(OperatorPrediction(case, direction, tuple(kernels), names, beside, floor))
     return predictions
 
 
-def gpu_rows(gpu: GPU) -> list[tuple[str, ...]]:
-    """Rows of the table of figures."""
-    return [
-        ("multiprocessors", f"{gpu.multiprocessors}", f"cge_kernels.tools.gpus, {gpu.family}"),
-        ("memory bandwidth", f"{gpu.memory_bandwidth / 1e12:g} TB/s", gpu.data_sheet),
-        ("matmul rate, 16-bit", f"{gpu.tensor_rate / 1e12:g} TFLOP/s", gpu.data_sheet),
-        ("float32 rate", f"{gpu.vector_rate / 1e12:g} TFLOP/s", gpu.data_sheet),
-        ("exp2 and log2", f"{gpu.special_rate / 1e12:.3g} T/s", gpu.special_source),
-        ("L2 bandwidth", f"{gpu.l2_bandwidth / 1e12:g} TB/s", gpu.l2_source),
-        ("memory latency", f"{gpu.memory_latency * 1e9:g} ns", gpu.latency_source),
-        ("launch", f"{gpu.launch * MICRO:g} us", gpu.launch_source),
-    ]
+def add_options(parser: ArgumentParser) -> None:
+    """Of `python -m bench predict`."""
+    parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(GPUS)}")
+    parser.add_argument("--shape", default="msmt17", help=f"one of {', '.join(SHAPES)}")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of the map and the memory read")
+    parser.add_argument("--poolings", nargs="+", choices=POOLINGS, default=list(POOLINGS), help="default both")
+    parser.add_argument("--details", action="store_true", help="also each kernel: its programs, bytes, FLOPs and bounds")
 
 
-def kernel_rows(predictions: list[OperatorPrediction]) -> list[tuple[str, ...]]:
-    """Rows of the table of kernels."""
-    return [
-        (
-            *(prediction.operator, k.kernel, f"{k.programs:,}", f"{k.occupancy} ({k.limit})"),
-            *(f"{k.waves}, last {k.tail:.0%}", f"{k.in_flight / 1e3:.1f}", f"{k.distinct / 1e6:.2f}"),
-            *(f"{(k.loaded + k.stored) / 1e6:.2f}", f"{k.flops / 1e9:.2f}", f"{k.special / 1e9:.2f}"),
-            *(f"{time:.1f}" for time in (*k.bounds.values(), k.launch_us, k.predicted_us)),
-            k.bound_by,
-        )
-        for prediction in predictions
-        for k in prediction.kernels
-    ]
+def measure(gpu: str, shape: str, dtype: str, poolings: list[str], details: bool) -> Iterator[Figure]:
+    """Predicted time and floor of each operator and direction, and of the head's step; with details of each kernel."""
+    figures, chosen = gpus.named(gpu), named([shape])[shape]
+    print(f"PREDICTION for {figures.name}: nothing was measured, every time is computed by these formulas.\n")
+    print("\n".join([*formulas(), "", *figures.lines()]), end="\n\n")
+    for pooling in poolings:
+        predictions = predict(figures, Problem(chosen, dtype, pooling))
+        yield from operator_figures(figures, f"{shape}, {dtype}", pooling, predictions)
+        if details:
+            yield from kernel_figures(figures, f"{shape}, {dtype}", predictions)
 
 
-def operator_rows(predictions: list[OperatorPrediction]) -> list[tuple[str, ...]]:
-    """Rows of the table of operators; the last is the whole step."""
-    totals = [(p.operator, p.predicted_us, p.floor_us, " ".join(p.aten)) for p in predictions]
-    step_us, step_floor = (sum(total[column] for total in totals if total[0] in STEP) for column in (1, 2))
-    return [
-        (name, f"{time:.1f}", f"{floor:.1f}", f"{time / floor:.1f}", beside)
-        for name, time, floor, beside in [*totals, ("step", step_us, step_floor, "")]
-    ]
+def operator_figures(gpu: GPU, setting: str, pooling: str, predictions: list[OperatorPrediction]) -> Iterator[Figure]:
+    """Under the names that `operators` has for them; the last is the head's step with the memory's write."""
+    times = {(str(one.case), one.direction): (one.predicted_us, one.floor_us) for one in predictions}
+    in_step = [(one.predicted_us, one.floor_us) for one in predictions if one.case.operator in traffic.STEP]
+    times[f"head and write, {pooling}", "step"] = tuple(map(sum, zip(*in_step, strict=True)))
+    for (subject, direction), (predicted, floor) in times.items():
+        for what, time in (("predicted", predicted), ("floor", floor)):
+            yield Figure("predict", setting, subject, f"{gpu.name}, {what}", direction, "s", time / MICRO)
+
+
+def kernel_figures(gpu: GPU, setting: str, predictions: list[OperatorPrediction]) -> Iterator[Figure]:
+    """What was counted and compiled of each kernel, and the times that may hold it up."""
+    for one in predictions:
+        for k in one.kernels:
+            place = "predicted kernels", f"{setting}, {gpu.name}", f"{one.case}, {one.direction}: {k.kernel}", k.bound_by
+            counts = {"programs": k.programs, f"per multiprocessor": k.occupancy, "waves": k.waves}
+            yield from (Figure(*place, name, "", value) for name, value in counts.items())
+            moved = {"in flight": k.in_flight, "distinct": k.distinct, "all": k.loaded + k.stored}
+            yield from (Figure(*place, name, "B", value) for name, value in moved.items())
+            yield Figure(*place, "products", "FLOP", k.flops)
+            times = {**k.bounds, "launch": k.launch_us, "predicted": k.predicted_us}
+            yield from (Figure(*place, name, "s", value / MICRO) for name, value in times.items())
 
 
 def formulas() -> list[str]:
-    """What the columns are computed by: the docstrings of what computes them."""
+    """What the figures are computed by: the docstrings of what computes them."""
     inputs = {"in flight": bytes_in_flight, "FLOP": flops, "rate": rate, "special": special}
     derived = {name: value for name, value in vars(KernelPrediction).items() if isinstance(value, property)}
     return [
@@ -318,36 +288,3 @@ def formulas() -> list[str]:
         "- floor_us = max(compulsory bytes / memory bandwidth, FLOPs / rate), both as bench/work.py has them",
         "What the model leaves out: the docstring of bench/predict.py.",
     ]
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The program; `arguments` default to the command line's."""
-    parser = ArgumentParser(
-        prog=PROGRAM,
-        description="Predicts what each operator takes on a GPU from counted bytes, FLOPs, launches and compiled "
-        "kernels, and prints the formulas. Nothing is measured. At the paper's shape it takes a minute or two.",
-        exit_on_error=False,
-    )
-    parser.add_argument("--gpu", required=True, help=f"one of {', '.join(GPUS)}")
-    parser.add_argument("--shape", default="msmt17", help=f"one of {', '.join(SHAPES)}")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the map and the memory that is read")
-    parser.add_argument("--pooling", choices=POOLINGS, default="gem", help="of the map")
-    parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
-    options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
-    predictions = predict(options.gpu, options.shape, options.dtype, options.pooling)
-    gpu = GPUS[options.gpu]
-    print(f"PREDICTION for {gpu.name}: nothing was measured, every time is computed by the formulas below.")
-    print(f"{SHAPES[options.shape]}, {options.dtype}, {options.pooling} pooling\n")
-    print(table(("figure", "value", "source"), gpu_rows(gpu), options.markdown), end="\n\n")
-    header = (
-        *("operator", "kernel", "programs", "per multiprocessor", "waves", "in flight kB", "distinct MB", "all MB"),
-        *("GFLOP", "special G", "memory us", "latency us", "L2 us", "math us", "launch us", "predicted us", "bound by"),
-    )
-    print(table(header, kernel_rows(predictions), options.markdown), end="\n\n")
-    header = ("operator", "predicted us", "floor us", "ratio", "ATen operations beside")
-    print(table(header, operator_rows(predictions), options.markdown), end="\n\n")
-    print("\n".join(formulas()))
-
-
-if __name__ == "__main__":
-    errors.run(main, PROGRAM)

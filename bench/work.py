@@ -26,7 +26,7 @@ class Work:
 
 
 def work(operator: str, shape: Shape, pooling: str = "average", itemsize: int = NUMBER) -> dict[str, Work]:
-    """An operator's work by direction, "forward" and "backward".
+    """An operator's work by direction: "forward" and, if it has one, "backward" and both as "step".
 
     operator: one of cge_kernels', or "head", the whole of CGEHead's step without the memory's write.
     pooling: "average" or "gem", of the operators that pool. itemsize: bytes of a number of the feature map, of its
@@ -39,36 +39,32 @@ def work(operator: str, shape: Shape, pooling: str = "average", itemsize: int = 
     is_gem = pooling == "gem"
     p = NUMBER if is_gem else 0
     cosines = 2 * b * n * k * c
+    backward = None
     match operator:
         case "stripe_pool":
             features = feature_map + pooled + local
             again = features + p if is_gem else 0  # GeM's gradient needs the map and the features again
-            return {"forward": Work(features + p, pixels), "backward": Work(features + again, pixels)}
+            forward, backward = Work(features + p, pixels), Work(features + again, pixels)
         case "revise_logits":
-            return {
-                "forward": Work(memory + local + 2 * logits, cosines),
-                "backward": Work(memory + 2 * local + 3 * logits, cosines),
-            }
+            forward = Work(memory + local + 2 * logits, cosines)
+            backward = Work(memory + 2 * local + 3 * logits, cosines)
         case "revise_logits_one_pass":
             again = feature_map + p if is_gem else 0
-            return {
-                "forward": Work(feature_map + p + memory + local + 2 * logits, pixels + cosines),
-                "backward": Work(memory + 2 * local + 3 * logits + feature_map + again, pixels + cosines),
-            }
+            forward = Work(feature_map + p + memory + local + 2 * logits, pixels + cosines)
+            backward = Work(memory + 2 * local + 3 * logits + feature_map + again, pixels + cosines)
         case "revised_cross_entropy":
             weight, losses, labels = k * c * NUMBER, b * NUMBER, b * LABEL
-            return {
-                "forward": Work(
-                    pooled + weight + local + memory + labels + losses + b * (1 + n), cosines + 2 * b * k * c
-                ),
-                "backward": Work(losses + labels + 2 * (pooled + weight + local) + memory, cosines + 4 * b * k * c),
-            }
+            read = pooled + weight + local + memory + labels
+            forward = Work(read + losses + b * (1 + n), cosines + 2 * b * k * c)
+            backward = Work(read + losses + pooled + weight + local, cosines + 4 * b * k * c)
         case "write_memory_":
             rows = min(-(-b // INSTANCES), k) * n * c
-            shadow = itemsize if itemsize < NUMBER else 0
-            return {"forward": Work(rows * (2 * NUMBER + shadow) + local + b * LABEL + NUMBER, 3 * b * n * c)}
+            low_precision = itemsize if itemsize < NUMBER else 0
+            forward = Work(rows * (2 * NUMBER + low_precision) + local + b * LABEL + NUMBER, 3 * b * n * c)
         case "head":
             pool = work("stripe_pool", shape, pooling, itemsize)
             loss = work("revised_cross_entropy", shape)
-            return {direction: pool[direction] + loss[direction] for direction in pool}
-    raise ValueError(f"operator must be one of cge_kernels' or 'head', got {operator!r}")
+            forward, backward = (pool[direction] + loss[direction] for direction in ("forward", "backward"))
+        case _:
+            raise ValueError(f"operator must be one of cge_kernels' or 'head', got {operator!r}")
+    return {"forward": forward, **({"backward": backward, "step": forward + backward} if backward else {})}

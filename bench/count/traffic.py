@@ -1,0 +1,222 @@
+"""Bytes that the operators load and store, counted element by element in Triton's interpreter.
+
+Pooling, loss, revision and memory write run forward and backward, with tiles as for a named GPU. Every address that a
+kernel loads, stores or changes atomically (tl.atomic_cas apart) counts, unless its lane is masked. All programs of a
+kernel run, except those of the pooling kernels: each of these owns a part of one sample and does the same for every
+sample, so some samples run, and their bytes are multiplied. Nothing is timed.
+
+What is loaded again comes from L2 as far as it fits there; distinct elements come from memory once for each kernel.
+Bytes are those of elements, not of the 32-byte sectors that a GPU moves. Of an operator:
+- at least: its arguments read once and its results written once, by formula (bench/work.py);
+- distinct: distinct elements of those same tensors, loaded and stored;
+- scratch: distinct elements of what our kernels hand to one another (`SCRATCH`), and the bytes of the ATen operations
+  beside them; in the loss's backward these are the library's matmuls, which read classifier and memory and write the
+  gradients of classifier and features;
+- eager: the same operator of cge_reference, as bench/count/operations.py counts the bytes of ATen operations.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from triton.runtime.interpreter import InterpreterBuilder
+
+import cge_kernels
+from bench.cases import EAGER, OURS, Case, contenders
+from bench.count.operations import Operation, Operations
+from bench.measure import apart
+from bench.shapes import DTYPES, Shape
+from cge_kernels import Target
+from cge_kernels.common.device_functions import INTERPRETED
+
+OWN_ONE_SAMPLE = {"stripe_pool_kernel", "stripe_pool_backward_kernel"}  # programs, in the order of the samples
+SCRATCH = {
+    *("operand", "squares", "scores", "scale", "grad_scores", "projection", "earlier", "grad_p"),
+    *("feature_operand", "kept", "highest", "winner", "sums", "target", "log_sum", "gradients"),
+}
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is counted.
+
+    dtype: of the map and of the memory that revision reads; pooling: "average" or "gem"; memory_format: of the map;
+    pool_samples: how many samples the pooling kernels run, the rest by multiplication.
+    """
+
+    shape: Shape
+    dtype: str = "bfloat16"
+    pooling: str = "gem"
+    memory_format: torch.memory_format = torch.contiguous_format
+    pool_samples: int = 1
+
+    @property
+    def cases(self) -> list[Case]:
+        """The step's operators, in its order, and the revision of given logits."""
+        pool, loss, revise, write = "stripe_pool", "revised_cross_entropy", "revise_logits", "write_memory_"
+        return [Case(pool, self.pooling), Case(loss), Case(revise), Case(write)]
+
+
+Place = tuple[Case, str]  # a case and its direction
+STEP = ("stripe_pool", "revised_cross_entropy", "write_memory_")  # the operators of the head's step
+
+
+def take_launches(
+    problem: Problem, target: Target
+) -> dict[Place, tuple[list[cge_kernels.Launch], list[Operation]]]:
+    """Our launches, which do not run, and the ATen operations beside them, by operator and direction."""
+    taken: dict[Place, tuple[list[cge_kernels.Launch], list[Operation]]] = {}
+
+    @contextmanager
+    def watched(*place: Any) -> Iterator[None]:
+        launches: list[cge_kernels.Launch] = []
+        with cge_kernels.launching(launches.append, target), Operations() as operations:
+            yield
+        taken[place] = launches, operations.found
+
+    with cge_kernels.backend("triton"):
+        run_cases(problem, OURS, watched)
+    return taken
+
+
+def eager_bytes(problem: Problem) -> dict[Place, int]:
+    """Bytes that each operator of cge_reference moves."""
+    moved: dict[Place, int] = {}
+
+    @contextmanager
+    def watched(*place: Any) -> Iterator[None]:
+        with Operations() as operations:
+            yield
+        moved[place] = sum(operation.moved for operation in operations.found)
+
+    run_cases(problem, EAGER, watched)
+    return moved
+
+
+def run_cases(problem: Problem, contender: str, watched: Callable[[Case, str], AbstractContextManager]) -> None:
+    """Runs the operators of a contender one after the other, each direction inside of `watched`."""
+    for case in problem.cases:
+        layout = {"memory_format": problem.memory_format}
+        one = contenders(case, problem.shape, DTYPES[problem.dtype], CPU, with_compiled=False, **layout)[contender]
+        with watched(case, "forward"):
+            result = one.forward()
+        if one.backward:
+            with watched(case, "backward"):
+                one.backward(result)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one launch loads from and stores to one of its tensors: all, and those of distinct elements."""
+
+    operator: str
+    launch: int  # its number in the step
+    kernel: str
+    tensor: str
+    loaded: int
+    distinct_loaded: int
+    stored: int
+    distinct_stored: int
+
+    @property
+    def distinct(self) -> int:
+        """What memory must deliver and take."""
+        return self.distinct_loaded + self.distinct_stored
+
+
+class Accesses:
+    """Which elements between a tensor's first and last one are loaded and stored, and how often in all."""
+
+    def __init__(self, tensor: Tensor):
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        self.itemsize, self.first = tensor.itemsize, tensor.data_ptr()
+        self.end = self.first + span * self.itemsize
+        self.total = {"load": 0, "store": 0}
+        self.touched = {direction: np.zeros(span, bool) for direction in self.total}
+
+    def add(self, direction: str, addresses: np.ndarray) -> None:
+        """Counts accesses to addresses between first and end."""
+        self.total[direction] += addresses.size
+        self.touched[direction][(addresses.astype(np.int64) - self.first) // self.itemsize] = True
+
+    def bytes(self, direction: str, times: int) -> tuple[int, int]:
+        """Of all accesses, and of the distinct elements, if as many more programs do the same to elements of their own.
+
+        A single number is the same for all of them.
+        """
+        distinct = int(self.touched[direction].sum())
+        all_distinct = distinct if self.touched[direction].size == 1 else distinct * times
+        return self.total[direction] * self.itemsize * times, all_distinct * self.itemsize
+
+
+def run_counted(operator: str, number: int, launch: cge_kernels.Launch, times: int) -> list[Traffic]:
+    """What a launch loads from and stores to each of its tensors, seen in the interpreter.
+
+    number: of the launch in the step; times: how many times the first programs, which are run, make the whole grid.
+
+    Raises:
+        RuntimeError: it touches an address outside of them.
+    """
+    name = launch.kernel.__name__
+    programs = launch.grid[0] // times
+    accesses = {key: Accesses(value) for key, value in launch.args.items() if isinstance(value, Tensor)}
+
+    def record(directions: Sequence[str], pointer: Any, mask: Any) -> None:
+        addresses = pointer.data[mask.data.astype(bool)]
+        if not addresses.size:
+            return
+        lowest, highest = addresses.min(), addresses.max()
+        touched = next((a for a in accesses.values() if a.first <= lowest and highest < a.end), None)
+        if touched is None:
+            raise RuntimeError(f"{name} touches an address outside of its tensors")
+        for direction in directions:
+            touched.add(direction, addresses)
+
+    def before(method: str, action: Callable[..., None]) -> AbstractContextManager:
+        """Patches a method of the interpreter to do something with its arguments first."""
+        original = getattr(InterpreterBuilder, method)
+
+        def patched(self, *args, **kwargs):
+            action(*args)
+            return original(self, *args, **kwargs)
+
+        return patch.object(InterpreterBuilder, method, patched)
+
+    with (
+        tqdm(total=programs, desc=f"{operator}: {name}", unit=" program", leave=False) as bar,
+        before("set_grid_idx", lambda *_: bar.update()),
+        before("create_masked_load", lambda pointer, mask, *_: record(["load"], pointer, mask)),
+        before("create_masked_store", lambda pointer, _, mask, *__: record(["store"], pointer, mask)),
+        before("create_atomic_rmw", lambda _, pointer, __, mask, *___: record(["load", "store"], pointer, mask)),
+    ):
+        replace(launch, grid=(programs,)).run()
+    return [
+        Traffic(operator, number, name, key.removesuffix("_pointer"), *a.bytes("load", times), *a.bytes("store", times))
+        for key, a in accesses.items()
+    ]
+
+
+def count_traffic(problem: Problem, target: Target) -> list[Traffic]:
+    """Traffic of our kernels with the target's tiles. Kernels must be interpreted in this process."""
+    found: list[Traffic] = []
+    number = 0
+    # What a launch reads may be anything: no address depends on it but for labels.
+    for (case, direction), (launches, _) in take_launches(problem, target).items():
+        for launch in launches:
+            is_alike = launch.kernel.__name__ in OWN_ONE_SAMPLE
+            times = problem.shape.batch // problem.pool_samples if is_alike else 1
+            found.extend(run_counted(f"{case}, {direction}", number, launch, times))
+            number += 1
+    return found
+
+
+def interpreted(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A function's result where kernels are interpreted: here, or else in a new process."""
+    return function(*arguments) if INTERPRETED.value else apart(function, *arguments, TRITON_INTERPRET="1")
