@@ -1,30 +1,78 @@
-"""What the README shows must run."""
+"""What README and docs show must run, and what they point at must exist."""
 
 import re
 from pathlib import Path
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_the_loop_has_under_25_lines_and_runs(capsys):
-    loop = EXAMPLES[0]
+def examples(page: str) -> list[str]:
+    """The page's blocks of Python."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def test_the_loop_has_under_25_lines_and_runs():
+    (loop,) = examples("README.md")
     assert len(loop.splitlines()) < 25
     scope = {}
     exec(loop, scope)
     assert scope["embedding"].shape == (16, 512)
-    assert scope["head"].memory.norm(dim=2).sum() > 0
+    assert scope["head"].loss.memory.norm(dim=2).sum() > 0
 
 
 def test_the_kernels_run_on_a_chosen_backend():
+    (block,) = examples("docs/kernels.md")
     scope = {}
-    exec(EXAMPLES[1], scope)
+    exec(block, scope)
     assert scope["revised"].shape == (8, 10)
-    assert scope["local_features"].shape == (8, 3, 64)
+    assert scope["stripes"].shape == (8, 3, 64)
 
 
 def test_every_recipe_is_named():
-    from cge_fast.options import recipes
+    from cge_fast.cli import recipes
 
+    page = (ROOT / "docs/training.md").read_text()
     for name in recipes():
-        assert f"`{name}`" in README
+        assert f"`{name}`" in page
+
+
+def test_every_data_set_is_named():
+    from typing import get_args, get_type_hints
+
+    from cge_fast.options import DataConfig
+
+    page = (ROOT / "docs/datasets.md").read_text()
+    for name in get_args(get_type_hints(DataConfig)["name"]):
+        assert f"`{name}`" in page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    targets = [target for target in re.findall(r"\]\(([^)#]+)", text) if not target.startswith("https://")]
+    for target in targets:
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_of_modules_that_exist(page):
+    modules = set(re.findall(r"-m ((?:bench|cge_fast|cge_kernels)[\w.]*)", page.read_text()))
+    for module in modules:
+        places = [ROOT / folder / module.rstrip(".").replace(".", "/") for folder in ("", "kernels")]
+        assert any(place.with_suffix(".py").exists() or (place / "__main__.py").exists() for place in places), module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_are_the_programs(page):
+    from cge_fast.cli import program_parser
+    from cge_fast.options import TrainConfig
+
+    parser = program_parser("", "")
+    parser.add_class_arguments(TrainConfig)
+    known = set(parser.get_defaults().keys(branches=True))
+    for option in re.findall(r"--((?:data|model|loss|optim|evaluation)\.\w+)", page.read_text()):
+        assert option in known, option
