@@ -251,8 +251,8 @@ def load_model(folder: Path, trained: TrainConfig, data: DataConfig, device: tor
     return model.to(device)
 
 
-def load_classification_loss(folder: Path, trained: TrainConfig, device: torch.device) -> nn.Module:
-    """The classification loss of a checkpoint, whole, for analyses.
+def load_criterion(folder: Path, trained: TrainConfig, device: torch.device) -> ReidCriterion:
+    """The training loss of a checkpoint, whole, for analyses; its `classification` has classifier and memory.
 
     Raises:
         UserError: the folder is no checkpoint, or its loss does not fit its settings.
@@ -260,6 +260,6 @@ def load_classification_loss(folder: Path, trained: TrainConfig, device: torch.d
     tensors = checkpoint.load_loss(folder)
     whole = replace(trained, model=replace(trained.model, shard_classes=False))
     num_classes, channels = tensors[checkpoint.CLASSIFIER].shape
-    loss = build_classification_loss(whole, channels, num_classes)
-    checkpoint.fit_loss(loss, checkpoint.of_classification(tensors), folder)
-    return loss.to(device)
+    criterion = build_criterion(whole, channels, num_classes)
+    checkpoint.fit_loss(criterion, tensors, folder)
+    return criterion.to(device)

@@ -149,6 +149,16 @@ def plain(value: Any) -> Any:
     return value
 
 
+def set_defaults(parser: ArgumentParser, config: TrainConfig, *names: str) -> None:
+    """Makes settings the defaults of a parser's options; `names` are sections or keys, by default all."""
+    for name in names or [settings.name for settings in fields(config)]:
+        value = getattr(config, name)
+        values = (
+            {f"{name}.{key}": inner for key, inner in asdict(value).items()} if is_dataclass(value) else {name: value}
+        )
+        parser.set_defaults(values)
+
+
 def to_yaml(config: TrainConfig) -> str:
     """The settings as YAML that --config reads back."""
     values = asdict(config)
