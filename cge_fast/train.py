@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from cge_fast import checkpoint, errors
-from cge_fast.build import Run, build_run, chosen_backend
+from cge_fast.build import NO_VARIANTS, Run, Variants, build_run, chosen_backend
 from cge_fast.cli import (
     as_dataclass,
     parse_settings,
@@ -29,14 +29,14 @@ from cge_fast.profile import StepProfile
 PROGRAM = "cge_fast.train"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The program; `arguments` default to the command line's."""
+def main(arguments: Sequence[str] | None = None, variants: Variants = NO_VARIANTS) -> None:
+    """The program; `arguments` default to the command line's, and `loss.variant` is one of `variants`."""
     config, resuming, profiling = parse(sys.argv[1:] if arguments is None else arguments)
     check_output(config.output, resuming)
     device = start_ranks()
     try:
         with chosen_backend(config.backend):
-            run = build_run(config, device)
+            run = build_run(config, device, variants)
             if resuming:
                 resume(run)
             if rank() == 0:
