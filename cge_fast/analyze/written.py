@@ -1,16 +1,21 @@
 """What an analysis leaves behind: a picture, a table of the same numbers, and one line that says the main ones."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+from cge_fast.analyze.trained import Trained
 
 # Told apart by lightness too, so that grey prints can be read; lines and bars differ by pattern besides.
 COLOURS = ("#1b4f8a", "#e08a2c", "#3f9c8f", "#7a1f4d", "#b8b8b8")
 LINES = ("-", "--", "-.", ":")
 HATCHES = ("", "//", "..", "xx", "--")
+
+Row = Mapping[str, Any]
 
 
 class Written(NamedTuple):
@@ -21,7 +26,7 @@ class Written(NamedTuple):
     picture: Path  # PNG
 
 
-def write(output: Path, name: str, figure: Figure, rows: Sequence[Mapping[str, object]], summary: str) -> Written:
+def write(output: Path, name: str, figure: Figure, rows: Sequence[Row], summary: str) -> Written:
     """Writes output/name.png and output/name.csv, whose columns are the keys of the first row."""
     output.mkdir(parents=True, exist_ok=True)
     table, picture = output / f"{name}.csv", output / f"{name}.png"
@@ -31,3 +36,41 @@ def write(output: Path, name: str, figure: Figure, rows: Sequence[Mapping[str, o
         writer.writerows(rows)
     figure.savefig(picture, dpi=130)
     return Written(summary, table, picture)
+
+
+def labelled(checkpoints: Sequence[Trained], tables: Sequence[Sequence[Row]]) -> list[Row]:
+    """The checkpoints' tables one below the other, with a first column that names the checkpoint."""
+    return [
+        {"checkpoint": trained.label, **row} for trained, rows in zip(checkpoints, tables, strict=True) for row in rows
+    ]
+
+
+def told(checkpoints: Sequence[Trained], texts: Sequence[str]) -> str:
+    """What is said of each checkpoint, on one line."""
+    return "; ".join(f"{trained.label}: {text}" for trained, text in zip(checkpoints, texts, strict=True))
+
+
+def styles() -> Iterator[tuple[str, str, str]]:
+    """Colour, line and hatch of one checkpoint after another."""
+    number = 0
+    while True:
+        yield COLOURS[number % len(COLOURS)], LINES[number % len(LINES)], HATCHES[number % len(HATCHES)]
+        number += 1
+
+
+class Sheet:
+    """A titled figure of many pictures, placed in inches from its top left.
+
+    One matplotlib axes: a layout of as many axes as there are pictures takes seconds.
+    """
+
+    def __init__(self, width: float, height: float, title: str):
+        self.figure = Figure(figsize=(width, height))
+        self.axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+        self.axes.set_axis_off()
+        self.figure.suptitle(title, y=1 - 0.1 / height, va="top")
+
+    def picture(self, pixels: ArrayLike, left: float, top: float, size: tuple[float, float], **how: Any) -> None:
+        """Draws an image `size` (width, height) large; `how` are imshow's options."""
+        width, height = size
+        self.axes.imshow(pixels, extent=(left, left + width, top + height, top), aspect="auto", **how)

@@ -57,18 +57,18 @@ class InSteps:
 
     def forward(self, embeddings: Embeddings, labels: Tensor) -> LossOutput:
         valid, targets = valid_targets(labels, len(embeddings.embedding), self.num_classes)
-        logits = self.revised_logits(embeddings, targets)
+        logits = self.revised(self.logits(embeddings, targets), embeddings)
         loss = torch.where(valid, self.losses(logits, targets), torch.nan).mean()
         memory = getattr(self, "memory", None)
         local = None if memory is None else stripe_correct(embeddings.stripes.detach(), memory, labels)
         return LossOutput(loss, logits.argmax(dim=1) == labels, local)
 
-    def revised_logits(self, embeddings: Embeddings, targets: Tensor | None = None) -> Tensor:
-        """(B, N); targets (B,) int64 say where a margin is set, without them there is none."""
-        return self.revised(self.logits(embeddings, targets), embeddings)
+    def revised_logits(self, embeddings: Embeddings) -> Tensor:
+        """(B, N), without a margin."""
+        return self.revised(self.logits(embeddings, None), embeddings)
 
     def logits(self, embeddings: Embeddings, targets: Tensor | None) -> Tensor:
-        """(B, N), before revision."""
+        """(B, N) before revision; targets (B,) int64 say where a margin is set."""
         return linear_float32(embeddings.embedding, self.weight)
 
     def revised(self, logits: Tensor, embeddings: Embeddings) -> Tensor:
@@ -183,10 +183,10 @@ VARIANTS: dict[str, type[nn.Module]] = {"memory_not_used": MemoryNotUsed, "revis
         "cge_scaled": (Scaled, CGELoss),
         "detached_weights": (Detached, CGELoss),
         "shuffled_memory": (Shuffled, CGELoss),
-        "cge_focal": (Focal, CGELoss),
+        "cge_focal": (Scaled, Focal, CGELoss),
         "cge_focal_detached_weights": (Detached, Focal, CGELoss),
         "cge_focal_shuffled_memory": (Shuffled, Focal, CGELoss),
-        "cge_sphere": (Sphere, CGELoss),
+        "cge_sphere": (Scaled, Sphere, CGELoss),
         "cge_sphere_detached_weights": (Detached, Sphere, CGELoss),
         "cge_sphere_shuffled_memory": (Shuffled, Sphere, CGELoss),
     }.items()

@@ -46,12 +46,13 @@ def test_the_pass_gives_every_training_image_once_as_evaluation_sees_it(opened, 
 
 def test_looking_changes_nothing_and_records_no_gradient(opened, train_set):
     trained = opened("mine")
-    before = {name: value.clone() for name, value in trained.network.state_dict().items()}
+    parts = (trained.model, trained.loss)
+    before = [{name: value.clone() for name, value in part.state_dict().items()} for part in parts]
     images, labels = train_set(trained)
-    output = trained.network(images, labels)
+    output = trained.loss(trained.model(images), labels)
     assert not output.loss.requires_grad
-    after = trained.network.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    for part, values in zip(parts, before, strict=True):
+        assert all(torch.equal(values[name], value) for name, value in part.state_dict().items())
 
 
 def test_another_training_set_is_refused(saved, market):
