@@ -17,7 +17,15 @@ PREFIXES = {
 }
 BASELINES = "cge_kernels", "cge_fast"  # a ratio is to one of these
 COMPARED = "eager", "torch.compile", "NumPy"
-BY_SETTING = "operators", "host", "launches", "traffic", "bytes of tensors", "predict", "predicted kernels"  # one table for each
+BY_SETTING = (
+    "operators",
+    "host",
+    "launches",
+    "traffic",
+    "bytes of tensors",
+    "predict",
+    "predicted kernels",
+)  # one table for each
 BY_QUANTITY = "bytes of tensors", "predicted kernels", "sharding"  # quantities, not contenders, side by side
 BRIEF = "steps", "head"  # without percentiles
 
@@ -62,7 +70,9 @@ def views(figures: Iterable[Figure]) -> dict[str, list[Figure]]:
 
 def table(figures: Sequence[Figure], name: str) -> str:
     """The figures with what they are of at the left; what is the same for all of them is left out."""
-    units = {unit: chosen_unit(unit, [f.value for f in figures if f.unit == unit]) for unit in {f.unit for f in figures}}
+    units = {
+        unit: chosen_unit(unit, [f.value for f in figures if f.unit == unit]) for unit in {f.unit for f in figures}
+    }
     across = "quantity" if figures[0].bench in BY_QUANTITY else "contender"
     labels = [
         vars(figure) | {"quantity": ", ".join(filter(None, (figure.quantity, units[figure.unit][0])))}
@@ -75,7 +85,9 @@ def table(figures: Sequence[Figure], name: str) -> str:
         rows[tuple(label[key] for key in keys)][label[across]] = figure
     columns = list(dict.fromkeys(label[across] for label in labels))
     baseline = next((column for column in columns if column in BASELINES), None)
-    header = keys if across == "quantity" or "quantity" in keys else [*keys[:-1], f"{keys[-1]}: {labels[0]['quantity']}"]
+    header = (
+        keys if across == "quantity" or "quantity" in keys else [*keys[:-1], f"{keys[-1]}: {labels[0]['quantity']}"]
+    )
     for column in columns:
         header = [*header, column, *(["ratio"] if baseline and column in COMPARED else [])]
     lines = []

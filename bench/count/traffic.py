@@ -68,9 +68,7 @@ Place = tuple[Case, str]  # a case and its direction
 STEP = ("stripe_pool", "revised_cross_entropy", "write_memory_")  # the operators of the head's step
 
 
-def take_launches(
-    problem: Problem, target: Target
-) -> dict[Place, tuple[list[cge_kernels.Launch], list[Operation]]]:
+def take_launches(problem: Problem, target: Target) -> dict[Place, tuple[list[cge_kernels.Launch], list[Operation]]]:
     """Our launches, which do not run, and the ATen operations beside them, by operator and direction."""
     taken: dict[Place, tuple[list[cge_kernels.Launch], list[Operation]]] = {}
 
