@@ -28,10 +28,10 @@ def count(case: Case, shape: Shape, dtype: str, contender: str) -> tuple[Counter
         # The name alone: autograd copies a gradient that somebody else still holds.
         own[launch.kernel.__name__] += 1
 
-    step = step_of(case, shape, dtype, contender)
-    chosen = "triton" if contender == OURS else "reference"
-    with cge_kernels.backend(chosen), cge_kernels.launching(add), Operations() as operations:
-        step()
+    with cge_kernels.backend("triton" if contender == OURS else "reference"):
+        step = step_of(case, shape, dtype, contender)
+        with cge_kernels.launching(add), Operations() as operations:
+            step()
     return own, Counter(operation.name for operation in operations.found)
 
 
@@ -39,6 +39,8 @@ def step_of(case: Case, shape: Shape, dtype: str, contender: str) -> Callable[[]
     """A contender's step; the head's ends with the write of the memory."""
     if case.operator != "head":
         one = contenders(case, shape, DTYPES[dtype], CPU, with_compiled=False)[contender]
+        with cge_kernels.launching(lambda launch: None):  # so that the gradients that it starts from are there
+            one.backward(one.forward())
         return lambda: one.backward(one.forward())
     made, (feature_map, labels) = head(case, shape, CPU), arguments(case, shape, DTYPES[dtype], CPU)
 

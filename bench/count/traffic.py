@@ -103,6 +103,9 @@ def run_cases(problem: Problem, contender: str, watched: Callable[[Case, str], A
     for case in problem.cases:
         layout = {"memory_format": problem.memory_format}
         one = contenders(case, problem.shape, DTYPES[problem.dtype], CPU, with_compiled=False, **layout)[contender]
+        if one.backward:  # once before, so that the gradients that it starts from are there
+            with cge_kernels.launching(lambda launch: None):
+                one.backward(one.forward())
         with watched(case, "forward"):
             result = one.forward()
         if one.backward:
