@@ -3,11 +3,11 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from cge_fast.head import CGEHead
-    from cge_fast.losses.cge import CGELoss
-    from cge_fast.losses.softmax import LossOutput, SoftmaxLoss
-    from cge_fast.model import Embeddings, ReidModel
+if TYPE_CHECKING:  # for editors and type checkers
+    from cge_fast.head import CGEHead  # noqa: F401
+    from cge_fast.losses.cge import CGELoss  # noqa: F401
+    from cge_fast.losses.softmax import LossOutput, SoftmaxLoss  # noqa: F401
+    from cge_fast.model import Embeddings, ReidModel  # noqa: F401
 
 __version__ = "0.2.0"
 

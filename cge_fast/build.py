@@ -1,10 +1,11 @@
 """From settings to a run: data, model, criterion and optimizer."""
 
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ from cge_fast.model import ReidModel
 from cge_fast.options import Backend, DataConfig, TrainConfig
 from cge_kernels import ClassShard
 from cge_kernels.common.dispatch import runs_on_triton
+
+Variants = Mapping[str, type[nn.Module]]
+NO_VARIANTS: Variants = MappingProxyType({})
 
 
 @dataclass
@@ -59,8 +63,15 @@ class Run:
         return getattr(self.criterion.classification, "shard", None)
 
 
-def build_run(config: TrainConfig, device: torch.device) -> Run:
+def build_run(config: TrainConfig, device: torch.device, variants: Variants = NO_VARIANTS) -> Run:
     """A run that has not begun.
+
+    Args:
+        config: the settings; `config.output` is set.
+        device: where to compute.
+        variants: losses that take CGELoss's or SoftmaxLoss's place, by their names for `loss.variant`. One is called as
+            Class(in_channels, num_classes, **arguments of CGELoss or SoftmaxLoss, **loss.variant_args), and may have a
+            `model_class` in ReidModel's place.
 
     Raises:
         UserError: data and settings do not fit, or the device cannot compute so.
@@ -75,10 +86,10 @@ def build_run(config: TrainConfig, device: torch.device) -> Run:
     precision = compute_precision(config.optim.precision, device)
     if config.model.shard_classes and precision == torch.float16:
         raise UserError("model.shard_classes: float16's loss scaling would differ between ranks, use bfloat16")
-    model = build_model(config, config.data, precision, loss_class(config))
+    model = build_model(config, config.data, precision, loss_class(config, variants))
     if world_size() > 1 and device.type == "cuda":  # SyncBatchNorm exists on GPUs only
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    criterion = build_criterion(config, model.neck.num_features, max(labels) + 1)
+    criterion = build_criterion(config, model.neck.num_features, max(labels) + 1, variants)
     model, criterion = model.to(device), criterion.to(device)
     optimizer = torch.optim.Adam(
         [*model.parameters(), *criterion.parameters()],
@@ -180,29 +191,32 @@ def build_model(
     return model_class(backbone, channels, model.stripes if model.cge else 1, model.pooling == "gem", precision)
 
 
-def loss_class(config: TrainConfig) -> type[nn.Module]:
-    """CGELoss, SoftmaxLoss, or the class of `loss.custom`.
+def loss_class(config: TrainConfig, variants: Variants = NO_VARIANTS) -> type[nn.Module]:
+    """CGELoss, SoftmaxLoss, or what `loss.variant` names.
 
     Raises:
-        UserError: that is no class that can be imported.
+        UserError: there is no such variant.
     """
-    name = config.loss.custom
+    name = config.loss.variant
     if not name:
         return CGELoss if config.model.cge else SoftmaxLoss
-    module, _, class_name = name.partition(":")
-    try:
-        return getattr(import_module(module), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"loss.custom: must be package.module:Class of a loss, got {name} ({error})") from error
+    if name not in variants:
+        known = (
+            f"one of {', '.join(variants)}" if variants else "empty; python -m cge_fast.experiments.variants has some"
+        )
+        raise UserError(f"loss.variant: must be {known}, got {name}")
+    return variants[name]
 
 
-def build_classification_loss(config: TrainConfig, channels: int, num_classes: int) -> nn.Module:
+def build_classification_loss(
+    config: TrainConfig, channels: int, num_classes: int, variants: Variants = NO_VARIANTS
+) -> nn.Module:
     """The classification loss that the settings describe, on the CPU, with this rank's rows of its classes.
 
     Raises:
         UserError: the arguments do not fit the class, or there are fewer classes than ranks.
     """
-    built = loss_class(config)
+    built = loss_class(config, variants)
     # e' of the form that spreads e' over all classes: e over the others is e N/(N-1) over all.
     spread = num_classes / max(1, num_classes - 1) if config.loss.smoothed == "others" else 1.0
     arguments: dict[str, Any] = {
@@ -216,21 +230,23 @@ def build_classification_loss(config: TrainConfig, channels: int, num_classes: i
             raise ValueError(f"shard_classes needs cge and the loss CGELoss, got {built.__name__}")
         if config.model.shard_classes and world_size() > 1:
             arguments["shard"] = ClassShard.of_rank(num_classes, rank(), world_size())
-        return built(channels, num_classes, **arguments, **config.loss.custom_args)
+        return built(channels, num_classes, **arguments, **config.loss.variant_args)
     except ValueError as error:
         raise UserError(f"model: {error}") from error
     except TypeError as error:
-        raise UserError(f"loss.custom_args: {error}") from error
+        raise UserError(f"loss.variant_args: {error}") from error
 
 
-def build_criterion(config: TrainConfig, channels: int, num_classes: int) -> ReidCriterion:
+def build_criterion(
+    config: TrainConfig, channels: int, num_classes: int, variants: Variants = NO_VARIANTS
+) -> ReidCriterion:
     """The training loss that the settings describe, on the CPU.
 
     Raises:
         UserError: see `build_classification_loss`.
     """
     loss = config.loss
-    classification = build_classification_loss(config, channels, num_classes)
+    classification = build_classification_loss(config, channels, num_classes, variants)
     center = CenterLoss(num_classes, channels, loss.center_lr) if loss.center_weight else None
     return ReidCriterion(classification, MetricLoss(loss.metric, loss.margin), center, loss.weights)
 
@@ -251,8 +267,10 @@ def load_model(folder: Path, trained: TrainConfig, data: DataConfig, device: tor
     return model.to(device)
 
 
-def load_classification_loss(folder: Path, trained: TrainConfig, device: torch.device) -> nn.Module:
-    """The classification loss of a checkpoint, whole, for analyses.
+def load_criterion(
+    folder: Path, trained: TrainConfig, device: torch.device, variants: Variants = NO_VARIANTS
+) -> ReidCriterion:
+    """The training loss of a checkpoint, whole, for analyses; its `classification` has classifier and memory.
 
     Raises:
         UserError: the folder is no checkpoint, or its loss does not fit its settings.
@@ -260,6 +278,6 @@ def load_classification_loss(folder: Path, trained: TrainConfig, device: torch.d
     tensors = checkpoint.load_loss(folder)
     whole = replace(trained, model=replace(trained.model, shard_classes=False))
     num_classes, channels = tensors[checkpoint.CLASSIFIER].shape
-    loss = build_classification_loss(whole, channels, num_classes)
-    checkpoint.fit_loss(loss, checkpoint.of_classification(tensors), folder)
-    return loss.to(device)
+    criterion = build_criterion(whole, channels, num_classes, variants)
+    checkpoint.fit_loss(criterion, tensors, folder)
+    return criterion.to(device)

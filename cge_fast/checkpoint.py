@@ -2,19 +2,21 @@
 
 A checkpoint is a folder with model.safetensors (what is deployed), loss.safetensors, training.pt and config.yaml. With
 model.shard_checkpoints the folder `loss` takes the place of loss.safetensors and of Adam's moments of the classifier.
-It is written under another name, fsynced and renamed, so that a folder called epoch_* is always whole. `last` and `best`
-are symbolic links, each replaced by one rename; folders that neither points to are removed after that.
+It is written under another name, fsynced and renamed, so that a folder called epoch_* is always whole. `last` and
+`best` are symbolic links, each replaced by one rename; folders that neither points to are removed after that.
 """
 
 import io
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors
 import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cge_fast import first_edition, sharded_checkpoint
@@ -111,7 +113,8 @@ def load_model(checkpoint: Path) -> dict[str, Tensor]:
         UserError: the file is damaged or missing.
     """
     config_file(checkpoint)
-    return first_edition.of_model(_read(checkpoint / MODEL))
+    with _readable(checkpoint / MODEL):
+        return first_edition.of_model(safetensors.torch.load_file(checkpoint / MODEL))
 
 
 def load_loss(checkpoint: Path, shard: ClassShard | None = None) -> dict[str, Tensor]:
@@ -121,7 +124,136 @@ def load_loss(checkpoint: Path, shard: ClassShard | None = None) -> dict[str, Te
         UserError: a file is damaged or missing, or the checkpoint has not as many classes as the shard is of.
     """
     config_file(checkpoint)
-    folder, file = checkpoint / LOSS_FOLDER, checkpoint / LOSS
-    if folder.is_dir():
-        _require_classes(checkpoint, sharded_checkpoint.classes(folder, AXES), shard)
-        ...
+    if shard and (count := classes(checkpoint)) != shard.classes:
+        raise UserError(f"data: checkpoint {checkpoint} has {count} classes, the data set {shard.classes}")
+    if (folder := checkpoint / LOSS_FOLDER).is_dir():
+        tensors = sharded_checkpoint.read(folder, AXES, shard)
+        return {name: tensor for name, tensor in tensors.items() if name not in MOMENTS}
+    if (checkpoint / LOSS).exists():
+        with _readable(checkpoint / LOSS), safe_open(checkpoint / LOSS, "pt") as file:
+            return {name: _rows(file, name, shard) for name in file.keys()}  # noqa: SIM118, a file is no dict
+    with _readable(checkpoint / MODEL):
+        tensors = first_edition.read_loss(checkpoint, checkpoint / MODEL, shard)
+    centers = load_training(checkpoint).get("centres")
+    return tensors if centers is None else tensors | {"center.centers": centers}
+
+
+def classes(checkpoint: Path) -> int:
+    """Of how many classes a checkpoint's loss is.
+
+    Raises:
+        UserError: a file is damaged or missing, or of another kind of network.
+    """
+    if (folder := checkpoint / LOSS_FOLDER).is_dir():
+        return sharded_checkpoint.classes(folder, AXES)
+    if (checkpoint / LOSS).exists():
+        with _readable(checkpoint / LOSS), safe_open(checkpoint / LOSS, "pt") as file:
+            return file.get_slice(CLASSIFIER).get_shape()[0]
+    with _readable(checkpoint / MODEL):
+        return first_edition.rows_files(checkpoint, checkpoint / MODEL)[-1][1]
+
+
+def load_moments(checkpoint: Path, moments: dict[str, Tensor], shard: ClassShard | None) -> dict[str, Tensor]:
+    """Adam's moments of the classifier (N, C), or of a shard's rows.
+
+    moments: what the optimizer's state in `load_training` holds, which is none of them if each rank wrote its rows.
+    """
+    if (folder := checkpoint / LOSS_FOLDER).is_dir():
+        tensors = sharded_checkpoint.read(folder, AXES, shard)
+        return {name: tensors[name] for name in MOMENTS}
+    if MOMENTS[0] not in moments:
+        return first_edition.read_moments(checkpoint, shard)
+    # Copies: a part of a tensor would keep the whole of it in memory.
+    return {name: moments[name][shard.rows].clone() if shard else moments[name] for name in MOMENTS}
+
+
+def load_training(checkpoint: Path) -> dict[str, Any]:
+    """What `save` was given as `training`, on the CPU.
+
+    Raises:
+        UserError: the file is damaged, or holds more than tensors and plain values.
+    """
+    config_file(checkpoint)
+    try:
+        # Mapped into memory: a shard's rows are read without the rest.
+        return dict(torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True, mmap=True))
+    except Exception as error:  # torch.load has no common base for what a damaged file raises
+        raise UserError(f"checkpoint {checkpoint / TRAINING} cannot be read ({error})") from error
+
+
+def fit_model(model: nn.Module, weights: dict[str, Tensor], checkpoint: Path) -> None:
+    """Loads the weights into a model that must match them wholly.
+
+    Raises:
+        UserError: a tensor is missing, left over or of another shape.
+    """
+    _require_same("model", weights, model.state_dict(), checkpoint)
+    model.load_state_dict(weights)
+
+
+def fit_loss(criterion: nn.Module, tensors: dict[str, Tensor], checkpoint: Path) -> None:
+    """Loads the tensors into a criterion that must match them wholly, but for centers that it has not.
+
+    Raises:
+        UserError: a tensor is missing, left over or of another shape; classes and stripes are named as such.
+    """
+    own = criterion.state_dict()
+    tensors = {name: tensor for name, tensor in tensors.items() if name in own or not name.startswith("center.")}
+    memory, own_memory = tensors.get(MEMORY), own.get(MEMORY)
+    if (memory is None) != (own_memory is None):
+        has, wants = ("no memory", "one") if memory is None else ("a memory", "none")
+        raise UserError(f"model.cge: checkpoint {checkpoint} has {has}, the settings want {wants}")
+    if CLASSIFIER in tensors and CLASSIFIER in own and len(tensors[CLASSIFIER]) != len(own[CLASSIFIER]):
+        count, wanted = len(tensors[CLASSIFIER]), len(own[CLASSIFIER])
+        raise UserError(f"data: checkpoint {checkpoint} has {count} classes, the data set {wanted}")
+    if memory is not None and len(memory) != len(own_memory):
+        raise UserError(
+            f"model.stripes: checkpoint {checkpoint} has {len(memory)} stripes, the settings want {len(own_memory)}"
+        )
+    _require_same("loss", tensors, own, checkpoint)
+    criterion.load_state_dict(tensors)
+
+
+def _require_same(what: str, tensors: dict[str, Tensor], own: dict[str, Tensor], checkpoint: Path) -> None:
+    different = sorted(own.keys() ^ tensors.keys()) or [name for name in own if own[name].shape != tensors[name].shape]
+    if different:
+        raise UserError(f"{what}: checkpoint {checkpoint} does not fit the settings' {what}, first at {different[0]}")
+
+
+def _rows(file: safe_open, name: str, shard: ClassShard | None) -> Tensor:
+    """A tensor of a file, or a shard's rows of it."""
+    if shard is None or name not in AXES:
+        return file.get_tensor(name)
+    part = file.get_slice(name)
+    return part[shard.rows] if AXES[name] == 0 else part[:, shard.rows]
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"checkpoint {path} cannot be read ({error})") from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_unused(folder: Path) -> None:
+    used = {(folder / pointer).resolve() for pointer in ("last", "best")}
+    for checkpoint in folder.glob("epoch_*"):
+        if checkpoint.resolve() not in used:
+            leftover = checkpoint.rename(folder / (UNFINISHED + checkpoint.name))
+            shutil.rmtree(leftover)

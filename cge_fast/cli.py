@@ -25,15 +25,15 @@ RENAMED = {
     "kernels": "backend",
 }
 BACKENDS = {"fused": "auto", "one_pass": "auto", "reference": "reference"}  # of what `kernels` could be
-# Options that are now a loss of loss.custom: the value that was the published path, and a class of VARIANTS for others.
-NOW_CUSTOM: dict[str, tuple[Any, dict[Any, str]]] = {
-    "model.revision": ("logits", {"features": "RevisedMaps", "none": "UnusedMemory"}),
-    "model.shuffle_memory": (False, {True: "ShuffledMemory"}),
-    "model.local_gradient": (True, {False: "DetachedWeights"}),
+# Options that are now a loss.variant: the value that was the published path, and the variants' names for the others.
+NOW_VARIANT: dict[str, tuple[Any, dict[Any, str]]] = {
+    "loss.classification": ("cross_entropy", {"focal": "cge_focal", "sphere": "cge_sphere"}),
+    "model.revision": ("logits", {"features": "revised_maps", "none": "memory_not_used"}),
+    "model.shuffle_memory": (False, {True: "shuffled_memory"}),
+    "model.local_gradient": (True, {False: "detached_weights"}),
     "model.logit_scale": (1.0, {}),
-    "loss.classification": ("cross_entropy", {"focal": "FocalLoss", "sphere": "SphereLoss"}),
 }
-SCALED = "ScaledLogits"  # the class for any logit_scale but 1
+SCALED = "cge_scaled"  # the variant for any logit_scale but 1
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -93,35 +93,30 @@ def refuse_old_name(name: str, value: Any, where: str = "") -> None:
     """Raises UserError, which says the new name, if `name` is one that an option once had."""
     if name in RENAMED:
         raise UserError(f"{where}{name} is now {RENAMED[name]}")
-    if name in NOW_CUSTOM:
-        raise UserError(f"{where}{name} is now --loss.custom {custom_of(name, value)}")
-
-
-def custom_of(name: str, value: Any) -> str:
-    """The loss that stands for the value of an option of NOW_CUSTOM."""
-    _, classes = NOW_CUSTOM[name]
-    by_text = {str(key).lower(): cls for key, cls in classes.items()}
-    return f"{VARIANTS}:{by_text.get(str(value).lower(), next(iter(by_text.values()), SCALED))}"
+    if name in NOW_VARIANT:
+        names = {str(key).lower(): variant for key, variant in NOW_VARIANT[name][1].items()} or {"": SCALED}
+        variant = names.get(str(value).lower(), next(iter(names.values())))
+        raise UserError(f"{where}{name} is now --loss.variant {variant} of {VARIANTS}")
 
 
 def translated(values: dict[str, Any]) -> dict[str, Any]:
     """Settings of any edition with the names of this one."""
+    old = dict(flat(values))
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    customs = []
-    for name, value in [*flat(values)]:
-        section, key = name.split(".") if "." in name else (None, name)
+    for name in old.keys() & (RENAMED.keys() | NOW_VARIANT.keys()):
+        section, _, key = name.rpartition(".")
         holder = values[section] if section else values
+        del holder[key]
         if name in RENAMED:
-            del holder[key]
-            holder[RENAMED[name].rpartition(".")[2]] = BACKENDS.get(value, value) if name == "kernels" else value
-        elif name in NOW_CUSTOM:
-            del holder[key]
-            if value != NOW_CUSTOM[name][0]:
-                customs.append(custom_of(name, value))
-                if name == "model.logit_scale":
-                    values.setdefault("loss", {})["custom_args"] = {"scale": value}
-    if customs:  # of several, which no class is, the name says it; evaluation needs no loss
-        values.setdefault("loss", {})["custom"] = " and ".join(customs)
+            holder[RENAMED[name].rpartition(".")[2]] = BACKENDS.get(old[name]) if name == "kernels" else old[name]
+    parts = [names[old[name]] for name, (_, names) in NOW_VARIANT.items() if old.get(name) in names]
+    scale = old.get("model.logit_scale", 1.0)
+    if parts or scale != 1:
+        variant = "_".join(parts) or SCALED
+        cge = old.get("model.cge", True)
+        values["loss"] = values.get("loss", {}) | {"variant": variant if cge else variant.removeprefix("cge_")}
+        if scale != 1:
+            values["loss"]["variant_args"] = {"scale": scale}
     return values
 
 
@@ -144,9 +139,21 @@ def plain(value: Any) -> Any:
         return replace(value, **{settings.name: plain(getattr(value, settings.name)) for settings in fields(value)})
     if isinstance(value, list):
         return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value) if isinstance(value, float) else int(value)
     return value
+
+
+def set_defaults(parser: ArgumentParser, config: TrainConfig, *names: str) -> None:
+    """Makes settings the defaults of a parser's options; `names` are sections or keys, by default all."""
+    for name in names or [settings.name for settings in fields(config)]:
+        value = getattr(config, name)
+        values = (
+            {f"{name}.{key}": inner for key, inner in asdict(value).items()} if is_dataclass(value) else {name: value}
+        )
+        parser.set_defaults(values)
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -2,22 +2,16 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser
 
-from cge_fast import checkpoint, data, errors, model
-from cge_fast.options import (
-    DataConfig,
-    EvaluationConfig,
-    TrainConfig,
-    as_dataclass,
-    parse_settings,
-    program_parser,
-    read_settings,
-)
+from cge_fast import checkpoint, data, errors
+from cge_fast.build import check_backend, chosen_backend, load_model
+from cge_fast.cli import as_dataclass, parse_settings, program_parser, read_settings, set_defaults
+from cge_fast.evaluation.features import evaluate
+from cge_fast.options import Backend, DataConfig, EvaluationConfig
 
 PROGRAM = "cge_fast.evaluate"
 SHOWN_RANKS = (1, 5, 10)
@@ -31,6 +25,8 @@ class EvaluateConfig:
     """Folder of the checkpoint, like runs/.../checkpoints/last."""
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    backend: Backend = "auto"
+    """Operators: Triton kernels on a GPU and else for the CPU, or one of these, or the plain reference."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,22 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_class_arguments(EvaluateConfig)
     folder = Path(parse_settings(parser, arguments).checkpoint)
     trained = read_settings(checkpoint.config_file(folder))
-    take_defaults(parser, trained)
+    set_defaults(parser, trained, "data", "evaluation", "backend")
     config = as_dataclass(parser, parse_settings(parser, arguments), EvaluateConfig)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = model.load(folder, trained, config.data, device)
-    result = model.evaluate(network, data.read(config.data), config.data, config.evaluation)
+    with chosen_backend(config.backend):
+        check_backend(config.backend, device)
+        model = load_model(folder, trained, config.data, device)
+        result = evaluate(model, data.read(config.data), config.data, config.evaluation)
     ranks = ", ".join(f"rank-{k} {result.rank(k):.1%}" for k in SHOWN_RANKS)
     counted = f"{result.queries} queries, {result.skipped} more without a match left out"
     print(f"mAP {result.mAP:.1%}, mINP {result.mINP:.1%}, {ranks} ({counted})")
-
-
-def take_defaults(parser: ArgumentParser, trained: TrainConfig) -> None:
-    """Makes a checkpoint's settings of data and evaluation the defaults of the options of these sections."""
-    for section in ("data", "evaluation"):
-        for key, value in asdict(getattr(trained, section)).items():
-            parser.set_defaults({f"{section}.{key}": value})
 
 
 if __name__ == "__main__":

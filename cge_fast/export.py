@@ -2,9 +2,10 @@
 
 What is exported takes images (batch, 3, height, width), uint8, RGB, already resized to the recipe's size (bilinear,
 antialiased), in batches of any size. It scales and normalises them itself, once: give it pixels from 0 to 255. It gives
-embeddings (batch, C) float32 as `cge_fast.model.embed` does with the checkpoint's evaluation settings (before or after
-BNNeck, with the mirror image or without). They are not L2-normalised, since the metrics differ in that alone: for the
-metric cosine divide each by its norm. Everything is computed in float32, whatever the training's precision was.
+embeddings (batch, C) float32 as `cge_fast.evaluation.features.embed` does with the checkpoint's evaluation settings
+(before or after BNNeck, with the mirror image or without). They are not L2-normalised, since the metrics differ in that
+alone: for the metric cosine divide each by its norm. Everything is computed in float32, whatever the training's
+precision was.
 """
 
 import json
@@ -19,18 +20,13 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torchvision.transforms import v2
 
-from cge_fast import checkpoint, errors, model
+from cge_fast import checkpoint, errors
+from cge_fast.build import load_model
+from cge_fast.cli import as_dataclass, parse_settings, program_parser, read_settings
 from cge_fast.data.batches import mean_and_std, normalised
 from cge_fast.errors import UserError
-from cge_fast.options import (
-    DataConfig,
-    EvaluationConfig,
-    TrainConfig,
-    as_dataclass,
-    parse_settings,
-    program_parser,
-    read_settings,
-)
+from cge_fast.model import ReidModel
+from cge_fast.options import DataConfig, EvaluationConfig, TrainConfig
 
 PROGRAM = "cge_fast.export"
 GEM_EPS = 1e-6  # the default of stripe_pool, which has the second bound, of the mean, too
@@ -50,17 +46,16 @@ class ExportConfig:
 class Embedding(nn.Module):
     """From uint8 images (B, 3, H, W) to embeddings (B, C) float32, in plain PyTorch.
 
-    The head pools with a custom operator of cge_kernels, which a graph would name without what it does, so that it ran
-    only where that package is installed. Here the same is written in PyTorch. Classifier and memory, which grow with
-    the identities, are left out.
+    The model pools with a custom operator of cge_kernels, which a graph would name without what it does, so that it ran
+    only where that package is installed. Here the same is written in PyTorch.
     """
 
-    def __init__(self, network: model.ReidModel, data: DataConfig, evaluation: EvaluationConfig):
+    def __init__(self, model: ReidModel, data: DataConfig, evaluation: EvaluationConfig):
         super().__init__()
         self.normalise = v2.Compose(normalised(data))
         # torch.export.save takes weights in channels_last for slices of others, and warns.
-        self.backbone, self.p = network.backbone.to(memory_format=torch.contiguous_format), network.head.p
-        self.neck = network.head.neck if evaluation.neck == "after" else nn.Identity()
+        self.backbone, self.p = model.backbone.to(memory_format=torch.contiguous_format), model.pool.p
+        self.neck = model.neck if evaluation.neck == "after" else nn.Identity()
         self.flip_test = evaluation.flip_test
 
     def forward(self, images: Tensor) -> Tensor:
@@ -86,8 +81,8 @@ def load(folder: Path) -> tuple[Embedding, TrainConfig, dict[str, str]]:
         UserError: the checkpoint cannot be read.
     """
     trained = read_settings(checkpoint.config_file(folder))
-    network = model.load(folder, trained, trained.data, torch.device("cpu"))
-    embedding = Embedding(network, trained.data, trained.evaluation).eval().requires_grad_(False)
+    model = load_model(folder, trained, trained.data, torch.device("cpu"))
+    embedding = Embedding(model, trained.data, trained.evaluation).eval().requires_grad_(False)
     mean, std = mean_and_std(trained.data)
     metadata = {
         "height": str(trained.data.height),
@@ -98,7 +93,7 @@ def load(folder: Path) -> tuple[Embedding, TrainConfig, dict[str, str]]:
         "metric": trained.evaluation.metric,
         "neck": trained.evaluation.neck,
         "flip_test": str(trained.evaluation.flip_test).lower(),
-        "training_identities": str(network.head.num_classes),
+        "training_identities": str(checkpoint.classes(folder)),
     }
     return embedding, trained, metadata
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cge_fast.errors import UserError
@@ -49,6 +49,19 @@ def rows_files(checkpoint: Path, whole: Path) -> list[tuple[int, int, Path]]:
     return files
 
 
+def read_loss(checkpoint: Path, whole: Path, shard: ClassShard | None) -> dict[str, Tensor]:
+    """The criterion's tensors by their present names, all rows or a shard's, but for the centers."""
+    files = rows_files(checkpoint, whole)
+    tensors = {name: read_rows(files, old, axis, shard) for name, (old, axis) in LOSS.items()}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def read_moments(checkpoint: Path, shard: ClassShard | None) -> dict[str, Tensor]:
+    """Adam's moments of the classifier from the ranks' rows, all or a shard's."""
+    files = rows_files(checkpoint, checkpoint)
+    return {name: read_rows(files, name, 0, shard) for name in ("exp_avg", "exp_avg_sq")}
+
+
 def read_rows(files: list[tuple[int, int, Path]], name: str, axis: int, shard: ClassShard | None) -> Tensor | None:
     """A tensor's rows, all or a shard's, from `rows_files`; None if there is no such tensor."""
     rows = shard.rows if shard else slice(0, files[-1][1])
@@ -56,9 +69,12 @@ def read_rows(files: list[tuple[int, int, Path]], name: str, axis: int, shard: C
     for first, end, path in files:
         start, stop = max(first, rows.start) - first, min(end, rows.stop) - first
         if start < stop:
-            with safe_open(path, "pt") as file:
-                if name not in file.keys():  # noqa: SIM118
-                    return None
-                part = file.get_slice(name)
-                parts.append(part[start:stop] if axis == 0 else part[:, start:stop])
+            try:
+                with safe_open(path, "pt") as file:
+                    if name not in file.keys():  # noqa: SIM118
+                        return None
+                    part = file.get_slice(name)
+                    parts.append(part[start:stop] if axis == 0 else part[:, start:stop])
+            except SafetensorError as error:
+                raise UserError(f"checkpoint {path} cannot be read ({error})") from error
     return torch.cat(parts, dim=axis)

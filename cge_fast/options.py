@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jsonargparse.typing import (
     ClosedUnitInterval,
@@ -101,10 +101,10 @@ class ModelConfig:
 class LossConfig:
     """classification_weight * classification loss + metric_weight * metric loss + center_weight * center loss."""
 
-    custom: str = ""
-    """A classification loss of your own as package.module:Class; empty: CGELoss, or without model.cge SoftmaxLoss."""
-    custom_args: dict[str, Any] = field(default_factory=dict)
-    """Constructor arguments of that class besides those that CGELoss or SoftmaxLoss would get."""
+    variant: str = ""
+    """A loss in the place of CGELoss or SoftmaxLoss, by a name that the program knows; train knows none."""
+    variant_args: dict[str, float] = field(default_factory=dict)
+    """Its arguments besides those that CGELoss or SoftmaxLoss would get."""
     classification_weight: NonNegativeFloat = 1.0
     """Weight of the classification loss."""
     label_smoothing: ClosedUnitInterval = 0.1

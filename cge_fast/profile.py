@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 TRACE = "trace.json"
-STEPS = 40  # steps that are recorded, of which a trace holds some 100 MB at most
+STEPS = 40  # that are recorded at most
 BACKBONE = ("backbone forward", "backbone backward")
 _FORWARD, _GRADIENT = "forward of the backbone", "gradient of the feature map"
 
@@ -29,7 +29,7 @@ def part(name: str) -> Iterator[None]:
 
 
 class StepProfile:
-    """Records training steps with torch.profiler; evaluation and checkpoints are in no part, so not in the table.
+    """Records steps of the first epoch with torch.profiler.
 
     Every part waits for the GPU, so a profiled run is slower than another; the shares are what counts.
 
@@ -39,28 +39,21 @@ class StepProfile:
     """
 
     def __init__(self, backbone: nn.Module, device: torch.device):
-        self.device, self.steps = device, 0
+        self.device, self.begun, self.recorded = device, 0, False
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
         self.profiler = profile(activities=activities)
         self._forward: record_function | None = None
         backbone.register_forward_pre_hook(self._forward_begins)
         backbone.register_forward_hook(self._forward_ends)
 
-    def synchronize(self) -> None:
-        """Waits for the GPU."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def start(self) -> None:
-        """Records from here on."""
-        global _profiled
-        _profiled = self
-        self.profiler.start()
-
     def step(self) -> None:
-        """A step has ended; stops after STEPS of them."""
-        self.steps += 1
-        if self.steps == STEPS:
+        """A step begins: recording begins with the second, since the first one waits for all that is lazy."""
+        global _profiled
+        self.begun += 1
+        if self.begun == 2 and not self.recorded:
+            _profiled = self
+            self.profiler.start()
+        elif self.begun == 2 + STEPS:
             self.stop()
 
     def stop(self) -> None:
@@ -69,6 +62,12 @@ class StepProfile:
         if _profiled is self:
             _profiled = None
             self.profiler.stop()
+            self.recorded = True
+
+    def synchronize(self) -> None:
+        """Waits for the GPU."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _forward_begins(self, backbone: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if _profiled is self and backbone.training:
@@ -108,7 +107,7 @@ class StepProfile:
 
     def table(self) -> str:
         """Seconds and shares by part, and the share of all that is not the backbone."""
-        if not self.steps:
+        if not self.recorded:
             return "no training step to profile"
         seconds = self.seconds()
         total = sum(seconds.values())
@@ -118,7 +117,7 @@ class StepProfile:
 
     def write_trace(self, folder: Path) -> Path | None:
         """Writes the trace into a folder; None if no step was recorded."""
-        if not self.steps:
+        if not self.recorded:
             return None
         self.profiler.export_chrome_trace(str(folder / TRACE))
         return folder / TRACE

@@ -1,8 +1,8 @@
 """A folder of checkpointed tensors of which each rank writes, and reads, the rows of its classes.
 
-torch.distributed.checkpoint writes and reads it, whatever the number of ranks then and now. The planners below say which
-part of a whole tensor a rank has. A DTensor would say the same, but for torch.chunk's shares only, which may leave the
-last ranks without a class where ClassShard shares N out evenly.
+torch.distributed.checkpoint writes and reads it, whatever the number of ranks then and now. The planners below say
+which part of a whole tensor a rank has. A DTensor would say the same, but for torch.chunk's shares only, which may
+leave the last ranks without a class where ClassShard shares N out evenly.
 """
 
 from pathlib import Path
@@ -77,8 +77,8 @@ def write(folder: Path, tensors: dict[str, Tensor], axes: Axes, shard: ClassShar
     dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), planner=RowsSavePlanner(axes, shard))
 
 
-def read(folder: Path, names: set[str] | None, axes: Axes, shard: ClassShard | None) -> dict[str, Tensor]:
-    """The tensors on the CPU, those of `names` or all, with a shard only its rows of those in `axes`.
+def read(folder: Path, axes: Axes, shard: ClassShard | None) -> dict[str, Tensor]:
+    """The tensors on the CPU, with a shard only its rows of those in `axes`.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -89,11 +89,10 @@ def read(folder: Path, names: set[str] | None, axes: Axes, shard: ClassShard | N
         require_files(folder, metadata, axes)
         tensors = {}
         for name, stored in metadata.state_dict_metadata.items():
-            if names is None or name in names:
-                size = list(stored.size)
-                if shard and name in axes:
-                    size[axes[name]] = shard.count
-                tensors[name] = torch.empty(size, dtype=stored.properties.dtype)
+            size = list(stored.size)
+            if shard and name in axes:
+                size[axes[name]] = shard.count
+            tensors[name] = torch.empty(size, dtype=stored.properties.dtype)
         shard = shard or ClassShard(0, classes(folder, axes), classes(folder, axes))
         dcp.load(tensors, storage_reader=reader, planner=RowsLoadPlanner(axes, shard), no_dist=True)
     except UserError:
@@ -117,8 +116,10 @@ def require_files(folder: Path, metadata: Metadata, axes: Axes) -> None:
         if not file.exists():
             chunks = metadata.state_dict_metadata[index.fqn].chunks
             sizes = next(chunk.sizes for chunk in chunks if chunk.offsets == index.offset)
-            rows = "" if axis is None else (
-                f" with the rows of classes {index.offset[axis]} to {index.offset[axis] + sizes[axis] - 1}"
+            rows = (
+                ""
+                if axis is None
+                else (f" with the rows of classes {index.offset[axis]} to {index.offset[axis] + sizes[axis] - 1}")
             )
             raise UserError(f"checkpoint {folder} has no file{rows} ({file.name})")
         if file.stat().st_size < place.offset + place.length:

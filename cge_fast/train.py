@@ -10,30 +10,44 @@ import torch
 import torch.distributed as dist
 
 from cge_fast import checkpoint, errors
+from cge_fast.build import NO_VARIANTS, Run, Variants, build_run, chosen_backend
+from cge_fast.cli import (
+    as_dataclass,
+    parse_settings,
+    program_parser,
+    read_settings,
+    recipes,
+    set_defaults,
+    with_recipe_paths,
+)
 from cge_fast.distributed import rank
 from cge_fast.errors import UserError
-from cge_fast.loop import Training, holds_run
-from cge_fast.options import TrainConfig, as_dataclass, parse_settings, program_parser, recipes, with_recipe_paths
+from cge_fast.loop import holds_run, resume, train
+from cge_fast.options import TrainConfig
+from cge_fast.profile import StepProfile
 
 PROGRAM = "cge_fast.train"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The program; `arguments` default to the command line's."""
-    config, resume, profile = parse(sys.argv[1:] if arguments is None else arguments)
-    check_output(config.output, resume)
+def main(arguments: Sequence[str] | None = None, variants: Variants = NO_VARIANTS) -> None:
+    """The program; `arguments` default to the command line's, and `loss.variant` is one of `variants`."""
+    config, resuming, profiling = parse(sys.argv[1:] if arguments is None else arguments)
+    check_output(config.output, resuming)
     device = start_ranks()
     try:
-        training = Training(config, device, profile)
-        if resume:
-            training.resume()
+        with chosen_backend(config.backend):
+            run = build_run(config, device, variants)
+            if resuming:
+                resume(run)
+            if rank() == 0:
+                print(description(run), file=sys.stderr)
+            profile = StepProfile(run.model.backbone, device) if profiling else None
+            train(run, profile)
         if rank() == 0:
-            print(description(training), file=sys.stderr)
-        training.run()
-        if rank() == 0:
-            if training.stopwatch:
-                print(training.stopwatch.table())
-            print(final_line(training))
+            if profile:
+                print(profile.table())
+                profile.write_trace(config.output)
+            print(final_line(run))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -44,15 +58,17 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, bool, bool]:
     parser = program_parser(PROGRAM, "Trains a re-identification network; without options, on the embedded data set.")
     parser.add_argument("--config", action="config", help="YAML file, or name of a recipe: " + ", ".join(recipes()))
     parser.add_argument("--resume", action="store_true", help="continue the run in --output, with its settings")
-    parser.add_argument("--profile", action="store_true", help="print where the time of a training step goes")
+    parser.add_argument(
+        "--profile", action="store_true", help="print where the time of a training step goes, and write a trace"
+    )
     parser.add_class_arguments(TrainConfig)
     arguments = with_recipe_paths(arguments)
     parsed = parse_settings(parser, arguments)
     if parsed.resume:
         if parsed.output is None:
             raise UserError("output: --resume needs the folder of the run that it continues")
-        settings = checkpoint.config_file(Path(parsed.output) / "checkpoints" / "last")
-        parsed = parse_settings(parser, [f"--config={settings}", *arguments])
+        set_defaults(parser, read_settings(checkpoint.config_file(Path(parsed.output) / "checkpoints" / "last")))
+        parsed = parse_settings(parser, arguments)
     config = as_dataclass(parser, parsed, TrainConfig)
     config.output = config.output or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
     return config, parsed.resume, parsed.profile
@@ -79,24 +95,23 @@ def start_ranks() -> torch.device:
     return device
 
 
-def description(training: Training) -> str:
+def description(run: Run) -> str:
     """What is about to be trained, in two lines."""
-    reid_set, config, head = training.reid_set, training.config, training.network.head
-    identities = head.num_classes
-    kind = f"CGE, {head.stripes} stripes" if head.cge else "without CGE"
+    reid_set, config, model = run.reid_set, run.config, run.model
+    kind = f"CGE, {model.pool.stripes} stripes" if config.model.cge else "without CGE"
     return (
-        f"{config.data.name}: {len(reid_set.train)} images of {identities} identities to train on, "
-        f"{len(reid_set.query)} queries, {len(reid_set.gallery)} gallery images\n"
-        f"{config.model.backbone}, {kind}; {training.device}, {str(training.precision).removeprefix('torch.')}; "
-        f"epochs {training.epochs_done + 1} to {config.optim.epochs}, {config.output}"
+        f"{config.data.name}: {len(reid_set.train)} images of {run.criterion.classification.num_classes} identities to "
+        f"train on, {len(reid_set.query)} queries, {len(reid_set.gallery)} gallery images\n"
+        f"{config.model.backbone}, {kind}; {run.device}, {str(model.precision).removeprefix('torch.')}; "
+        f"epochs {run.epochs_done + 1} to {config.optim.epochs}, {config.output}"
     )
 
 
-def final_line(training: Training) -> str:
+def final_line(run: Run) -> str:
     """mAP and rank-1 of the last epoch, of the untrained network beside it, and where the checkpoint lies."""
-    result, untrained = training.result, training.untrained
+    result, untrained = run.result, run.untrained
     floor = f" (untrained: mAP {untrained['mAP']:.1%}, rank-1 {untrained['rank1']:.1%})" if untrained else ""
-    return f"mAP {result['mAP']:.1%}, rank-1 {result['rank1']:.1%}{floor}, checkpoint {training.checkpoints / 'last'}"
+    return f"mAP {result['mAP']:.1%}, rank-1 {result['rank1']:.1%}{floor}, checkpoint {run.checkpoints / 'last'}"
 
 
 if __name__ == "__main__":
