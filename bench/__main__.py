@@ -27,7 +27,7 @@ USAGE = "\n".join(
     [
         "usage: python -m bench COMMAND [--csv FILE] [options]",
         "",
-        "Prints tables in Markdown; with --csv each figure is appended to the file too. `COMMAND --help` has the options.",
+        "Prints tables in Markdown; --csv appends each figure to a file. `COMMAND --help` has the options.",
         "",
         *(f"  {name:<11}{meaning}" for name, meaning in COMMANDS.items()),
     ]
@@ -52,9 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.description = module.__doc__
     module.add_options(parser)
     options = vars(parser.parse_args(rest))
-    found = []
+    file, found = options.pop("csv"), []
     try:
-        for figure in append(module.measure(**{name: options[name] for name in options if name != "csv"}), options["csv"]):
+        for figure in append(module.measure(**options), file):
             found.append(figure)
     finally:  # Ctrl-C ends the measuring; what was found until then is shown
         print(tables.document(found))

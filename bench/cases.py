@@ -11,13 +11,13 @@ from torch.nn.functional import normalize
 from torch.utils._pytree import tree_leaves
 
 import cge_kernels
-import cge_reference
-from bench.work import INSTANCES
 from bench.measure import Contender
 from bench.shapes import Shape
-from cge_fast.losses.cge import CGEHead
+from bench.work import INSTANCES
+from cge_fast import CGEHead
 
 OURS, EAGER, COMPILED = "cge_kernels", "eager", "torch.compile"  # the latter two run cge_reference
+BACKENDS = {OURS: "auto", EAGER: "reference"}
 POOLINGS = ("average", "gem")
 MOMENTUM = 0.5
 
@@ -55,19 +55,25 @@ def contenders(
     float32. layout: the feature map's memory_format.
     """
     torch._dynamo.reset()  # else the limit of recompilations would end it after a few shapes
-    taken = arguments(case, shape, dtype, device, **layout)
+    taken, parameters = arguments(case, shape, dtype, device, **layout), []
+    function: Callable = getattr(cge_kernels, case.operator, None)
     if case.operator == "head":
-        heads = {name: head(case, shape, device, name) for name in (OURS, EAGER)}
-        functions: dict[str, Callable] = {name: partial(loss, heads[name]) for name in heads}
-        parameters = {name: list(heads[name].parameters()) for name in heads}
-    else:
-        functions = {OURS: getattr(cge_kernels, case.operator), EAGER: getattr(cge_reference, case.operator)}
-        parameters = {OURS: [], EAGER: []}
+        made = head(case, shape, device)
+        function, parameters = partial(loss, made), list(made.parameters())
+    functions = {OURS: function, EAGER: under_reference(function)}
     if with_compiled:
-        functions[COMPILED], parameters[COMPILED] = torch.compile(functions[EAGER], dynamic=False), parameters[EAGER]
-    return {
-        name: contender(partial(function, *taken), [*taken, *parameters[name]]) for name, function in functions.items()
-    }
+        functions[COMPILED] = under_reference(torch.compile(function, dynamic=False))
+    return {name: contender(partial(function, *taken), [*taken, *parameters]) for name, function in functions.items()}
+
+
+def under_reference(function: Callable) -> Callable:
+    """The function with the operators of cge_reference."""
+
+    def call(*taken: Any) -> Any:
+        with cge_kernels.backend("reference"):
+            return function(*taken)
+
+    return call
 
 
 def arguments(
@@ -108,11 +114,10 @@ def arguments(
     raise ValueError(f"operator must be one of cge_kernels' or 'head', got {case.operator!r}")
 
 
-def head(case: Case, shape: Shape, device: torch.device, contender: str) -> CGEHead:
-    """The head of a contender, whose memory is filled."""
-    kernels = "reference" if contender == EAGER else "fused"
-    made = CGEHead(shape.channels, shape.classes, 120, shape.stripes, case.pooling, kernels=kernels).to(device)
-    made.memory.copy_(normalize(torch.rand_like(made.memory), dim=2))
+def head(case: Case, shape: Shape, device: torch.device) -> CGEHead:
+    """A head whose memory is filled."""
+    made = CGEHead(shape.channels, shape.classes, shape.stripes, gem=case.pooling == "gem").to(device)
+    made.loss.memory.copy_(normalize(torch.rand_like(made.loss.memory), dim=2))
     return made
 
 

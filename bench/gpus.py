@@ -51,9 +51,10 @@ class GPU:
 
     def lines(self) -> list[str]:
         """The figures as text, with their sources."""
-        return [f"{self.name}, {self.multiprocessors} multiprocessors"] + [
-            f"- {name} {value:.4g}" if isinstance(value, float) else f"    {value}" for name, value in vars(self).items()
-        ]
+        figures = (
+            f"{key} {value:.4g}" if isinstance(value, float) else f"  {value}" for key, value in vars(self).items()
+        )
+        return [f"{self.multiprocessors} multiprocessors", *figures]
 
 
 GPUS = {

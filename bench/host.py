@@ -1,8 +1,8 @@
 """What the host takes to launch an operator's kernels, and those of a step of the head, beside eager PyTorch.
 
-Both take turns at a tiny shape, so that next to nothing is computed. On a GPU the host does not wait for it. Without one
-kernels are not run: the project's launches go to a hook, so that Triton's launcher, some microseconds a launch, is not
-in the times, while eager PyTorch computes on the CPU what little there is.
+Both take turns at a tiny shape, so that next to nothing is computed. On a GPU the host does not wait for it. Without
+one kernels are not run: the project's launches go to a hook, so that Triton's launcher, some microseconds a launch, is
+not in the times, while eager PyTorch computes on the CPU what little there is.
 """
 
 import time

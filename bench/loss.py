@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from bench.cases import COMPILED, EAGER, OURS, Case, contenders
 from bench.ceilings import measure_ceilings
-from bench.work import work
 from bench.measure import apart, default_device, missing_compiler, peak_bytes, run
 from bench.results import Figure
 from bench.shapes import Shape
+from bench.work import work
 
 CASE = Case("revised_cross_entropy")
 CONTENDERS = [OURS, EAGER, COMPILED]

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from bench import pictures as draw
 from bench.cases import CASES, Case, contenders
 from bench.ceilings import Ceilings, measure_ceilings
-from bench.work import work
 from bench.measure import Contender, default_device, missing_compiler, peak_bytes, take_turns
 from bench.results import Figure
 from bench.shapes import DEFAULT, DTYPES, SHAPES, Shape, named
+from bench.work import work
 
 FLOOR = "floor"
 SCALED = Case("head", "average")

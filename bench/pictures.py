@@ -9,9 +9,9 @@ import torch
 
 from bench.cases import CASES, COMPILED, EAGER, OURS
 from bench.ceilings import Ceilings
-from bench.work import work
 from bench.results import Figure, origin
 from bench.shapes import Shape
+from bench.work import work
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -28,9 +28,7 @@ def save(figure: plt.Figure, file: Path) -> None:
     plt.close(figure)
 
 
-def roofline(
-    figures: Sequence[Figure], shape: Shape, dtype: torch.dtype, ceilings: Ceilings, file: Path
-) -> None:
+def roofline(figures: Sequence[Figure], shape: Shape, dtype: torch.dtype, ceilings: Ceilings, file: Path) -> None:
     """FLOP/s over FLOPs per compulsory byte, beneath what a large matmul and a large copy reach."""
     needed = {str(case): work(case.operator, shape, case.pooling or "average", dtype.itemsize) for case in CASES}
     canvas, axes = plt.subplots(figsize=(11, 6))

@@ -1,9 +1,9 @@
 """What the operators should take on a GPU: predicted, not measured.
 
-Three things are known without the GPU: the bytes that each launch loads and stores, which bench/count/traffic.py counts
-with the GPU's tiles in a process of its own (compiled and interpreted kernels cannot mix in one); what each kernel needs
-once compiled for the GPU, and so how many programs a multiprocessor holds; and the FLOPs, by formula. The figures of
-bench/gpus.py make times of them, by the formulas in `KernelPrediction`, which the program prints.
+Three things are known without the GPU: the bytes that each launch loads and stores, which bench/count/traffic.py
+counts with the GPU's tiles in a process of its own (compiled and interpreted kernels cannot mix in one); what each
+kernel needs once compiled for the GPU, and so how many programs a multiprocessor holds; and the FLOPs, by formula. The
+figures of bench/gpus.toml make times of them, by the formulas in `KernelPrediction`, which the program prints.
 
 Nothing here is a timing. Measured on the GPU, `operators` shows its times beside the prediction in the same results
 file. The model is weak where
@@ -34,10 +34,10 @@ from bench.cases import POOLINGS, Case
 from bench.count import traffic
 from bench.count.operations import Operation
 from bench.count.traffic import Problem
-from bench.work import work
 from bench.gpus import GPU, GPUS
 from bench.results import Figure
 from bench.shapes import DTYPES, SHAPES, named
+from bench.work import work
 from cge_fast.errors import UserError
 from cge_kernels.common.device_functions import INTERPRETED
 from cge_kernels.tools.compile import compile_launch
@@ -236,7 +236,9 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--shape", default="msmt17", help=f"one of {', '.join(SHAPES)}")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of the map and the memory read")
     parser.add_argument("--poolings", nargs="+", choices=POOLINGS, default=list(POOLINGS), help="default both")
-    parser.add_argument("--details", action="store_true", help="also each kernel: its programs, bytes, FLOPs and bounds")
+    parser.add_argument(
+        "--details", action="store_true", help="also each kernel: its programs, bytes, FLOPs and bounds"
+    )
 
 
 def measure(gpu: str, shape: str, dtype: str, poolings: list[str], details: bool) -> Iterator[Figure]:
@@ -265,8 +267,13 @@ def kernel_figures(gpu: GPU, setting: str, predictions: list[OperatorPrediction]
     """What was counted and compiled of each kernel, and the times that may hold it up."""
     for one in predictions:
         for k in one.kernels:
-            place = "predicted kernels", f"{setting}, {gpu.name}", f"{one.case}, {one.direction}: {k.kernel}", k.bound_by
-            counts = {"programs": k.programs, f"per multiprocessor": k.occupancy, "waves": k.waves}
+            place = (
+                "predicted kernels",
+                f"{setting}, {gpu.name}",
+                f"{one.case}, {one.direction}: {k.kernel}",
+                k.bound_by,
+            )
+            counts = {"programs": k.programs, "per multiprocessor": k.occupancy, "waves": k.waves}
             yield from (Figure(*place, name, "", value) for name, value in counts.items())
             moved = {"in flight": k.in_flight, "distinct": k.distinct, "all": k.loaded + k.stored}
             yield from (Figure(*place, name, "B", value) for name, value in moved.items())

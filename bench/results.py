@@ -1,4 +1,4 @@
-"""The results file: a CSV with one row a figure, which says on what machine, with which versions and when it was found."""
+"""The results file: a CSV with a row for each figure, which says where, with which versions and when it was found."""
 
 import csv
 import os

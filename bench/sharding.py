@@ -1,4 +1,4 @@
-"""What a rank needs where classes are sharded, by formula and measured: python -m bench.sharding --help
+"""Memory and traffic of one rank where classes are sharded, for 1e5 to 1e8 identities on 1 to 1,024 GPUs, by formula.
 
 A rank holds k = ceil(N / R) rows of classifier and memory, and all ranks' B = R b samples. In float32, with Adam:
 
@@ -12,14 +12,12 @@ A rank holds k = ceil(N / R) rows of classifier and memory, and all ranks' B = R
 - FLOPs: 2 B k C (2 (1 + n) + 1 + 2 + n) = 2 b N C (3 n + 5): scores, scores again, and the gradients of classifier,
   features and local features. The batch grows with R as the rows shrink: sharding saves memory, not time.
 
-`--measure` runs two steps of the sharded head in gloo processes of one thread each and prints what it held and, in one
-step, received beside the formulas. Held: the most bytes of tensors at a time, from the empty process on, without the
-feature map.
+With --ranks two steps of the sharded loss run in gloo processes of one thread each, beside the formulas. Held: the most
+bytes of tensors at a time, from the empty process on. Received: in one step.
 """
 
-import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -30,18 +28,16 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
-from torch import Tensor
 
 from bench.measure import Contender, peak_bytes
-from bench.tables import table
-from cge_fast import CGEHead, errors
+from bench.results import Figure
 from cge_fast.errors import UserError
-from cge_kernels.common.tiles import scratch_bytes
+from cge_fast.losses.cge import CGELoss
+from cge_fast.model import Embeddings
+from cge_kernels import ClassShard, scratch_bytes
 
-PROGRAM = "bench.sharding"
 CLASSES = [10**5, 10**6, 10**7, 10**8]
 RANKS = [1, 8, 64, 1024]
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -53,6 +49,41 @@ class Need:
     scratch: int
     received: int
     flops: int
+
+    @property
+    def held(self) -> int:
+        """Bytes at a time, at most."""
+        return self.state + self.features + self.scratch
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Of `python -m bench sharding`."""
+    parser.add_argument("--batch", type=PositiveInt, default=64, help="b, samples of one rank")
+    parser.add_argument("--channels", type=PositiveInt, default=2048, help="C")
+    parser.add_argument("--stripes", type=PositiveInt, default=3, help="n")
+    parser.add_argument("--ranks", type=PositiveInt, nargs="+", default=[], help="how many to run and measure")
+    parser.add_argument("--classes", type=PositiveInt, default=100_003, help="N that is measured")
+
+
+def measure(batch: int, channels: int, stripes: int, ranks: list[int], classes: int) -> Iterator[Figure]:
+    """By formula for many sizes, or measured beside the formula for the given ranks."""
+    if ranks and classes < max(ranks) * batch:
+        raise UserError(f"classes: must be at least ranks times batch, got {classes}")
+    setting = f"b {batch}, C {channels}, n {stripes}"
+    for count in ranks:
+        needed = need(classes, count, batch, channels, stripes)
+        place = "sharding, measured", setting, f"N {classes:,}, {count} ranks"
+        held, received = measure_ranks(count, (classes, batch, channels, stripes))
+        yield Figure(*place, "formula", "held", "B", needed.held)
+        yield Figure(*place, "measured", "held", "B", held)
+        yield Figure(*place, "formula", "received", "B", needed.received)
+        yield Figure(*place, "measured", "received", "B", received)
+    for number, count in [] if ranks else [(number, count) for number in CLASSES for count in RANKS]:
+        needed = need(number, count, batch, channels, stripes)
+        place = "sharding", setting, f"N {number:.0e}", f"{count:,} GPUs"
+        for quantity in ("state", "features", "scratch", "held", "received"):
+            yield Figure(*place, quantity, "B", getattr(needed, quantity))
+        yield Figure(*place, "computed", "FLOP", needed.flops)
 
 
 def need(classes: int, ranks: int, batch: int, channels: int, stripes: int) -> Need:
@@ -69,26 +100,13 @@ def need(classes: int, ranks: int, batch: int, channels: int, stripes: int) -> N
     )
 
 
-def rows(batch: int, channels: int, stripes: int) -> list[tuple[str, ...]]:
-    """Rows of the table by formula."""
-    found = []
-    for classes in CLASSES:
-        for ranks in RANKS:
-            if ranks <= classes:
-                n = need(classes, ranks, batch, channels, stripes)
-                held = n.state + n.features + n.scratch
-                sizes = (f"{size / GIB:,.2f}" for size in (n.state, n.features, n.scratch, held, n.received))
-                found.append((f"{classes:.0e}", f"{ranks:,}", *sizes, f"{n.flops / 1e12:,.2f}"))
-    return found
-
-
-def step(head: CGEHead, optimizer: torch.optim.Optimizer, feature_map: Tensor, labels: Tensor) -> None:
-    """Forward, backward, Adam and the memory's write."""
-    output = head(feature_map, labels)
-    output.loss.backward()
-    optimizer.step()
-    head.write_memory(output.local_features, labels, 1)
-    optimizer.zero_grad()
+def measure_ranks(ranks: int, sizes: tuple[int, int, int, int]) -> tuple[int, int]:
+    """Bytes held and received of the rank that has most; sizes: N, b, C, n."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes.spawn(measure_rank, (ranks, sizes, folder), nprocs=ranks)
+        found = [map(int, (Path(folder) / str(rank)).read_text().split()) for rank in range(ranks)]
+        held, received = zip(*found, strict=True)
+    return max(held), max(received)
 
 
 def measure_rank(rank: int, ranks: int, sizes: tuple[int, int, int, int], folder: str) -> None:
@@ -96,7 +114,8 @@ def measure_rank(rank: int, ranks: int, sizes: tuple[int, int, int, int], folder
     classes, batch, channels, stripes = sizes
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    feature_map = torch.rand(batch, channels, stripes, 1, requires_grad=True)
+    pooled = torch.rand(batch, channels, requires_grad=True)
+    local = torch.rand(batch, stripes, channels, requires_grad=True)
     labels = torch.arange(batch) * ranks + rank
     received = 0
 
@@ -107,68 +126,22 @@ def measure_rank(rank: int, ranks: int, sizes: tuple[int, int, int, int], folder
             nonlocal received
             tensors = arguments[0] if name != "reduce_scatter" else arguments[1]
             parts = tensors if isinstance(tensors, list) else [tensors]
-            whole = sum(part.nbytes for part in parts)
-            share = whole * (ranks - 1) // ranks
+            share = sum(part.nbytes for part in parts) * (ranks - 1) // ranks
             received += 2 * share if name == "all_reduce" else share
             return original(*arguments, **options)
 
         return patch.object(dist, name, counted)
 
     def train() -> None:
-        head = CGEHead(channels, classes, epochs=1, stripes=stripes, pooling="average", shard_classes=True)
-        optimizer = torch.optim.Adam(head.parameters(), fused=True)
+        loss = CGELoss(channels, classes, stripes, shard=ClassShard.of_rank(classes, rank, ranks))
+        optimizer = torch.optim.Adam(loss.parameters(), fused=True)
         for _ in range(2):  # Adam's moments are there from the second on
-            step(head, optimizer, feature_map, labels)
+            loss(Embeddings(pooled, local, pooled), labels).loss.backward()
+            optimizer.step()
+            loss.write_memory(local, labels, momentum=0.5)
+            optimizer.zero_grad()
 
     with count("all_gather"), count("all_reduce"), count("reduce_scatter"):
         held = peak_bytes(Contender(train), torch.device("cpu"))
     (Path(folder) / str(rank)).write_text(f"{held} {received // 2}")
     dist.destroy_process_group()
-
-
-def measured_rows(ranks: Sequence[int], sizes: tuple[int, int, int, int]) -> list[tuple[str, ...]]:
-    """Rows of the measured table, of the rank that needs most."""
-    found = []
-    for count in ranks:
-        with tempfile.TemporaryDirectory() as folder:
-            processes.spawn(measure_rank, (count, sizes, folder), nprocs=count)
-            pairs = [tuple(map(int, (Path(folder) / str(rank)).read_text().split())) for rank in range(count)]
-        held, received = max(pair[0] for pair in pairs), max(pair[1] for pair in pairs)
-        wanted = need(sizes[0], count, *sizes[1:])
-        most = wanted.state + wanted.features + wanted.scratch
-        mega = (f"{size / 1e6:,.3f}" for size in (most, held, wanted.received, received))
-        found.append((f"{sizes[0]:,}", str(count), *mega))
-    return found
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The program; `arguments` default to the command line's."""
-    parser = ArgumentParser(
-        prog=PROGRAM,
-        description="Memory and traffic of one rank for 1e5 to 1e8 identities on 1 to 1,024 GPUs, by formula; with "
-        "--measure of gloo processes on this machine, beside the formulas. CGE_SCRATCH_MB sets the scratch budget.",
-        exit_on_error=False,
-    )
-    parser.add_argument("--batch", type=PositiveInt, default=64, help="b, samples of one rank")
-    parser.add_argument("--channels", type=PositiveInt, default=2048, help="C")
-    parser.add_argument("--stripes", type=PositiveInt, default=3, help="n")
-    parser.add_argument("--measure", type=PositiveInt, nargs="+", default=[], help="numbers of ranks to measure")
-    parser.add_argument("--classes", type=PositiveInt, default=100_003, help="N that is measured")
-    parser.add_argument("--markdown", action="store_true", help="table in Markdown")
-    options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
-    if options.measure:
-        if options.classes < max(options.measure) * max(1, options.batch):
-            raise UserError(f"classes: must be at least ranks times batch, got {options.classes}")
-        header = ("N", "ranks", "held MB, formula", "measured", "received MB, formula", "measured")
-        sizes = options.classes, options.batch, options.channels, options.stripes
-        print(table(header, measured_rows(options.measure, sizes), options.markdown))
-        return
-    header = (
-        *("N", "GPUs", "state GiB", "features GiB", "scratch GiB", "held GiB"),
-        *("received GiB a step", "TFLOP a step"),
-    )
-    print(table(header, rows(options.batch, options.channels, options.stripes), options.markdown))
-
-
-if __name__ == "__main__":
-    errors.run(main, PROGRAM)

@@ -17,8 +17,8 @@ PREFIXES = {
 }
 BASELINES = "cge_kernels", "cge_fast"  # a ratio is to one of these
 COMPARED = "eager", "torch.compile", "NumPy"
-BY_SETTING = "operators", "host", "launches", "traffic", "bytes of tensors", "predict", "predicted kernels"  # one table for each
 BY_QUANTITY = "bytes of tensors", "predicted kernels", "sharding"  # quantities, not contenders, side by side
+BY_SETTING = "operators", "launches", "launches by name", "traffic", "predict", *BY_QUANTITY  # a table for each setting
 BRIEF = "steps", "head"  # without percentiles
 
 
@@ -42,31 +42,28 @@ def views(figures: Iterable[Figure]) -> dict[str, list[Figure]]:
     A prediction also stands beside what was measured on the GPU that it is for.
     """
     found: dict[str, list[Figure]] = defaultdict(list)
-    predicted = []
     for figure in figures:
         found[f"{figure.bench}, {figure.setting}" if figure.bench in BY_SETTING else figure.bench].append(figure)
-        if figure.bench == "predict":
-            predicted.append(figure)
-        if figure.bench == "operators" and figure.subject == "write_memory_" and figure.quantity == "forward":
-            found[f"steps, {figure.setting}"].append(replace(figure, quantity="step"))  # it has no backward
-        if figure.bench == "operators" and figure.quantity == "step":
-            found[f"steps, {figure.setting}"].append(figure)
-            if figure.subject.startswith("head"):
+        if figure.bench == "operators":
+            if figure.subject == "write_memory_" and figure.quantity == "forward":  # it has no backward
+                found[f"steps, {figure.setting}"].append(replace(figure, quantity="step"))
+            if figure.quantity == "step":
+                found[f"steps, {figure.setting}"].append(figure)
+            if figure.quantity == "step" and figure.subject.startswith("head"):
                 found["head"].append(figure)
-    for figure in predicted:
-        measured = found.get(f"operators, {figure.setting}", ())
-        if any(figure.contender.split()[0] in other.origin for other in measured):
-            found[f"operators, {figure.setting}"].append(figure)
+    for name in [name for name in found if name.startswith("predict, ")]:
+        measured = found.get(name.replace("predict", "operators"), [])
+        gpu = found[name][0].contender.split()[0]
+        measured += found[name] if any(gpu in figure.origin for figure in measured) else []
     return dict(found)
 
 
 def table(figures: Sequence[Figure], name: str) -> str:
     """The figures with what they are of at the left; what is the same for all of them is left out."""
-    units = {unit: chosen_unit(unit, [f.value for f in figures if f.unit == unit]) for unit in {f.unit for f in figures}}
+    figures = with_prefixes(figures)
     across = "quantity" if figures[0].bench in BY_QUANTITY else "contender"
     labels = [
-        vars(figure) | {"quantity": ", ".join(filter(None, (figure.quantity, units[figure.unit][0])))}
-        for figure in figures
+        vars(figure) | {"quantity": figure.quantity + (f", {figure.unit}" if figure.unit else "")} for figure in figures
     ]
     fields = [field for field in ("setting", "subject", "quantity", "contender") if field != across]
     keys = [field for field in fields if len({label[field] for label in labels}) > 1] or ["subject"]
@@ -75,33 +72,45 @@ def table(figures: Sequence[Figure], name: str) -> str:
         rows[tuple(label[key] for key in keys)][label[across]] = figure
     columns = list(dict.fromkeys(label[across] for label in labels))
     baseline = next((column for column in columns if column in BASELINES), None)
-    header = keys if across == "quantity" or "quantity" in keys else [*keys[:-1], f"{keys[-1]}: {labels[0]['quantity']}"]
+    compared = [column for column in columns if baseline and column in COMPARED]
+    header = list(keys) if "quantity" in (across, *keys) else [*keys[:-1], f"{keys[-1]}: {labels[0]['quantity']}"]
     for column in columns:
-        header = [*header, column, *(["ratio"] if baseline and column in COMPARED else [])]
+        header += [column, "ratio"] if column in compared else [column]
     lines = []
     for row, by_column in rows.items():
         line = list(row)
         for column in columns:
             figure = by_column.get(column)
-            line.append(cell(figure, units[figure.unit][1], not name.startswith(BRIEF)) if figure else "")
-            if baseline and column in COMPARED:
+            line.append(cell(figure, with_percentiles=not name.startswith(BRIEF)) if figure else "")
+            if column in compared:
                 line.append(ratio(figure, by_column.get(baseline)))
         lines.append(line)
     return markdown(header, lines, len(keys))
 
 
-def chosen_unit(unit: str, values: list[float]) -> tuple[str, float]:
-    """The unit with a prefix that suits the values' median, and how much it is."""
-    scales = PREFIXES.get(unit, {unit: 1})
-    return next(((name, scale) for name, scale in scales.items() if scale <= median(values)), list(scales.items())[-1])
+def with_prefixes(figures: Sequence[Figure]) -> list[Figure]:
+    """The figures in units whose prefixes suit the median of all values of a unit."""
+    values = defaultdict(list)
+    for figure in figures:
+        values[figure.unit].append(figure.value)
+    chosen = {}
+    for unit, found in values.items():
+        scales = PREFIXES.get(unit, {unit: 1})
+        chosen[unit] = next((pair for pair in scales.items() if pair[1] <= median(found)), list(scales.items())[-1])
+
+    def scaled(figure: Figure) -> Figure:
+        unit, scale = chosen[figure.unit]
+        numbers = {"value": figure.value, "low": figure.low, "high": figure.high}
+        return replace(figure, unit=unit, **{name: n if n is None else n / scale for name, n in numbers.items()})
+
+    return [scaled(figure) for figure in figures]
 
 
-def cell(figure: Figure, scale: float, with_percentiles: bool) -> str:
+def cell(figure: Figure, with_percentiles: bool) -> str:
     """The value, marked if it is uncertain, and its percentiles."""
-    text = number(figure.value / scale) + figure.mark
-    if with_percentiles and figure.low is not None:
-        text += f" ({number(figure.low / scale)}, {number(figure.high / scale)})"
-    return text
+    text = number(figure.value) + figure.mark
+    has_percentiles = with_percentiles and figure.low is not None
+    return f"{text} ({number(figure.low)}, {number(figure.high)})" if has_percentiles else text
 
 
 def number(value: float) -> str:

@@ -13,9 +13,9 @@ from jsonargparse.typing import PositiveInt
 from bench.cases import EAGER, OURS, POOLINGS, Case
 from bench.count import launches, traffic
 from bench.count.traffic import Problem
-from bench.work import work
 from bench.results import Figure
 from bench.shapes import DTYPES, SHAPES, Shape, named
+from bench.work import work
 from cge_fast.errors import UserError
 from cge_kernels.tools.gpus import HARDWARE
 

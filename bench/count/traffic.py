@@ -68,9 +68,7 @@ Place = tuple[Case, str]  # a case and its direction
 STEP = ("stripe_pool", "revised_cross_entropy", "write_memory_")  # the operators of the head's step
 
 
-def take_launches(
-    problem: Problem, target: Target
-) -> dict[Place, tuple[list[cge_kernels.Launch], list[Operation]]]:
+def take_launches(problem: Problem, target: Target) -> dict[Place, tuple[list[cge_kernels.Launch], list[Operation]]]:
     """Our launches, which do not run, and the ATen operations beside them, by operator and direction."""
     taken: dict[Place, tuple[list[cge_kernels.Launch], list[Operation]]] = {}
 
@@ -105,6 +103,9 @@ def run_cases(problem: Problem, contender: str, watched: Callable[[Case, str], A
     for case in problem.cases:
         layout = {"memory_format": problem.memory_format}
         one = contenders(case, problem.shape, DTYPES[problem.dtype], CPU, with_compiled=False, **layout)[contender]
+        if one.backward:  # once before, so that the gradients that it starts from are there
+            with cge_kernels.launching(lambda launch: None):
+                one.backward(one.forward())
         with watched(case, "forward"):
             result = one.forward()
         if one.backward:
