@@ -14,6 +14,7 @@ from cge_fast.build import load_criterion, load_model
 from cge_fast.cli import read_settings
 from cge_fast.data.batches import test_loader, train_labels
 from cge_fast.errors import UserError
+from cge_fast.experiments.variants import VARIANTS
 from cge_fast.model import ReidModel
 from cge_fast.options import DataConfig, EvaluationConfig, TrainConfig
 
@@ -34,7 +35,8 @@ class Trained:
         Raises:
             UserError: the checkpoint has none, or it does not fit the settings.
         """
-        return load_criterion(self.folder, self.config, self.device).classification.eval().requires_grad_(False)
+        criterion = load_criterion(self.folder, self.config, self.device, VARIANTS)
+        return criterion.classification.eval().requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
@@ -66,7 +68,7 @@ def open_checkpoint(
     config = read_settings(checkpoint.config_file(folder))
     config = replace(config, data=data or config.data, evaluation=evaluation or config.evaluation)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(folder, config, config.data, device).eval().requires_grad_(False)
+    model = load_model(folder, config, config.data, device, VARIANTS).eval().requires_grad_(False)
     return Trained(folder, label or run_name(folder), model, config)
 
 

@@ -5,7 +5,6 @@ The program is cge_fast.train, where --loss.variant NAME puts a loss of VARIANTS
 
 import math
 from collections.abc import Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -243,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """cge_fast.train with these variants; `arguments` default to the command line's."""
     from cge_fast import train
 
-    train.main(arguments, variants=MappingProxyType(VARIANTS))
+    train.main(arguments, VARIANTS)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from cge_fast.build import Run, build_run
 from cge_fast.data import read
 from cge_fast.data.batches import test_loader as loader_of
 from cge_fast.data.batches import train_labels
+from cge_fast.experiments.variants import VARIANTS
 from cge_fast.loop import save as save_run
 from cge_fast.train import parse
 
@@ -26,7 +27,7 @@ def saved(options, tmp_path):
     def save(name, *settings, change=lambda run: None) -> Path:
         output = tmp_path / "runs" / name
         config, _, _ = parse([*options, "--evaluation.batch", "7", "--output", str(output), *settings])
-        run = build_run(config, torch.device("cpu"))
+        run = build_run(config, torch.device("cpu"), VARIANTS)
         with torch.no_grad():
             change(run)
         save_run(run, is_best=False)
