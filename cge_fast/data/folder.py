@@ -24,7 +24,7 @@ def read_folder(root: Path) -> ReidSet:
     names = sorted({identity for _, _, identity, _ in found})
     identities = {name: number for number, name in enumerate(names, start=1)}
     cameras = {name: number for number, name in enumerate(sorted({camera for *_, camera in found}))}
-    images = {"train": [], "query": [], "gallery": []}
+    images: dict[str, list[Image]] = {"train": [], "query": [], "gallery": []}
     for split, path, identity, camera in found:
         images[split].append(Image(path, identities[identity], cameras[camera]))
     return ReidSet(**images)

@@ -115,7 +115,7 @@ def without_corrupt(reid_set: ReidSet) -> tuple[ReidSet, list[Path]]:
 
     parts = [reid_set.train, reid_set.query, reid_set.gallery]
     with tqdm(total=sum(map(len, parts)), desc="checking images", unit=" image") as bar:
-        kept = []
+        kept: list[list[Image]] = []
         for part in parts:
             kept.append([])
             for image in part:

@@ -64,7 +64,7 @@ class PKSampler(Sampler[list[tuple[int, int]]]):
                 else:
                     round_.remove(free)
                     drawn.append(free)
-            batch = []
+            batch: list[tuple[int, int]] = []
             for label in drawn:
                 images = self.images_of[label]
                 chosen = random.choice(images, self.instances, replace=len(images) < self.instances)
