@@ -30,12 +30,17 @@ def write(output: Path, name: str, figure: Figure, rows: Sequence[Row], summary:
     """Writes output/name.png and output/name.csv, whose columns are the keys of the first row."""
     output.mkdir(parents=True, exist_ok=True)
     table, picture = output / f"{name}.csv", output / f"{name}.png"
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(table, rows)
     figure.savefig(picture, dpi=130)
     return Written(summary, table, picture)
+
+
+def write_csv(file: Path, rows: Sequence[Row]) -> None:
+    """Writes a table whose columns are the keys of the first row."""
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def labelled(checkpoints: Sequence[Trained], tables: Sequence[Sequence[Row]]) -> list[Row]:

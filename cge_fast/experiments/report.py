@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from cge_fast.analyze.written import write_csv
 from cge_fast.experiments.runs import command_of, folder_of, is_whole, last_row, mean_weight, seconds
 from cge_fast.experiments.tables import TITLES, Row
 
@@ -47,28 +48,28 @@ def lines_of(table: str, data: str, output: Path, rows: Sequence[Row], seeds: in
     results = {row.name: measured(output, row, seeds) for row in rows}
     lines = []
     for row in rows:
-        found = results[row.name]
+        by_seed = results[row.name]
         matched = f"{row.base}, logits x mean w" if row.base else ""
         known = paper.get((table, row.name, data))
-        precision = [figures["stripe_precision"] for figures in found.values() if figures["stripe_precision"]]
-        whole = [folder_of(output, row, seed) for seed in found]
+        precision = [figures["stripe_precision"] for figures in by_seed.values() if figures["stripe_precision"]]
+        whole = [folder_of(output, row, seed) for seed in by_seed]
         weights = [mean_weight(folder) for folder in whole] if precision else []
         lines.append(
             {
                 "row": row.name,
                 "paper mAP / rank-1": f"{known[0]} / {known[1]}" if known else NOTHING,
-                "mAP %": mean_and_spread([100 * figures["mAP"] for figures in found.values()]),
-                "rank-1 %": mean_and_spread([100 * figures["rank1"] for figures in found.values()]),
-                "mAP less its baseline": mean_and_spread(differences(found, results.get(row.base, {})), "+"),
+                "mAP %": mean_and_spread([100 * figures["mAP"] for figures in by_seed.values()]),
+                "rank-1 %": mean_and_spread([100 * figures["rank1"] for figures in by_seed.values()]),
+                "mAP less its baseline": mean_and_spread(differences(by_seed, results.get(row.base, {})), "+"),
                 "mAP less baseline x mean w": NOTHING
                 if matched == row.name
-                else mean_and_spread(differences(found, results.get(matched, {})), "+"),
+                else mean_and_spread(differences(by_seed, results.get(matched, {})), "+"),
                 "mean w": f"{statistics.mean(weights):.3f}" if weights else NOTHING,
                 "precision of M_i %": " ".join(
                     f"{100 * statistics.mean(stripe):.0f}" for stripe in zip(*precision, strict=True)
                 )
                 or NOTHING,
-                "seeds": str(len(found)),
+                "seeds": str(len(by_seed)),
                 "s a run": f"{statistics.mean(seconds(folder) for folder in whole):.0f}" if whole else NOTHING,
                 "command": command_of(common, row),
             }
@@ -93,10 +94,7 @@ def write(
 ) -> str:
     """Writes TABLE.md and TABLE.csv below `output`; returns the Markdown."""
     lines = lines_of(table, data, output, rows, seeds, common)
-    with (output / f"{table}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+    write_csv(output / f"{table}.csv", lines)
     shown = [column for column in lines[0] if column != "command"]
     folders = {folder_of(output, row, seed) for row in rows for seed in range(seeds)}
     first = output / "first"
@@ -111,10 +109,10 @@ def write(
             *("| " + " | ".join(line[column] for column in shown) + " |" for line in lines),
             "",
             "Mean ± standard deviation over the seeds; differences are of mAP and paired by seed. Mean w: of the "
-            "revision, over all classes and the samples of every tenth step. Less baseline x mean w: where a row has no "
-            "such control of its own, that of CGE with the recipe's settings. Precision: of each stripe's classifier on "
-            f"the training images, last epoch. All trainings of this table: {total / 60:.0f} minutes of one process"
-            f"{before}.",
+            "revision, over all classes and the samples of every tenth step. Less baseline x mean w: where a row has "
+            "no such control of its own, that of CGE with the recipe's settings. Precision: of each stripe's "
+            "classifier on the training images, last epoch. All trainings of this table: "
+            f"{total / 60:.0f} minutes of one process{before}.",
             *(f"Failed: {row}, seed {seed}: {message}" for (row, seed), message in failures.items()),
             "",
             f"    {shlex.join(command)}",

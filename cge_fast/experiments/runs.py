@@ -2,8 +2,8 @@
 
 import json
 import os
-import statistics
 import shlex
+import statistics
 import sys
 import time
 import traceback
@@ -15,25 +15,25 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cge_fast import checkpoint, train
-from cge_fast.options import read_settings
+from cge_fast.cli import read_settings
 from cge_fast.errors import UserError, one_line
-from cge_fast.experiments.tables import Row
+from cge_fast.experiments import variants
+from cge_fast.experiments.tables import SCALE, VARIANT, Row
 from cge_fast.log import read_rows
 from cge_fast.loop import holds_run
 
 FINISHED, PRINTED = "finished.json", "printed.txt"
 
 
-def run_folder(output: Path, options: Sequence[str], scaled: bool, seed: int) -> Path:
+def run_folder(output: Path, options: str, scaled: bool, seed: int) -> Path:
     """Where the training with a row's options lies; rows of several tables with the same options share it.
 
     scaled: whether its logits are scaled by another training's mean weight.
     """
-    settings = sorted(
-        f"{key.removeprefix('--')}={value}" for key, value in zip(options[::2], options[1::2], strict=True)
-    )
-    name = "+".join([*settings, *(["model.logit_scale=mean-w"] if scaled else [])]).replace("/", "_")
-    return output / "runs" / name / f"seed-{seed}"
+    if scaled:
+        options += f" {SCALE} mean-w"
+    settings = sorted(setting.replace(" ", "=", 1) for setting in options.removeprefix("--").split(" --"))
+    return output / "runs" / "+".join(settings).replace("/", "_") / f"seed-{seed}"
 
 
 def folder_of(output: Path, row: Row, seed: int) -> Path:
@@ -69,7 +69,7 @@ def run(folder: Path, arguments: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with (folder / PRINTED).open("w") as printed, redirect_stdout(printed), redirect_stderr(printed):
-        train.main(command)
+        variants.main(command)
     finished = {"seconds": before + time.perf_counter() - start, "arguments": list(arguments)}
     (folder / FINISHED).write_text(json.dumps(finished))
 
@@ -136,11 +136,11 @@ def run_rows(
 
 def arguments_of(output: Path, row: Row, seed: int, common: Sequence[str]) -> list[str] | None:
     """The command line of one seed of a row; None if it takes the mean weight of a training that is not whole."""
-    arguments = [*common, *row.options, "--seed", str(seed)]
+    arguments = [*common, *row.options.split(), "--seed", str(seed)]
     if row.scaled_by is None:
         return arguments
     source = run_folder(output, row.scaled_by, False, seed)
-    return [*arguments, "--model.logit_scale", f"{mean_weight(source):.4f}"] if is_whole(source) else None
+    return [*arguments, SCALE, f"{mean_weight(source):.4f}"] if is_whole(source) else None
 
 
 def run_or_fail(folder_and_arguments: tuple[Path, Sequence[str]]) -> tuple[Path, str | None]:
@@ -175,5 +175,6 @@ def executor(jobs: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
 
 def command_of(common: Sequence[str], row: Row) -> str:
     """The training's command line, but for seed and output."""
-    scale = " --model.logit_scale MEAN_W" if row.scaled_by is not None else ""
-    return f"{Path(sys.executable).stem} -m {train.PROGRAM} {shlex.join([*common, *row.options])}{scale}"
+    program = variants.PROGRAM if VARIANT in row.options else train.PROGRAM
+    scale = f" {SCALE} MEAN_W" if row.scaled_by is not None else ""
+    return f"{Path(sys.executable).stem} -m {program} {shlex.join(common)} {row.options}{scale}"
