@@ -10,7 +10,6 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from cge_fast.errors import UserError
 from cge_kernels.tools.gpus import HARDWARE, Hardware
 
 
@@ -60,14 +59,3 @@ class GPU:
 GPUS = {
     name: GPU(**figures) for name, figures in tomllib.loads(Path(__file__).with_suffix(".toml").read_text()).items()
 }
-
-
-def named(name: str) -> GPU:
-    """The GPU of this name.
-
-    Raises:
-        UserError: the name is unknown.
-    """
-    if name not in GPUS:
-        raise UserError(f"gpu: must be one of {', '.join(GPUS)}, got {name!r}")
-    return GPUS[name]

@@ -16,8 +16,7 @@ from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
 from bench.cases import COMPILED, EAGER, OURS, Case, contenders
-from bench.ceilings import measure_ceilings
-from bench.measure import apart, default_device, missing_compiler, peak_bytes, run
+from bench.measure import apart, default_device, measure_ceilings, missing_compiler, peak_bytes, run
 from bench.results import Figure
 from bench.shapes import Shape
 from bench.work import work
@@ -45,7 +44,8 @@ def measure(classes: list[int], batch: int, channels: int, contenders: list[str]
         place = "loss", f"B {batch}, C {channels}, n {shape.stripes}, float32", f"N {n:,}", name
         yield Figure.median(*place, "step", "s", samples=samples)
         yield Figure(*place, "extra memory", "B", extra)
-        yield Figure(*place, "of the matmul peak", "%", 1e2 * needed_flops(shape) / median(samples) / matmul)
+        rate = work(CASE.operator, shape)["step"].flops / median(samples)
+        yield Figure(*place, "of the matmul peak", "%", 1e2 * rate / matmul)
 
 
 def measure_here(name: str, shape: Shape, rounds: int) -> tuple[int, list[float], float]:
@@ -56,11 +56,6 @@ def measure_here(name: str, shape: Shape, rounds: int) -> tuple[int, list[float]
     seconds = [run(compared, device)["step"] for _ in range(rounds)]
     extra = peak_bytes(compared, device) - result_bytes(shape)
     return extra, seconds, measure_ceilings(device, torch.float32, rounds).flops
-
-
-def needed_flops(shape: Shape) -> int:
-    """Of the products that the mathematics needs, forward and backward."""
-    return work(CASE.operator, shape)["step"].flops
 
 
 def result_bytes(shape: Shape) -> int:

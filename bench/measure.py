@@ -1,4 +1,4 @@
-"""Times of contenders that take turns, and the peak of their memory."""
+"""Times of contenders that take turns, the peak of their memory, and what the device reaches at most."""
 
 import os
 import time
@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +19,8 @@ from cge_kernels.common import recycle
 
 WARMUP = 2  # rounds that do not count; in the first one torch.compile compiles
 FEWEST_ROUNDS = 5
+COPIED = {"cpu": 128 << 20, "cuda": 1 << 30}  # bytes, far more than the caches hold
+SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices
 FLUSHED = 256 << 20  # bytes written between runs on a GPU, more than any L2 cache holds
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes to stderr whenever it starts and stops
@@ -107,6 +110,28 @@ def peak_bytes(contender: Contender, device: torch.device) -> int:
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = torch.tensor([0, *(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))])
     return int(held.cumsum(0).max())
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Bytes per second, read and written, and FLOPs per second."""
+
+    bandwidth: float
+    flops: float
+
+    def seconds(self, moved: int, flops: int) -> float:
+        """The least time for so many bytes and FLOPs, if moving and computing overlap."""
+        return max(moved / self.bandwidth, flops / self.flops)
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, rounds: int = 15) -> Ceilings:
+    """Medians of `rounds` copies and matmuls that take turns."""
+    source = torch.ones(COPIED[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    left, right = torch.randn(2, SIDE[device.type], SIDE[device.type], device=device).to(dtype)
+    contenders = {"copy": Contender(lambda: target.copy_(source)), "matmul": Contender(lambda: left @ right)}
+    found = {name: median(laps["forward"]) for name, laps in take_turns(contenders, device, rounds).items()}
+    return Ceilings(2 * source.nbytes / found["copy"], 2 * len(left) ** 3 / found["matmul"])
 
 
 def apart(function: Callable[..., Any], *arguments: Any, **environment: str) -> Any:

@@ -17,10 +17,17 @@ from tqdm import tqdm
 
 from bench import pictures as draw
 from bench.cases import CASES, Case, contenders
-from bench.ceilings import Ceilings, measure_ceilings
-from bench.measure import Contender, default_device, missing_compiler, peak_bytes, take_turns
+from bench.measure import (
+    Ceilings,
+    Contender,
+    default_device,
+    measure_ceilings,
+    missing_compiler,
+    peak_bytes,
+    take_turns,
+)
 from bench.results import Figure
-from bench.shapes import DEFAULT, DTYPES, SHAPES, Shape, named
+from bench.shapes import DEFAULT, DTYPES, SHAPES, Shape
 from bench.work import work
 
 FLOOR = "floor"
@@ -35,7 +42,7 @@ SWEEPS = {
 def add_options(parser: ArgumentParser) -> None:
     """Of `python -m bench operators`."""
     operators = sorted({case.operator for case in CASES})
-    parser.add_argument("--shapes", nargs="+", default=DEFAULT, help=f"of {', '.join(SHAPES)}; default all but tiny")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=DEFAULT, help="default all but tiny")
     parser.add_argument("--operators", nargs="+", choices=operators, default=operators, help="which; default all")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of feature map and memory")
     parser.add_argument("--rounds", type=PositiveInt, default=15, help="turns of each contender, at most")
@@ -47,23 +54,23 @@ def measure(
     shapes: list[str], operators: list[str], dtype: str, rounds: int, seconds: float, pictures: Path | None
 ) -> Iterator[Figure]:
     """Times by direction and peak memory of each case at each shape, floors, and the rates that these follow from."""
-    chosen, kind, device = named(shapes), DTYPES[dtype], default_device()
+    kind, device = DTYPES[dtype], default_device()
     if missing_compiler():
         print(f"torch.compile is left out, it cannot run here: {missing_compiler()}", file=sys.stderr)
     ceilings = measure_ceilings(device, kind)
     yield Figure("rates", dtype, "copy", "device", "read and written", "B/s", ceilings.bandwidth)
     yield Figure("rates", dtype, "matmul", "device", "computed", "FLOP/s", ceilings.flops)
     first: list[Figure] = []  # of the first shape
-    places = [(name, case) for name in chosen for case in CASES if case.operator in operators]
+    places = [(name, case) for name in shapes for case in CASES if case.operator in operators]
     for name, case in tqdm(places, unit=" case"):
         place = "operators", f"{name}, {dtype}", str(case)
-        compared = contenders(case, chosen[name], kind, device, not missing_compiler())
-        found = [*timed(place, compared, device, rounds, seconds), *floors(place, case, chosen[name], kind, ceilings)]
+        compared = contenders(case, SHAPES[name], kind, device, not missing_compiler())
+        found = [*timed(place, compared, device, rounds, seconds), *floors(place, case, SHAPES[name], kind, ceilings)]
         first += found if name == shapes[0] else []
         yield from found
     if pictures:
         pictures.mkdir(parents=True, exist_ok=True)
-        draw.roofline(first, chosen[shapes[0]], kind, ceilings, pictures / "roofline.png")
+        draw.roofline(first, SHAPES[shapes[0]], kind, ceilings, pictures / "roofline.png")
         swept = []
         for figure in sweep(kind, device, rounds, seconds):
             swept.append(figure)

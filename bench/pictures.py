@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from bench.cases import CASES, COMPILED, EAGER, OURS
-from bench.ceilings import Ceilings
+from bench.measure import Ceilings
 from bench.results import Figure, origin
 from bench.shapes import Shape
 from bench.work import work

@@ -29,14 +29,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cge_kernels
-from bench import gpus
 from bench.cases import POOLINGS, Case
 from bench.count import traffic
 from bench.count.operations import Operation
 from bench.count.traffic import Problem
 from bench.gpus import GPU, GPUS
 from bench.results import Figure
-from bench.shapes import DTYPES, SHAPES, named
+from bench.shapes import DTYPES, SHAPES
 from bench.work import work
 from cge_fast.errors import UserError
 from cge_kernels.common.device_functions import INTERPRETED
@@ -232,8 +231,8 @@ def predict(gpu: GPU, problem: Problem) -> list[OperatorPrediction]:
 
 def add_options(parser: ArgumentParser) -> None:
     """Of `python -m bench predict`."""
-    parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(GPUS)}")
-    parser.add_argument("--shape", default="msmt17", help=f"one of {', '.join(SHAPES)}")
+    parser.add_argument("--gpu", choices=list(GPUS), default="h100", help="whose figures are taken")
+    parser.add_argument("--shape", choices=list(SHAPES), default="msmt17", help="B, C, H, W, n and N")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of the map and the memory read")
     parser.add_argument("--poolings", nargs="+", choices=POOLINGS, default=list(POOLINGS), help="default both")
     parser.add_argument(
@@ -243,7 +242,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def measure(gpu: str, shape: str, dtype: str, poolings: list[str], details: bool) -> Iterator[Figure]:
     """Predicted time and floor of each operator and direction, and of the head's step; with details of each kernel."""
-    figures, chosen = gpus.named(gpu), named([shape])[shape]
+    figures, chosen = GPUS[gpu], SHAPES[shape]
     print(f"PREDICTION for {figures.name}: nothing was measured, every time is computed by these formulas.\n")
     print("\n".join([*formulas(), "", *figures.lines()]), end="\n\n")
     for pooling in poolings:
@@ -267,19 +266,14 @@ def kernel_figures(gpu: GPU, setting: str, predictions: list[OperatorPrediction]
     """What was counted and compiled of each kernel, and the times that may hold it up."""
     for one in predictions:
         for k in one.kernels:
-            place = (
-                "predicted kernels",
-                f"{setting}, {gpu.name}",
-                f"{one.case}, {one.direction}: {k.kernel}",
-                k.bound_by,
-            )
+            subject = f"{one.case}, {one.direction}: {k.kernel}"
+            place = "predicted kernels", f"{setting}, {gpu.name}", subject, f"bound by {k.bound_by}"
             counts = {"programs": k.programs, "per multiprocessor": k.occupancy, "waves": k.waves}
-            yield from (Figure(*place, name, "", value) for name, value in counts.items())
             moved = {"in flight": k.in_flight, "distinct": k.distinct, "all": k.loaded + k.stored}
-            yield from (Figure(*place, name, "B", value) for name, value in moved.items())
-            yield Figure(*place, "products", "FLOP", k.flops)
             times = {**k.bounds, "launch": k.launch_us, "predicted": k.predicted_us}
-            yield from (Figure(*place, name, "s", value / MICRO) for name, value in times.items())
+            times = {name: value / MICRO for name, value in times.items()}
+            for unit, values in (("", counts), ("B", moved), ("FLOP", {"products": k.flops}), ("s", times)):
+                yield from (Figure(*place, name, unit, value) for name, value in values.items())
 
 
 def formulas() -> list[str]:

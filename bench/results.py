@@ -5,7 +5,6 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -62,17 +61,14 @@ def append(figures: Iterable[Figure], file: Path | None) -> Iterator[Figure]:
     So what was found survives an interruption.
     """
     found_here = origin()
-    with ExitStack() as stack:
-        if file is not None:
-            is_new = not file.exists()
-            opened = stack.enter_context(file.open("a", newline=""))
-            writer = csv.DictWriter(opened, COLUMNS, extrasaction="ignore", lineterminator="\n")
-            if is_new:
-                writer.writeheader()
+    is_new = file is not None and not file.exists()
+    with Path(file or os.devnull).open("a", newline="") as opened:
+        writer = csv.DictWriter(opened, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        if is_new:
+            writer.writeheader()
         for figure in figures:
-            if file is not None:
-                writer.writerow(asdict(figure) | found_here)
-                opened.flush()
+            writer.writerow(asdict(figure) | found_here)
+            opened.flush()
             yield replace(figure, origin="; ".join(found_here.values()))
 
 

@@ -1,11 +1,8 @@
 """The sizes that operators are measured at, by name."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-
-from cge_fast.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -39,15 +36,3 @@ SHAPES = {
 }
 DEFAULT = [name for name in SHAPES if name != "tiny"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def named(names: Iterable[str]) -> dict[str, Shape]:
-    """The shapes of these names.
-
-    Raises:
-        UserError: a name is unknown.
-    """
-    for name in names:
-        if name not in SHAPES:
-            raise UserError(f"shapes: must be of {', '.join(SHAPES)}, got {name!r}")
-    return {name: SHAPES[name] for name in names}

@@ -7,7 +7,7 @@ batches from one loader. The head's share is that of head and losses, forward an
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,26 +24,13 @@ from bench.measure import Instant, default_device
 from bench.results import Figure
 from cge_fast.build import Run, build_run
 from cge_fast.metrics import EpochMetrics
-from cge_fast.options import Backbone, DataConfig, ModelConfig, TrainConfig
+from cge_fast.options import DataConfig, ModelConfig, TrainConfig
 from cge_fast.step import training_step
 
-INSTANCES = 4  # images of each identity in a batch
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A backbone, the size of its images in pixels, and the identities in a batch."""
-
-    backbone: Backbone
-    height: int
-    width: int
-    identities: int
-
-
-# On two CPU cores a step of ResNet-50 with 64 images takes half a minute, so its batch is smaller.
+# By backbone. On two CPU cores a step of ResNet-50 with 64 images takes half a minute, so its batch is smaller.
 SETTINGS = {
-    "resnet18": Setting("resnet18", height=128, width=64, identities=16),
-    "resnet50": Setting("resnet50", height=384, width=128, identities=4),
+    "resnet18": DataConfig(height=128, width=64, identities=16, instances=4),
+    "resnet50": DataConfig(height=384, width=128, identities=4, instances=4),
 }
 
 
@@ -52,7 +39,7 @@ def add_options(parser: ArgumentParser) -> None:
     names = list(SETTINGS)
     parser.add_argument("--settings", nargs="+", choices=names, default=names, help="backbones, each at its image size")
     parser.add_argument("--steps", type=PositiveInt, default=7, help="steps that count, of each training")
-    parser.add_argument("--identities", type=PositiveInt, help=f"in a batch, with {INSTANCES} images of each")
+    parser.add_argument("--identities", type=PositiveInt, help="in a batch, with 4 images of each")
 
 
 def measure(settings: list[str], steps: int, identities: int | None) -> Iterator[Figure]:
@@ -62,10 +49,10 @@ def measure(settings: list[str], steps: int, identities: int | None) -> Iterator
         UserError: the identities are too few for the losses or more than the data set has.
     """
     for name in settings:
-        setting = SETTINGS[name]
-        batch = (identities or setting.identities) * INSTANCES
-        place = "step", f"B {batch}, {setting.height}x{setting.width}", name
-        for contender, parts in timed_steps(setting, identities or setting.identities, steps).items():
+        data = replace(SETTINGS[name], identities=identities or SETTINGS[name].identities)
+        batch = data.identities * data.instances
+        place = "step", f"B {batch}, {data.height}x{data.width}", name
+        for contender, parts in timed_steps(name, data, steps).items():
             rates = [batch / seconds for seconds in parts["step"]]
             yield Figure.median(*place, contender, "images", "images/s", samples=rates)
             yield Figure.median(*place, contender, "step", "s", samples=parts["step"])
@@ -74,15 +61,14 @@ def measure(settings: list[str], steps: int, identities: int | None) -> Iterator
                 yield Figure.median(*place, contender, f"share of {part}", "%", samples=shares)
 
 
-def timed_steps(setting: Setting, identities: int, steps: int) -> dict[str, dict[str, list[float]]]:
+def timed_steps(backbone: str, data: DataConfig, steps: int) -> dict[str, dict[str, list[float]]]:
     """Seconds of each step and its parts, by contender; writes no file of a run."""
-    data = DataConfig(height=setting.height, width=setting.width, identities=identities, instances=INSTANCES)
     found: dict[str, dict[str, list[float]]] = {OURS: defaultdict(list), EAGER: defaultdict(list)}
     with TemporaryDirectory() as folder:
-        config = TrainConfig(data, ModelConfig(setting.backbone), output=Path(folder))
+        config = TrainConfig(data, ModelConfig(backbone), output=Path(folder))
         runs = {contender: build_run(config, default_device()) for contender in found}
         batches = endless(runs[OURS])
-        for number in tqdm(range(1 + steps), desc=setting.backbone, unit=" round"):
+        for number in tqdm(range(1 + steps), desc=backbone, unit=" round"):
             for contender, run in runs.items():
                 with cge_kernels.backend(BACKENDS[contender]):
                     for part, seconds in timed_step(run, batches).items():

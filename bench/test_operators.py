@@ -11,7 +11,7 @@ import torch
 
 from bench.cases import CASES, COMPILED, EAGER, OURS, Case, contenders
 from bench.measure import default_device, missing_compiler
-from bench.shapes import named
+from bench.shapes import SHAPES
 
 
 @pytest.mark.parametrize("contender", [OURS, EAGER, COMPILED])
@@ -20,7 +20,7 @@ def test_step(case: Case, contender: str, benchmark) -> None:
     if contender == COMPILED and missing_compiler():
         pytest.skip(f"torch.compile cannot run here: {missing_compiler()}")
     name, device = os.environ.get("CGE_BENCH_SHAPE", "msmt17"), default_device()
-    compared = contenders(case, named([name])[name], torch.float32, device, contender == COMPILED)[contender]
+    compared = contenders(case, SHAPES[name], torch.float32, device, contender == COMPILED)[contender]
 
     def step() -> None:
         result = compared.forward()

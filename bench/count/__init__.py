@@ -14,7 +14,7 @@ from bench.cases import EAGER, OURS, POOLINGS, Case
 from bench.count import launches, traffic
 from bench.count.traffic import Problem
 from bench.results import Figure
-from bench.shapes import DTYPES, SHAPES, Shape, named
+from bench.shapes import DTYPES, SHAPES, Shape
 from bench.work import work
 from cge_fast.errors import UserError
 from cge_kernels.tools.gpus import HARDWARE
@@ -22,7 +22,7 @@ from cge_kernels.tools.gpus import HARDWARE
 
 def add_options(parser: ArgumentParser) -> None:
     """Of `python -m bench count`."""
-    parser.add_argument("--shape", default="msmt17", help=f"one of {', '.join(SHAPES)}")
+    parser.add_argument("--shape", choices=list(SHAPES), default="msmt17", help="B, C, H, W, n and N")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of the map and the memory read")
     parser.add_argument("--poolings", nargs="+", choices=POOLINGS, default=list(POOLINGS), help="default both")
     parser.add_argument("--target", choices=list(HARDWARE), default="sm_90", help="the GPU whose tiles run")
@@ -34,7 +34,7 @@ def measure(
     shape: str, dtype: str, poolings: list[str], target: str, pool_samples: int, details: bool
 ) -> Iterator[Figure]:
     """Launches and the bytes of each operator; with details, launches by name and the bytes of each tensor."""
-    chosen = named([shape])[shape]
+    chosen = SHAPES[shape]
     if chosen.batch % pool_samples:
         raise UserError(f"pool_samples: must divide the batch {chosen.batch}, got {pool_samples}")
     for pooling in poolings:

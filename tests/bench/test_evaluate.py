@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from jsonargparse import ArgumentError
 
 from bench import evaluate
-from bench.numpy_ranking import numpy_ranking
+from bench.evaluate import numpy_ranking
 from cge_fast.evaluation.ranking import evaluate_ranking
 
 
@@ -41,18 +40,13 @@ def test_equal_distances_rank_by_gallery_index_and_junk_takes_no_place():
     assert curve == [0, 1]
 
 
-def test_it_prints_a_row_for_each_evaluator_with_the_same_map(monkeypatch, capsys):
+@pytest.mark.slow
+def test_both_evaluators_are_measured_apart_with_the_same_map(monkeypatch):
     size = evaluate.Size(queries=5, gallery=1_040, identities=3, cameras=2, channels=4)
     monkeypatch.setattr(evaluate, "SIZES", {"tiny": size})
-    evaluate.main([])
-    header, first, second = capsys.readouterr().out.splitlines()
-    assert header.split("  ")[0] == "size"
-    assert first.startswith("tiny: 5 x 1,040  NumPy")
-    assert second.startswith("tiny: 5 x 1,040  cge_fast")
-    assert first.split()[-2] == second.split()[-2] == f"{evaluate_ranking(*evaluate.draw(size)).mAP:.4%}"
-    assert first.endswith("1.00x")
-
-
-def test_an_unknown_size_is_answered_with_the_known_ones():
-    with pytest.raises(ArgumentError, match=r"sizes.*cuhk03.*market1501.*msmt17"):
-        evaluate.main(["--sizes", "cuhk03"])
+    figures = {(figure.contender, figure.quantity): figure for figure in evaluate.measure(["tiny"], repeats=1)}
+    assert {figure.subject for figure in figures.values()} == {"tiny: 5 x 1,040"}
+    for evaluator in ("cge_fast", "NumPy"):
+        assert figures[evaluator, "mAP"].value == pytest.approx(100 * evaluate_ranking(*evaluate.draw(size)).mAP)
+        assert figures[evaluator, "time"].value > 0
+        assert figures[evaluator, "above the features"].value >= 0

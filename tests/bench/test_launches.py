@@ -1,15 +1,14 @@
 """Launches are counted by name, and views and allocations are not among them."""
 
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 
-from bench import launches
-from bench.operations import Operations
+from bench import count
+from bench.cases import EAGER, OURS, POOLINGS, Case
+from bench.count import launches
+from bench.count.operations import Operations
 from bench.shapes import SHAPES
 
 
@@ -40,11 +39,10 @@ def test_bytes_of_operations():
     assert (moved["aten.index"], moved["aten.index_put_"]) == (16 + 2 * 32, 8 + 2 * 16)
 
 
-@pytest.mark.parametrize("pooling", launches.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_a_step_launches_each_of_our_kernels_once(pooling):
-    (own, beside), (one_pass, _), (no_kernel, eager) = (
-        launches.count(SHAPES["tiny"], pooling, torch.float32, kernels)
-        for kernels in ("fused", "one_pass", "reference")
+    (own, beside), (no_kernel, eager) = (
+        launches.count(Case("head", pooling), SHAPES["tiny"], "float32", contender) for contender in (OURS, EAGER)
     )
     assert own == dict.fromkeys(
         (
@@ -53,7 +51,7 @@ def test_a_step_launches_each_of_our_kernels_once(pooling):
         ),
         1,
     )
-    assert max(own.total(), one_pass.total()) <= launches.MOST_OWN
+    assert own.total() <= launches.MOST_OWN
     assert no_kernel.total() == 0
     assert eager["aten.mm"] == 3  # the classifier, forward, and its two gradients
     assert beside["aten.mm"] == 0
@@ -62,8 +60,20 @@ def test_a_step_launches_each_of_our_kernels_once(pooling):
     assert own.total() + beside.total() < eager.total()
 
 
-def test_the_program_prints_both_poolings():
-    command = [sys.executable, "-m", "bench.launches", "--shape", "tiny", "--markdown"]
-    printed = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True).stdout
-    assert printed.count("| kernel") == 2
-    assert printed.count("| own kernels") == 2
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_one_pass_is_one_launch_forward(pooling):
+    case = Case("revise_logits_one_pass", pooling)
+    own, beside = launches.count(case, SHAPES["tiny"], "float32", OURS)
+    kernels = ("one_pass_kernel", "grad_scores_kernel", "grad_local_kernel", "stripe_pool_backward_kernel")
+    assert own == dict.fromkeys(kernels, 1)
+    _, eager = launches.count(case, SHAPES["tiny"], "float32", EAGER)
+    assert own.total() + beside.total() < eager.total()
+    assert "aten.ones" not in beside | eager  # gradients that a backward starts from are no part of it
+
+
+def test_figures_are_the_totals_and_by_name_each_launch():
+    figures = list(count.count_launches("tiny", SHAPES["tiny"], "float32", "gem", by_name=True))
+    for contender in (OURS, EAGER):
+        mine = [figure for figure in figures if (figure.subject, figure.contender) == ("head, gem", contender)]
+        named = sum(figure.value for figure in mine if figure.bench == "launches by name")
+        assert named == next(figure.value for figure in mine if figure.quantity == "all kernels")

@@ -1,10 +1,12 @@
 """Contenders take turns, their times are summed up by medians, and their memory is what their tensors hold."""
 
+import os
+
 import pytest
 import torch
 
-from bench import ceilings, measure
-from bench.measure import Contender, Instant, Times, peak_bytes, take_turns
+from bench import measure
+from bench.measure import Contender, Instant, apart, peak_bytes, take_turns
 
 CPU = torch.device("cpu")
 
@@ -16,7 +18,7 @@ def test_contenders_take_turns_and_each_is_first_at_times():
     rounds = [tuple(calls[i : i + 3]) for i in range(0, len(calls), 3)]
     assert len(rounds) == measure.WARMUP + 3
     assert rounds[-3:] == [("a", "b", "c"), ("b", "c", "a"), ("c", "a", "b")]
-    assert {len(times[name]["forward"].seconds) for name in "abc"} == {3}
+    assert {len(times[name]["forward"]) for name in "abc"} == {3}
     assert set(times["a"]) == {"forward"}
 
 
@@ -31,16 +33,7 @@ def test_backward_takes_what_forward_returns(monkeypatch):
 
 def test_rounds_end_early_but_not_before_five(monkeypatch):
     times = take_turns({"slow": Contender(lambda: None)}, CPU, rounds=100, seconds=0.0)
-    assert len(times["slow"]["forward"].seconds) == measure.FEWEST_ROUNDS
-
-
-@pytest.mark.parametrize(("seconds", "mark"), [([1.0, 1.0, 1.0, 1.1, 1.1], ""), ([1.0, 1.0, 1.0, 2.0, 2.0], "~")])
-def test_median_and_spread(seconds, mark):
-    times = Times(torch.tensor(seconds))
-    low, high = times.percentiles
-    assert (times.median, low) == (1.0, 1.0)
-    assert times.spread == pytest.approx(high - 1.0)
-    assert times.mark == mark
+    assert len(times["slow"]["forward"]) == measure.FEWEST_ROUNDS
 
 
 def test_on_a_gpu_moments_are_events(monkeypatch):
@@ -77,6 +70,12 @@ def test_peak_memory_is_the_most_that_is_held_at_a_time():
 
 
 def test_ceilings_bound_from_below():
-    measured = ceilings.Ceilings(bandwidth=100.0, flops=10.0)
+    measured = measure.Ceilings(bandwidth=100.0, flops=10.0)
     assert measured.seconds(moved=200, flops=5) == 2.0
     assert measured.seconds(moved=200, flops=50) == 5.0
+
+
+@pytest.mark.slow
+def test_a_process_apart_has_its_own_environment():
+    assert apart(os.getenv, "CGE_TEST", CGE_TEST="1") == "1"
+    assert "CGE_TEST" not in os.environ

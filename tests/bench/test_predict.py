@@ -1,24 +1,22 @@
 """Predictions follow from counted bytes, compiled kernels and a GPU's figures by the formulas that are printed."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import predict
+from bench.cases import Case
+from bench.count.operations import Operation
+from bench.count.traffic import Problem
 from bench.gpus import GPUS
-from bench.operations import Operation
+from bench.measure import apart
 from bench.predict import KernelPrediction, OperatorPrediction, aten_us
+from bench.shapes import SHAPES
 from cge_fast.errors import UserError
 from cge_kernels.tools.gpus import HARDWARE
 
-ROOT = Path(__file__).parents[2]
 H100 = GPUS["h100"]
 # 66 programs on 132 multiprocessors: half of them idle
 MATMUL = KernelPrediction(
@@ -31,45 +29,44 @@ POOLING = replace(
 )  # fmt: skip
 
 
-def test_tiny_step_by_hand():
-    script = (
-        "import json, dataclasses; from bench.predict import predict; "
-        "print(json.dumps([dataclasses.asdict(p) for p in predict('h100', 'tiny', 'bfloat16', 'gem')]))"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", script]
-    printed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
-    operators = {operator["operator"]: operator for operator in json.loads(printed)}
-    assert {name: [kernel["kernel"] for kernel in operator["kernels"]] for name, operator in operators.items()} == {
-        "pool forward": ["stripe_pool_kernel"],
-        "pool backward": ["stripe_pool_backward_kernel"],
-        "loss forward": ["prepare_kernel", "cross_entropy_kernel", "combine_kernel"],
-        "loss backward": ["grad_logits_kernel", "project_kernel"],
-        "revise forward": ["prepare_kernel", "revise_kernel"],
-        "revise backward": ["grad_scores_kernel", "grad_local_kernel"],
-        "memory write": ["write_memory_kernel"],
+def tiny_step() -> list[OperatorPrediction]:
+    return predict.predict(H100, Problem(SHAPES["tiny"], "bfloat16", "gem"))
+
+
+@pytest.mark.slow
+def test_tiny_step_by_hand(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    predictions = apart(tiny_step)
+    operators = {(one.case.operator, one.direction): one for one in predictions}
+    assert {place: [kernel.kernel for kernel in one.kernels] for place, one in operators.items()} == {
+        ("stripe_pool", "forward"): ["stripe_pool_kernel"],
+        ("stripe_pool", "backward"): ["stripe_pool_backward_kernel"],
+        ("revised_cross_entropy", "forward"): ["prepare_kernel", "cross_entropy_kernel", "combine_kernel"],
+        ("revised_cross_entropy", "backward"): ["grad_logits_kernel", "project_kernel"],
+        ("revise_logits", "forward"): ["prepare_kernel", "revise_kernel"],
+        ("revise_logits", "backward"): ["grad_scores_kernel", "grad_local_kernel"],
+        ("write_memory_", "forward"): ["write_memory_kernel"],
     }
     b, c, height, width, n, k = 4, 8, 6, 2, 3, 5
-    pooling, revise = operators["pool forward"]["kernels"][0], operators["revise forward"]["kernels"][1]
-    assert pooling["special"] == 2 * b * c * height * width
+    pooling, revise = operators["stripe_pool", "forward"].kernels[0], operators["revise_logits", "forward"].kernels[1]
+    assert pooling.special == 2 * b * c * height * width
     # memory and operand in bfloat16, squares, logits; revised, scores (rows of 16), scale
     loaded, stored = 2 * n * k * c + 2 * b * n * c + 4 * n * b + 4 * b * k, 4 * b * k + 4 * n * b * 16 + 4 * n * b
-    assert (revise["loaded"], revise["stored"], revise["distinct"]) == (loaded, stored, loaded + stored)
-    assert (revise["programs"], revise["flops"], revise["rate"]) == (1, 2 * b * n * k * c, 989e12)
-    latency = loaded * 370e-9 / revise["in_flight"]
-    predicted = KernelPrediction(**revise | {"gpu": H100})
-    assert predicted.predicted_us == pytest.approx(2.5 + 1e6 * latency)
-    assert (predicted.bound_by, predicted.waves) == ("launch", 1)
-    assert operators["pool backward"]["aten"] == ["aten.sum"]  # of the programs' shares of p's gradient
-    assert operators["pool backward"]["aten_us"] == pytest.approx(2.5, abs=1e-3)  # its bytes take next to nothing
-    loss = operators["loss forward"]["kernels"][1]
-    assert loss["flops"] == 2 * b * (n + 1) * k * c
+    assert (revise.loaded, revise.stored, revise.distinct) == (loaded, stored, loaded + stored)
+    assert (revise.programs, revise.flops, revise.rate) == (1, 2 * b * n * k * c, 989e12)
+    assert revise.predicted_us == pytest.approx(2.5 + 1e6 * loaded * 370e-9 / revise.in_flight)
+    assert (revise.bound_by, revise.waves) == ("launch", 1)
+    pool_backward = operators["stripe_pool", "backward"]
+    assert pool_backward.aten == ("aten.sum",)  # of the programs' shares of p's gradient
+    assert pool_backward.aten_us == pytest.approx(2.5, abs=1e-3)  # its bytes take next to nothing
+    loss = operators["revised_cross_entropy", "forward"].kernels[1]
+    assert loss.flops == 2 * b * (n + 1) * k * c
     # memory, operands in bfloat16, classifier, squares, labels
-    assert loss["loaded"] == 2 * n * k * c + 2 * b * (n + 1) * c + 4 * k * c + 4 * n * b + 8 * b
+    assert loss.loaded == 2 * n * k * c + 2 * b * (n + 1) * c + 4 * k * c + 4 * n * b + 8 * b
     # the classifier in float32 is converted for the gradient of the features
-    assert operators["loss backward"]["aten"].count("library matmul") == 3
+    assert operators["revised_cross_entropy", "backward"].aten.count("library matmul") == 3
     least = 2 * b * c * height * width + 4 * (b * c + b * n * c + 1)
-    assert operators["pool forward"]["floor_us"] == pytest.approx(1e6 * least / 3.35e12)
+    assert operators["stripe_pool", "forward"].floor_us == pytest.approx(1e6 * least / 3.35e12)
 
 
 def test_a_matmul_by_hand():
@@ -107,19 +104,26 @@ def test_longer_waits_are_never_faster(kernel, figure):
 
 def test_what_is_printed(monkeypatch, capsys):
     operators = [
-        OperatorPrediction("pool forward", (POOLING,), (), 0.0, 15.0),
-        OperatorPrediction("loss forward", (MATMUL,), ("aten.sum",), 2.5, 4.0),
-        OperatorPrediction("revise forward", (MATMUL,), (), 0.0, 4.0),  # no part of the head's step
+        OperatorPrediction(Case("stripe_pool", "gem"), "forward", (POOLING,), (), 0.0, 15.0),
+        OperatorPrediction(Case("revised_cross_entropy"), "forward", (MATMUL,), ("aten.sum",), 2.5, 4.0),
+        OperatorPrediction(Case("revise_logits"), "forward", (MATMUL,), (), 0.0, 4.0),  # no part of the head's step
     ]
     monkeypatch.setattr(predict, "predict", lambda *_: operators)
-    predict.main(["--gpu", "h100", "--markdown"])
+    figures = list(predict.measure("h100", "msmt17", "bfloat16", ["gem"], details=True))
     printed = capsys.readouterr().out
     assert printed.startswith("PREDICTION for H100 SXM5: nothing was measured")
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
-    total = POOLING.predicted_us + MATMUL.predicted_us + 2.5
-    assert ["step", f"{total:.1f}", "19.0", f"{total / 19:.1f}", ""] in cells
-    assert [row[-1] for row in cells if row[0] in ("pool forward", "loss forward")][:2] == ["memory", "L2"]
     assert "- predicted_us = launch + max(memory, latency, L2, math)" in printed
+    assert "gpu-benches on an H200" in printed
+    values = {(figure.subject, figure.contender, figure.quantity): figure.value for figure in figures}
+    total = POOLING.predicted_us + MATMUL.predicted_us + 2.5
+    assert values["head and write, gem", "H100 SXM5, predicted", "step"] == pytest.approx(total * 1e-6)
+    assert values["head and write, gem", "H100 SXM5, floor", "step"] == pytest.approx(19e-6)
+    kernels = [figure for figure in figures if figure.bench == "predicted kernels"]
+    assert list(dict.fromkeys((figure.subject, figure.contender) for figure in kernels))[:2] == [
+        ("stripe_pool, gem, forward: stripe_pool_kernel", "bound by memory"),
+        ("revised_cross_entropy, forward: revise_kernel", "bound by L2"),
+    ]
+    assert {figure.quantity for figure in kernels} >= {"programs", "waves", "distinct", "memory", "L2", "predicted"}
 
 
 def test_a_library_matmul_by_hand():
@@ -133,19 +137,7 @@ def test_every_gpu_is_one_that_kernels_are_compiled_for():
     assert {gpu.family for gpu in GPUS.values()} <= set(HARDWARE)
 
 
-@pytest.mark.parametrize(
-    ("gpu", "shape", "message"),
-    [
-        ("b200", "tiny", "gpu: must be one of h100, a100, rtx4090, mi300x, got 'b200'"),
-        ("h100", "huge", "shapes: must be of market1501, .*, tiny, got 'huge'"),
-    ],
-)
-def test_unknown_names(gpu, shape, message):
-    with pytest.raises(UserError, match=message):
-        predict.main(["--gpu", gpu, "--shape", shape])
-
-
 def test_interpreted_kernels_are_refused(monkeypatch):
     monkeypatch.setattr(predict, "INTERPRETED", SimpleNamespace(value=True))
     with pytest.raises(UserError, match="TRITON_INTERPRET: must not be set"):
-        predict.main(["--gpu", "h100", "--shape", "tiny"])
+        predict.predict(H100, Problem(SHAPES["tiny"]))

@@ -1,51 +1,47 @@
 """Counted bytes are those that one gets by hand from shapes, labels and tiles."""
 
-import json
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
-from jsonargparse import ArgumentError
+import torch
 
-from bench import traffic
-from cge_fast.errors import UserError
+from bench import count
+from bench.cases import EAGER, OURS
+from bench.count import traffic
+from bench.count.traffic import Problem, Traffic
+from bench.shapes import Shape
+from cge_kernels.tools.gpus import HARDWARE
 
-ROOT = Path(__file__).parents[2]
+H100 = HARDWARE["sm_90"].target
 
 
 @cache
-def tables(*arguments: str) -> tuple[dict[tuple[str, str], list[str]], dict[str, list[str]]]:
-    """Cells of both tables: by kernel and tensor, and by operator.
+def rows_of(problem: Problem) -> list[Traffic]:
+    return traffic.count_traffic(problem, H100)
 
-    The program runs in a process of its own, since Triton chooses its interpreter at import.
-    """
-    command = [sys.executable, "-m", "bench.traffic", "--markdown", *arguments]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    rows = [
-        [cell.strip().replace(",", "") for cell in line.strip("|").split("|")]
-        for line in printed.splitlines()
-        if line.startswith("|") and "---" not in line
-    ]
-    return {(row[1], row[2]): row[3:] for row in rows if len(row) == 10}, {
-        row[0]: row[1:] for row in rows if len(row) == 7
+
+@cache
+def counted(problem: Problem) -> tuple[dict[tuple[str, str], Traffic], dict[tuple[str, str], int]]:
+    """What was counted by kernel and tensor (of a kernel that two operators launch: the latter's), and bytes by
+    operator and contender."""
+    found = rows_of(problem)
+    by_operator = {
+        (figure.subject, figure.contender): figure.value for figure in count.count_bytes("", problem, found, H100)
     }
+    return {(one.kernel, one.tensor): one for one in found if one.distinct}, by_operator
 
 
-def loaded(row: list[str]) -> tuple[int, int]:
-    return int(row[0]), int(row[1])
+def loaded(one: Traffic) -> tuple[int, int]:
+    return one.loaded, one.distinct_loaded
 
 
-def stored(row: list[str]) -> tuple[int, int]:
-    return int(row[3]), int(row[4])
+def stored(one: Traffic) -> tuple[int, int]:
+    return one.stored, one.distinct_stored
 
 
 def test_average_pooling_by_hand():
-    by_tensor, by_operator = tables(
-        *("--batch", "2", "--channels", "3", "--height", "4", "--width", "5", "--stripes", "2", "--classes", "2"),
-        *("--dtype", "float32", "--pooling", "average", "--channels_last", "true"),
-    )
+    shape = Shape(batch=2, channels=3, height=4, width=5, stripes=2, classes=2)
+    by_tensor, by_operator = counted(Problem(shape, "float32", "average", memory_format=torch.channels_last))
     forward, backward = "stripe_pool_kernel", "stripe_pool_backward_kernel"
     feature_map, global_feature, local = 2 * 3 * 4 * 5 * 4, 2 * 3 * 4, 2 * 2 * 3 * 4
     assert loaded(by_tensor[forward, "map"]) == (feature_map, feature_map)
@@ -55,87 +51,103 @@ def test_average_pooling_by_hand():
     assert (backward, "map") not in by_tensor
     # the gradients of stripes 0, 1 and, as the one that follows the last, 1 again
     assert loaded(by_tensor[backward, "grad_local"]) == (local * 3 // 2, local)
-    assert by_operator["pool forward"][:3] == [str(feature_map + global_feature + local)] * 2 + ["1.000"]
+    for contender in ("at least", "distinct"):
+        assert by_operator["stripe_pool, average, forward", contender] == feature_map + global_feature + local
 
 
 # 20 classes in tiles of 16, 8 samples in one tile, 2 identities of 4 samples; the stripes share a row
-SMALL = (
-    *("--batch", "8", "--channels", "20", "--height", "5", "--width", "3", "--stripes", "2", "--classes", "20"),
-    *("--dtype", "bfloat16", "--pooling", "gem"),
-)
+SMALL = Problem(Shape(batch=8, channels=20, height=5, width=3, stripes=2, classes=20), "bfloat16", "gem")
 
 
 def test_revision_and_write_by_hand():
-    by_tensor, by_operator = tables(*SMALL)
+    by_tensor, by_operator = counted(SMALL)
     b, c, n, k = 8, 20, 2, 20
     memory, scores, local = n * k * c * 2, n * b * 32 * 4, b * n * c * 4
     assert loaded(by_tensor["revise_kernel", "memory"]) == (memory, memory)
-    assert loaded(by_tensor["revise_kernel", "operand (scratch)"]) == (2 * b * n * c * 2, b * n * c * 2)
-    assert stored(by_tensor["revise_kernel", "scores (scratch)"]) == (scores, scores)
-    assert stored(by_tensor["revise_kernel", "scale (scratch)"]) == (n * b * 4, n * b * 4)
-    assert loaded(by_tensor["grad_scores_kernel", "scores (scratch)"]) == (2 * scores, scores)
+    assert loaded(by_tensor["revise_kernel", "operand"]) == (2 * b * n * c * 2, b * n * c * 2)
+    assert stored(by_tensor["revise_kernel", "scores"]) == (scores, scores)
+    assert stored(by_tensor["revise_kernel", "scale"]) == (n * b * 4, n * b * 4)
+    assert loaded(by_tensor["grad_scores_kernel", "scores"]) == (2 * scores, scores)
     assert stored(by_tensor["grad_local_kernel", "grad_local"]) == (local, local)
     # the loss reads memory and classifier once, and keeps logits and scores of 20 classes x 8 samples in rows of 16
     assert loaded(by_tensor["cross_entropy_kernel", "memory"]) == (memory, memory)
     assert loaded(by_tensor["cross_entropy_kernel", "weight"]) == (k * c * 4, k * c * 4)
-    assert stored(by_tensor["cross_entropy_kernel", "kept (scratch)"]) == ((n + 1) * k * 16 * 4,) * 2
-    assert stored(by_tensor["cross_entropy_kernel", "sums (scratch)"]) == (2 * 2 * b * 4,) * 2
+    assert stored(by_tensor["cross_entropy_kernel", "kept"]) == ((n + 1) * k * 16 * 4,) * 2
+    assert stored(by_tensor["cross_entropy_kernel", "sums"]) == (2 * 2 * b * 4,) * 2
     assert stored(by_tensor["combine_kernel", "loss"]) == (b * 4, b * 4)
-    assert stored(by_tensor["grad_logits_kernel", "gradients (scratch)"]) == ((n + 1) * k * b * 2,) * 2
+    assert stored(by_tensor["grad_logits_kernel", "gradients"]) == ((n + 1) * k * b * 2,) * 2
     assert stored(by_tensor["project_kernel", "grad_local"]) == (local, local)
     rows = 2 * n * c
     assert loaded(by_tensor["write_memory_kernel", "memory"]) == (rows * 4, rows * 4)
     assert stored(by_tensor["write_memory_kernel", "memory"]) == (rows * 4, rows * 4)
-    assert stored(by_tensor["write_memory_kernel", "shadow"]) == (rows * 2, rows * 2)
+    assert stored(by_tensor["write_memory_kernel", "low_precision_memory"]) == (rows * 2, rows * 2)
     assert loaded(by_tensor["write_memory_kernel", "local"]) == (local, local)
     # of the loss two kernels read the labels, and the library's matmuls, which are not counted here, do the rest
-    least, distinct, *_ = by_operator["loss forward"]
-    assert int(distinct) - int(least) == b * 8
-    other = {"operator", "loss forward", "loss backward", "step"}
-    assert {row[2] for name, row in by_operator.items() if name not in other} == {"1.000"}
+    loss = "revised_cross_entropy, forward"
+    assert by_operator[loss, "distinct"] - by_operator[loss, "at least"] == b * 8
+    others = {subject for subject, _ in by_operator} - {loss, "revised_cross_entropy, backward", "step, gem"}
+    assert len(others) == 5
+    assert all(by_operator[subject, "distinct"] == by_operator[subject, "at least"] for subject in others)
 
 
+def test_the_step_is_the_sum_of_its_operators():
+    _, by_operator = counted(SMALL)
+    operators = ("stripe_pool, gem", "revised_cross_entropy", "write_memory_")
+    for contender in ("at least", "distinct", "scratch and matmuls", OURS, EAGER):
+        parts = [
+            by_operator.get((f"{operator}, {direction}", contender), 0)
+            for operator in operators
+            for direction in ("forward", "backward")
+        ]
+        assert by_operator["step, gem", contender] == sum(parts)
+    assert by_operator["step, gem", OURS] == (
+        by_operator["step, gem", "distinct"] + by_operator["step, gem", "scratch and matmuls"]
+    )
+
+
+@pytest.mark.slow
 def test_pooling_of_one_sample_stands_for_all():
-    one, whole = tables(*SMALL), tables(*SMALL, "--pool_samples", "8")
-    assert one[1] == whole[1]
-    assert {key: row[:6] for key, row in one[0].items()} == {key: row[:6] for key, row in whole[0].items()}
-    assert one[0]["stripe_pool_kernel", "map"][6] == "1/8"
-    assert {row[6] for row in whole[0].values()} == {"all", "run"}
+    whole = Problem(SMALL.shape, SMALL.dtype, SMALL.pooling, pool_samples=8)
+    assert counted(whole) == counted(SMALL)
 
 
-def test_json_by_launch():
-    command = [sys.executable, "-m", "bench.traffic", "--json", "--target", "sm_80", *SMALL]
-    rows = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-    assert list(dict.fromkeys((row["launch"], row["operator"], row["kernel"]) for row in rows)) == [
-        (0, "pool forward", "stripe_pool_kernel"),
-        (1, "pool backward", "stripe_pool_backward_kernel"),
-        (2, "loss forward", "prepare_kernel"),
-        (3, "loss forward", "cross_entropy_kernel"),
-        (4, "loss forward", "combine_kernel"),
-        (5, "loss backward", "grad_logits_kernel"),
-        (6, "loss backward", "project_kernel"),
-        (7, "revise forward", "prepare_kernel"),
-        (8, "revise forward", "revise_kernel"),
-        (9, "revise backward", "grad_scores_kernel"),
-        (10, "revise backward", "grad_local_kernel"),
-        (11, "memory write", "write_memory_kernel"),
+def test_launches_are_numbered():
+    rows = rows_of(SMALL)
+    assert list(dict.fromkeys((row.launch, row.operator, row.kernel) for row in rows)) == [
+        (0, "stripe_pool, gem, forward", "stripe_pool_kernel"),
+        (1, "stripe_pool, gem, backward", "stripe_pool_backward_kernel"),
+        (2, "revised_cross_entropy, forward", "prepare_kernel"),
+        (3, "revised_cross_entropy, forward", "cross_entropy_kernel"),
+        (4, "revised_cross_entropy, forward", "combine_kernel"),
+        (5, "revised_cross_entropy, backward", "grad_logits_kernel"),
+        (6, "revised_cross_entropy, backward", "project_kernel"),
+        (7, "revise_logits, forward", "prepare_kernel"),
+        (8, "revise_logits, forward", "revise_kernel"),
+        (9, "revise_logits, backward", "grad_scores_kernel"),
+        (10, "revise_logits, backward", "grad_local_kernel"),
+        (11, "write_memory_, forward", "write_memory_kernel"),
     ]
-    written = next(row for row in rows if (row["launch"], row["tensor"]) == (11, "memory"))
+    written = next(row for row in rows if (row.launch, row.tensor) == (11, "memory"))
     bytes_of_rows = 2 * 2 * 20 * 4  # 2 identities in 2 stripes, 20 channels
-    names = ("loaded", "distinct_loaded", "stored", "distinct_stored")
-    assert [written[name] for name in names] == [bytes_of_rows] * 4
+    assert (*loaded(written), *stored(written)) == (bytes_of_rows,) * 4
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--stripes", "25"], "stripes: must be at most the height 24, got 25"),
-        (["--pool_samples", "3"], "pool_samples: must divide the batch 64, got 3"),
-        (["--batch", "0"], "batch"),
-        (["--dtype", "float64"], "dtype"),
-        (["--target", "sm_70"], "target"),
-    ],
-)
-def test_wrong_options(arguments, named):
-    with pytest.raises((UserError, ArgumentError), match=named):
-        traffic.main(arguments)
+def test_details_have_every_tensor_and_say_which_are_scratch():
+    figures = list(count.bytes_of_tensors("", rows_of(SMALL)))
+    (kept,) = (
+        figure for figure in figures
+        if figure.subject == "revised_cross_entropy, forward: cross_entropy_kernel"
+        and (figure.contender, figure.quantity) == ("kept (scratch)", "stored")
+    )  # fmt: skip
+    assert kept.value == 3 * 20 * 16 * 4
+
+
+@pytest.mark.slow
+def test_where_kernels_are_compiled_a_process_of_its_own_interprets_them(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(traffic.INTERPRETED, "value", False)
+    assert traffic.interpreted(is_interpreted) is True
+
+
+def is_interpreted() -> bool:
+    return traffic.INTERPRETED.value
