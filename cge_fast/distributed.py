@@ -6,14 +6,12 @@ each sample's softmax: the highest logit, the sum of exponentials, the sum of lo
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cge_kernels.cross_entropy.backward import revised_cross_entropy_backward_op
-from cge_kernels.cross_entropy.op import loss_of_statistics, revised_statistics_op, valid_labels
+from cge_kernels import ClassShard, revised_cross_entropy
 
 
 def rank() -> int:
@@ -85,17 +83,7 @@ def copy_from_first_rank(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor, 0)
 
 
-class Shard(NamedTuple):
-    """A rank's classes: `count` of all N `classes`, from `first` on."""
-
-    first: int
-    count: int
-    classes: int
-
-    @property
-    def rows(self) -> slice:
-        """Which rows of the whole they are."""
-        return slice(self.first, self.first + self.count)
+Shard = ClassShard
 
 
 def shard_of(classes: int, number: int | None = None, ranks: int | None = None) -> Shard:
@@ -107,8 +95,7 @@ def shard_of(classes: int, number: int | None = None, ranks: int | None = None) 
     number, ranks = rank() if number is None else number, world_size() if ranks is None else ranks
     if classes < ranks:
         raise ValueError(f"shard_classes: {classes} identities cannot be shared out among {ranks} ranks")
-    share, left = divmod(classes, ranks)
-    return Shard(number * share + min(number, left), share + (number < left), classes)
+    return ClassShard.of_rank(classes, number, ranks)
 
 
 def collect_rows(rows: Tensor, shard: Shard, axis: int) -> Tensor | None:
@@ -148,98 +135,17 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return count.item() > 0
 
 
-def gather_equal(tensor: Tensor) -> Tensor:
-    """Concatenates the ranks' tensors of one shape along dimension 0, in rank order. No gradient."""
-    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
-
-
-def reduce_to_own(tensor: Tensor) -> Tensor:
-    """The sum over ranks of the part along dimension 0 that this rank gave to `gather_equal`."""
-    parts = list(tensor.contiguous().chunk(world_size()))
-    own = torch.empty_like(parts[0])
-    dist.reduce_scatter(own, parts)
-    return own
-
-
-class _ShardedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, features, weight, local_features, memory, labels, label_smoothing, local_gradient, shard):
-        features, local_features, labels = map(gather_equal, (features, local_features, labels))
-        valid_labels(labels, shard.classes)
-        *statistics, kept, scale = revised_statistics_op(
-            features, weight, local_features, memory, labels, None, shard.first
-        )
-        reduced = reduce_statistics(*statistics, shard.classes)
-        loss, log_sum, hit, local_hit = loss_of_statistics(*reduced, labels, shard.classes, label_smoothing)
-        ctx.settings = label_smoothing, shard.first, shard.classes, local_gradient
-        ctx.save_for_backward(log_sum, features, weight, local_features, memory, labels, None, kept, scale)
-        ctx.mark_non_differentiable(hit, local_hit)
-        return loss, hit, local_hit
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        label_smoothing, first, classes, local_gradient = ctx.settings
-        local_gradient = local_gradient and ctx.needs_input_grad[2]
-        grad_features, grad_weight, grad_local, _ = revised_cross_entropy_backward_op(
-            grad.contiguous(), *ctx.saved_tensors, label_smoothing, first, classes, local_gradient
-        )
-        grad_features = reduce_to_own(grad_features).mul_(world_size())
-        grad_local = reduce_to_own(grad_local).mul_(world_size()) if local_gradient else None
-        return grad_features, grad_weight, grad_local, *(None,) * 5
-
-
-def reduce_statistics(
-    highest: Tensor, winner: Tensor, sums: Tensor, target: Tensor, classes: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Statistics over all classes, on every rank, from those of each rank's (`revised_statistics_op`)."""
-    own_highest = highest
-    highest = highest.clone()
-    dist.all_reduce(highest, dist.ReduceOp.MAX)
-    winner = torch.where(own_highest == highest, winner, classes)  # of ranks that tie the lowest class wins
-    dist.all_reduce(winner, dist.ReduceOp.MIN)
-    exponentials = sums[0] * (own_highest[0] - highest[0]).exp()
-    summed = torch.stack([exponentials, sums[1], target])
-    dist.all_reduce(summed)
-    return highest, winner, summed[:2], summed[2]
-
-
 def sharded_cross_entropy(
     features: Tensor,
     weight: Tensor,
     local_features: Tensor,
     memory: Tensor,
     labels: Tensor,
-    shard: Shard,
+    shard: ClassShard,
     label_smoothing: float = 0.1,
     local_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`cge_kernels.revised_cross_entropy` of the samples of all ranks, where each has some of the classes.
-
-    Every rank must derive the same number from the loss and call backward on it. With DistributedDataParallel, which
-    averages gradients over ranks, the features receive R times the gradient; that of the weight is the true one, so the
-    weight stays outside of it.
-
-    Args:
-        features: (B, C), floating: this rank's samples, as many on every rank.
-        weight: (count, C), floating: the classifier's rows of this rank's classes.
-        local_features: (B, n, C), floating.
-        memory: (n, count, C), floating, contiguous: the same rows of the memory; only read.
-        labels: (B,), integer, in [0, N).
-        shard: this rank's classes.
-        label_smoothing: e, in [0, 1].
-        local_gradient: whether the gradient flows through w to the local features.
-
-    Returns:
-        loss (R*B,), hit (R*B,) and local_hit (R*B, n) of all ranks' samples, in rank order, the same on every rank.
-
-    Raises:
-        ValueError, on every rank: (on the CPU) a label of any rank is outside [0, N), or the ranks have different
-            numbers of samples. On a GPU, where looking would synchronise, the loss of such a label is NaN.
-    """
-    if labels.device.type == "cpu":
-        require_equal(samples=len(labels))
-    return _ShardedCrossEntropy.apply(
-        features, weight, local_features, memory, labels, label_smoothing, local_gradient, shard
+    """`revised_cross_entropy` with a shard."""
+    return revised_cross_entropy(
+        features, weight, local_features, memory, labels, label_smoothing, local_gradient, shard=shard
     )

@@ -7,10 +7,10 @@ import torch
 
 import cge_kernels
 from cge_fast.errors import UserError
-from cge_kernels.common.checks import require_shape, require_tensor
+from cge_kernels.common.checks import require_shape, require_tensor, valid_labels
 from cge_kernels.common.dispatch import runs_on_triton
 from cge_kernels.common.tiles import scratch_bytes
-from cge_kernels.cross_entropy.op import local_hits, valid_labels
+from cge_kernels.cross_entropy.stripe_correct import stripe_correct as local_hits
 
 Kernels = Literal["fused", "one_pass", "reference"]
 

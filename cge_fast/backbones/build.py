@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from cge_fast.backbones.weights import file_tensors, imagenet_tensors, start_from
 from cge_fast.backbones.ibn import with_ibn_a
 from cge_fast.backbones.non_local import NonLocal, with_non_local
+from cge_fast.backbones.weights import file_tensors, imagenet_tensors, start_from
 from cge_fast.errors import UserError
 
 Backbone = Literal["compact", "resnet18", "resnet34", "resnet50", "resnet101", "resnet50_ibn_a"]

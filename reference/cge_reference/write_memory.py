@@ -4,74 +4,39 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cge_reference.checks import accumulation_dtype, require_same_device, require_shape, require_tensor, valid_labels
+from cge_reference.common import accumulation_dtype
 
 NORM_EPS = 1e-12  # a mean feature below this norm counts as zero: it has no direction
 
 
 @torch.no_grad()
 def write_memory_(
-    memory: Tensor, local_features: Tensor, labels: Tensor, alpha: float | Tensor, shadow: Tensor | None = None
+    memory: Tensor,
+    local_features: Tensor,
+    labels: Tensor,
+    momentum: float | Tensor,
+    low_precision_memory: Tensor | None = None,
 ) -> Tensor:
-    """Writes the local features of one optimiser step into the class memory, in place (the paper's module NLC).
+    """Writes the local features (B, n, C) of one optimizer step into the class memory (n, N, C), in place.
 
     For each identity y of the batch, with u_i = normalise(mean of its f_i):
-    M[i,y] <- normalise(alpha * M[i,y] + (1 - alpha) * u_i).
-    A zero row (class never seen) takes u_i whatever alpha is; a zero u_i leaves the row as it is. Call it after the
-    backward pass: autograd still needs the memory that the forward pass read.
-
-    Args:
-        memory: (n, N, C), float32 or float64, contiguous; written in place.
-        local_features: (B, n, C), floating.
-        labels: (B,), integer, in [0, N).
-        alpha: a number or a 0-d tensor in [0, 1]: how much of the old row stays.
-        shadow: (n, N, C), floating, contiguous, or None: a copy in a smaller dtype whose written rows are refreshed.
-
-    Returns:
-        memory itself.
-
-    Raises:
-        TypeError: an argument has another type or dtype.
-        ValueError: ranks, shapes or devices do not fit, memory or shadow is not contiguous, alpha (a number or on the
-            CPU) is outside [0, 1], or (on the CPU) a label is outside [0, N); on a GPU such a sample writes nothing.
+    M[i,y] <- normalise(momentum * M[i,y] + (1 - momentum) * u_i).
+    A zero row (class never seen) takes u_i whatever the momentum is; a zero u_i leaves the row as it is. A label
+    outside [0, N) writes nothing. In the copy low_precision_memory the written rows are refreshed.
     """
-    require_tensor("memory", memory, "(n, N, C)")
-    if memory.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"memory must be float32 or float64 (a smaller dtype loses increments), got {memory.dtype}")
-    require_tensor("local_features", local_features, "(B, n, C)")
-    require_tensor("labels", labels, "(B,)", "an integer")
-    require_same_device(memory=memory, local_features=local_features, labels=labels)
-    stripes, classes, channels = memory.shape
-    batch = local_features.shape[0]
-    require_shape("local_features", local_features, (batch, stripes, channels), f"memory {tuple(memory.shape)}")
-    require_shape("labels", labels, (batch,), f"local_features {tuple(local_features.shape)}")
-    if shadow is not None:
-        require_tensor("shadow", shadow, "(n, N, C)")
-        require_shape("shadow", shadow, tuple(memory.shape), "memory")
-        require_same_device(memory=memory, shadow=shadow)
-    for name, tensor in (("memory", memory), ("shadow", shadow)):
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous, got strides {tensor.stride()} for shape {tuple(tensor.shape)}"
-            )
-    if not (isinstance(alpha, Tensor) and alpha.device.type != "cpu") and not 0 <= float(alpha) <= 1:
-        raise ValueError(f"alpha must lie in [0, 1], got {float(alpha)}")
-
-    valid = valid_labels(labels, classes)
+    valid = (labels >= 0) & (labels < memory.shape[1])
     identities, instance_of = labels[valid].long().unique(return_inverse=True)
-    dtype = accumulation_dtype(memory, local_features)
-    features = local_features[valid].to(dtype)
-    sums = features.new_zeros(len(identities), stripes, channels).index_add_(0, instance_of, features)
-    counts = instance_of.bincount(minlength=len(identities)).to(dtype)
+    features = local_features[valid].to(accumulation_dtype(memory, local_features))
+    sums = features.new_zeros(len(identities), *features.shape[1:]).index_add_(0, instance_of, features)
+    counts = instance_of.bincount(minlength=len(identities)).to(features.dtype)
     means = (sums / counts[:, None, None]).transpose(0, 1)
     norms = means.norm(dim=2, keepdim=True)
     update = means / norms.clamp(min=NORM_EPS)
-    old = memory[:, identities].to(dtype)
+    old = memory[:, identities].to(features.dtype)
     never_seen = (old == 0).all(dim=2, keepdim=True)
-    nothing_new = norms < NORM_EPS
-    blended = normalize(alpha * old + (1 - alpha) * update, dim=2, eps=NORM_EPS)
-    rows = torch.where(nothing_new, old, torch.where(never_seen, update, blended))
+    blended = normalize(momentum * old + (1 - momentum) * update, dim=2, eps=NORM_EPS)
+    rows = torch.where(norms < NORM_EPS, old, torch.where(never_seen, update, blended))
     memory[:, identities] = rows.to(memory.dtype)
-    if shadow is not None:
-        shadow[:, identities] = rows.to(shadow.dtype)
+    if low_precision_memory is not None:
+        low_precision_memory[:, identities] = rows.to(low_precision_memory.dtype)
     return memory

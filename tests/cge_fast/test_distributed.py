@@ -50,7 +50,7 @@ def write_uneven(rank):
     mine = slice(0, 5) if rank == 0 else slice(5, 6)
     head = CGEHead(4, 3, epochs=2)
     head.write_memory(local_features[mine], LABELS[mine], 1)
-    whole = write_memory_(torch.zeros(3, 3, 4), local_features, LABELS, alpha=0.5)
+    whole = write_memory_(torch.zeros(3, 3, 4), local_features, LABELS, momentum=0.5)
     assert torch.equal(head.memory, whole)
 
 

@@ -118,7 +118,7 @@ def written(rank):
         head.write_memory(local_features[own], labels[own], 1)
     whole = torch.zeros(STRIPES, CLASSES, CHANNELS)
     for _ in range(2):
-        cge_reference.write_memory_(whole, local_features, labels, alpha=0.5)
+        cge_reference.write_memory_(whole, local_features, labels, momentum=0.5)
     close(head.memory, whole[:, shard_of(CLASSES).rows])
     weights = head.label_and_mean_weight(local_features[own], labels[own]) * world_size()
     full = cge_reference.revise_logits(torch.ones(BATCH, CLASSES), local_features, whole)

@@ -29,7 +29,7 @@ def test_cpu_tensors_run_on_aten_unless_the_variable_or_the_context_says_otherwi
     assert launches_of(pool) == []
     monkeypatch.setenv("CGE_BACKEND", "triton")  # read at each call
     assert launches_of(pool) == ["stripe_pool_kernel"]
-    with cge_kernels.backend("aten"):
+    with cge_kernels.backend("cpu"):
         assert launches_of(pool) == []
         with cge_kernels.backend("triton"):
             assert launches_of(pool) == ["stripe_pool_kernel"]
@@ -40,10 +40,10 @@ def test_cpu_tensors_run_on_aten_unless_the_variable_or_the_context_says_otherwi
 
 def test_a_wrong_backend_is_named(monkeypatch):
     monkeypatch.setenv("CGE_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="CGE_BACKEND must be one of auto, triton, aten, got 'cuda'"):
+    with pytest.raises(ValueError, match="CGE_BACKEND must be one of auto, triton, cpu, reference, got 'cuda'"):
         pool()
     with (
-        pytest.raises(ValueError, match="backend must be one of auto, triton, aten, got 'gpu'"),
+        pytest.raises(ValueError, match="backend must be one of auto, triton, cpu, reference, got 'gpu'"),
         cge_kernels.backend("gpu"),
     ):
         pass

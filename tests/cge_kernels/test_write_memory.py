@@ -105,9 +105,9 @@ def test_wrong_arguments_are_named_and_nothing_is_written():
     memory, local_features, labels = (tensor.cpu() for tensor in example())
     before = memory.clone()
     write = cge_kernels.write_memory_
-    with pytest.raises(ValueError, match=r"alpha must lie in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\], got 1.5"):
         write(memory, local_features, labels, 1.5)
-    with pytest.raises(ValueError, match=r"alpha must lie in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\], got 1.5"):
         write(memory, local_features, labels, torch.tensor(1.5))
     with pytest.raises(ValueError, match="memory must be contiguous, got strides"):
         write(memory.transpose(0, 1).contiguous().transpose(0, 1), local_features, labels, 0.5)
@@ -117,7 +117,7 @@ def test_wrong_arguments_are_named_and_nothing_is_written():
         write(memory.bfloat16(), local_features, labels, 0.5)
     with pytest.raises(TypeError, match="labels must have an integer dtype"):
         write(memory, local_features, labels.float(), 0.5)
-    with pytest.raises(ValueError, match="shadow must have shape"):
+    with pytest.raises(ValueError, match="low_precision_memory must have shape"):
         write(memory, local_features, labels, 0.5, memory[:, :2].contiguous())
     assert torch.equal(memory, before)
 

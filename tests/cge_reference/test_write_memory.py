@@ -98,7 +98,7 @@ def test_wrong_arguments_are_named_and_nothing_is_written():
     before = memory.clone()
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 4\), got 4"):
         write_memory_(memory, local_features, torch.tensor([0, 1, 2, 3, 4]), 0.5)
-    with pytest.raises(ValueError, match=r"alpha must lie in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\], got 1.5"):
         write_memory_(memory, local_features, labels, 1.5)
     with pytest.raises(ValueError, match="memory must be contiguous, got strides"):
         write_memory_(memory.transpose(0, 1).contiguous().transpose(0, 1), local_features, labels, 0.5)
@@ -106,6 +106,6 @@ def test_wrong_arguments_are_named_and_nothing_is_written():
         write_memory_(memory, local_features[:, :1], labels, 0.5)
     with pytest.raises(TypeError, match="memory must be float32 or float64"):
         write_memory_(memory.bfloat16(), local_features, labels, 0.5)
-    with pytest.raises(ValueError, match="shadow must have shape"):
+    with pytest.raises(ValueError, match="low_precision_memory must have shape"):
         write_memory_(memory, local_features, labels, 0.5, memory[:, :2])
     assert torch.equal(memory, before)

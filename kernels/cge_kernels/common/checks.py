@@ -37,17 +37,23 @@ def require_same_device(**tensors: Tensor) -> None:
         )
 
 
+@torch.library.custom_op("cge_kernels::valid_labels", mutates_args=())
 def valid_labels(labels: Tensor, classes: int) -> Tensor:
     """(B,) bool: which labels lie in [0, classes).
 
     On the CPU a label outside is a ValueError. On a GPU looking would synchronise with the host, so there the caller
-    masks the sample.
+    masks the sample. Opaque, since torch.compile could not trace the look.
     """
     valid = (labels >= 0) & (labels < classes)
     if labels.device.type == "cpu" and not valid.all():
         wrong = labels[~valid][0].item()
         raise ValueError(f"labels must lie in [0, {classes}), got {wrong}")
     return valid
+
+
+@valid_labels.register_fake
+def _(labels, classes):
+    return torch.empty_like(labels, dtype=torch.bool)
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -62,3 +68,13 @@ def require_memory(name: str, memory: Tensor) -> None:
         raise ValueError(f"{name} must have no empty dimension, got {tuple(memory.shape)}")
     if not memory.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {memory.stride()} for shape {tuple(memory.shape)}")
+
+
+def check_local(local_features: Tensor, memory: Tensor) -> None:
+    """Raises unless these are local features (B, n, C) and a memory (n, N, C) that fit each other, on one device."""
+    require_tensor("local_features", local_features, "(B, n, C)")
+    require_memory("memory", memory)
+    require_same_device(local_features=local_features, memory=memory)
+    _, stripes, channels = local_features.shape
+    fitting = f"local_features {tuple(local_features.shape)}"
+    require_shape("memory", memory, (stripes, memory.shape[1], channels), fitting)

@@ -1,4 +1,4 @@
-"""The one place that decides where an operator runs: as Triton kernels or as ATen operations."""
+"""The one place that decides where an operator runs: Triton kernels, the CPU's implementation, or the reference."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -11,14 +11,17 @@ from torch import Tensor
 from cge_kernels.common.device_functions import triton
 from cge_kernels.common.launch import kernels_can_run_on_cpu
 
-BACKENDS = ("auto", "triton", "aten")
+BACKENDS = ("auto", "triton", "cpu", "reference")
 
 _override: str | None = None
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Inside, operators run on "triton", on "aten", or where their tensors suggest ("auto"), whatever CGE_BACKEND says.
+    """Inside, every operator runs on this backend, whatever CGE_BACKEND says.
+
+    "auto": Triton kernels for GPU tensors, cache-blocked PyTorch for CPU tensors. "triton": the kernels. "cpu":
+    cache-blocked PyTorch, on any device. "reference": cge_reference, with plain autograd.
 
     Raises:
         ValueError: another name.
@@ -34,8 +37,24 @@ def backend(name: str) -> Iterator[None]:
 
 def require_backend(source: str, name: str) -> None:
     """Raises ValueError, naming the source, unless `name` is a backend."""
+    if name == "aten":
+        raise ValueError(f"{source}: 'aten' is now called 'cpu'")
     if name not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+
+
+def current_backend() -> str:
+    """The backend in force: that of `backend`, else CGE_BACKEND, else "auto"."""
+    if _override is not None:
+        return _override
+    name = os.environ.get("CGE_BACKEND", "auto")
+    require_backend("CGE_BACKEND", name)
+    return name
+
+
+def runs_on_reference() -> bool:
+    """Whether operators run as cge_reference has them."""
+    return current_backend() == "reference"
 
 
 def runs_on_triton(*tensors: Tensor) -> bool:
@@ -46,8 +65,7 @@ def runs_on_triton(*tensors: Tensor) -> bool:
         RuntimeError: Triton was asked for but is not installed, or has nothing to run CPU tensors on.
         TypeError: Triton was asked for with float64.
     """
-    chosen = _override or os.environ.get("CGE_BACKEND", "auto")
-    require_backend("CGE_BACKEND", chosen)
+    chosen = current_backend()
     device = tensors[0].device.type
     is_float64 = any(tensor.dtype == torch.float64 for tensor in tensors)
     if chosen != "triton":
@@ -55,7 +73,7 @@ def runs_on_triton(*tensors: Tensor) -> bool:
     if triton is None:
         raise RuntimeError("CGE_BACKEND is triton, but Triton is not installed")
     if is_float64:
-        raise TypeError("CGE_BACKEND is triton, whose kernels know no float64; use aten")
+        raise TypeError("CGE_BACKEND is triton, whose kernels know no float64; use cpu")
     if device == "cpu" and not kernels_can_run_on_cpu():
         raise RuntimeError(
             "CGE_BACKEND is triton, but the tensors are on the CPU: set TRITON_INTERPRET=1 before importing "
@@ -64,9 +82,9 @@ def runs_on_triton(*tensors: Tensor) -> bool:
     return True
 
 
-def implementation(on_triton: Callable, on_aten: Callable, *tensors: Tensor) -> Callable:
+def implementation(on_triton: Callable, on_cpu: Callable, *tensors: Tensor) -> Callable:
     """One of two functions, wrapped to run with autocast off: dtypes follow from the arguments alone."""
-    chosen = on_triton if runs_on_triton(*tensors) else on_aten
+    chosen = on_triton if runs_on_triton(*tensors) else on_cpu
 
     def call(*arguments: Any) -> Any:
         with torch.autocast(tensors[0].device.type, enabled=False):

@@ -88,6 +88,17 @@ def revised_statistics(
     return highest, winner, sums, target, kept, scale
 
 
+def loss_of_statistics(
+    highest: Tensor, winner: Tensor, sums: Tensor, target: Tensor, labels: Tensor, classes: int, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss and log_sum (B,), correct (B,) and stripe_correct (B, n) from the statistics over all N classes."""
+    log_sum = highest[0] + sums[0].log()
+    loss = log_sum - (1 - label_smoothing) * target - label_smoothing * (sums[1] / classes)
+    loss = torch.where((labels >= 0) & (labels < classes), loss, torch.nan)
+    is_label = winner == labels
+    return loss, log_sum, is_label[0].clone(), is_label[1:].T.contiguous()
+
+
 def revised_cross_entropy_backward(
     grad: Tensor, log_sum: Tensor, features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor,
     labels: Tensor, bias: Tensor | None, kept: Tensor, scale: Tensor, label_smoothing: float, first_class: int,

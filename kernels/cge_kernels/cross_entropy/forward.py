@@ -121,7 +121,7 @@ def cross_entropy_kernel(
 def combine_kernel(
     highest_pointer, winner_pointer, sums_pointer, target_pointer, labels_pointer,
     all_highest_pointer, all_winner_pointer, all_sums_pointer, all_target_pointer,
-    loss_pointer, log_sum_pointer, hit_pointer, local_hit_pointer,
+    loss_pointer, log_sum_pointer, correct_pointer, stripe_correct_pointer,
     batch, classes, tiles, first_class, all_classes, partial_row, label_smoothing,
     STRIPES: tl.constexpr, EARLIER: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
@@ -129,8 +129,8 @@ def combine_kernel(
 
     Reads what cross_entropy_kernel stored for the tiles of `classes` classes from first_class on and, if EARLIER, what
     this kernel stored for those before them.
-    With loss not None: loss and log_sum, the logarithm of the sum of exponentials (B,) float32; hit (B,) and local_hit
-    (B, n) bool; a label that is none of all_classes gives a NaN loss. Else all_highest (n+1, B) float32; all_winner
+    With loss not None: loss and log_sum, the logarithm of the sum of exponentials (B,) float32; correct (B,) and
+    stripe_correct (B, n) bool; a label that is none of all_classes gives a NaN loss. Else all_highest (n+1, B) float32; all_winner
     (n+1, B) int64, counted from class 0; all_sums (2, B); all_target (B,), 0 where the label is none of the classes
     gone over.
     """
@@ -173,15 +173,15 @@ def combine_kernel(
         highest = new_highest
     if loss_pointer is not None:
         is_valid = (label >= 0) & (label < all_classes)
-        hit = is_valid & (winner == label)
+        correct = is_valid & (winner == label)
         if classifier == 0:
             log_sum = highest + tl.log(tl.where(sample_mask, exponentials, 1.0))
             loss = log_sum - (1.0 - label_smoothing) * target - label_smoothing * (total / all_classes)
             tl.store(loss_pointer + sample, tl.where(is_valid, loss, float("nan")), mask=sample_mask)
             tl.store(log_sum_pointer + sample, log_sum, mask=sample_mask)
-            tl.store(hit_pointer + sample, hit, mask=sample_mask)
+            tl.store(correct_pointer + sample, correct, mask=sample_mask)
         else:
-            tl.store(local_hit_pointer + sample * STRIPES + (classifier - 1), hit, mask=sample_mask)
+            tl.store(stripe_correct_pointer + sample * STRIPES + (classifier - 1), correct, mask=sample_mask)
     else:
         row = classifier * batch + sample
         tl.store(all_highest_pointer + row, highest, mask=sample_mask)
@@ -272,7 +272,7 @@ def launch_combine(
     tiles, classifiers, row = partials.highest.shape
     names = (
         *("all_highest_pointer", "all_winner_pointer", "all_sums_pointer", "all_target_pointer"),
-        *("loss_pointer", "log_sum_pointer", "hit_pointer", "local_hit_pointer"),
+        *("loss_pointer", "log_sum_pointer", "correct_pointer", "stripe_correct_pointer"),
     )
     args = {
         **{f"{name}_pointer": tensor for name, tensor in partials._asdict().items()},
@@ -345,20 +345,20 @@ def launch_forward(
     features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor, labels: Tensor, bias: Tensor | None,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """loss and log_sum (B,), hit (B,) and local_hit (B, n) bool, kept and scale as launch_chunks has them."""
+    """loss and log_sum (B,), correct (B,) and stripe_correct (B, n) bool, kept and scale as launch_chunks has them."""
     loss = features.new_empty(len(features), dtype=torch.float32)
-    log_sum, hit = torch.empty_like(loss), torch.empty_like(loss, dtype=torch.bool)
-    local_hit = hit.new_empty(local_features.shape[:2])
+    log_sum, correct = torch.empty_like(loss), torch.empty_like(loss, dtype=torch.bool)
+    stripe_correct = correct.new_empty(local_features.shape[:2])
     results = {
         "loss_pointer": loss,
         "log_sum_pointer": log_sum,
-        "hit_pointer": hit,
-        "local_hit_pointer": local_hit,
+        "correct_pointer": correct,
+        "stripe_correct_pointer": stripe_correct,
         "label_smoothing": label_smoothing,
     }
     statistics = empty_statistics(features, len(memory))
     kept, scale = launch_chunks(features, weight, local_features, memory, labels, bias, 0, statistics, results)
-    return loss, log_sum, hit, local_hit, kept, scale
+    return loss, log_sum, correct, stripe_correct, kept, scale
 
 
 def launch_statistics(

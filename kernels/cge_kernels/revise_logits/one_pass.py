@@ -25,7 +25,7 @@ from cge_kernels.common.checks import (
     require_tensor,
 )
 from cge_kernels.common.device_functions import jit, tl
-from cge_kernels.common.dispatch import implementation
+from cge_kernels.common.dispatch import implementation, runs_on_reference
 from cge_kernels.common.launch import current_target, float32_precision, launch
 from cge_kernels.common.tiles import (
     POOL,
@@ -40,7 +40,8 @@ from cge_kernels.revise_logits import cpu
 from cge_kernels.revise_logits.backward import revise_logits_backward_op
 from cge_kernels.revise_logits.forward import MAX_PARTS, revise_tile
 from cge_kernels.stripe_pool import cpu as pool_cpu
-from cge_kernels.stripe_pool.triton import check_pooling, is_flat, pool_tile, strides, stripe_pool_backward_op
+from cge_kernels.stripe_pool.op import check_pooling, stripe_pool_backward_op
+from cge_kernels.stripe_pool.triton import is_flat, pool_tile, strides
 
 
 @jit
@@ -226,5 +227,9 @@ def revise_logits_one_pass(
     batch, map_channels = feature_map.shape[:2]
     require_shape("memory", memory, (stripes, classes, map_channels), f"feature_map {tuple(feature_map.shape)}")
     require_shape("logits", logits, (batch, classes), f"feature_map and memory {tuple(memory.shape)}")
+    if runs_on_reference():
+        import cge_reference
+
+        return cge_reference.revise_logits_one_pass(feature_map, logits, memory, p, eps, local_gradient)
     revised, local_features, _, _ = one_pass_op(feature_map, logits, memory, p, eps, local_gradient)
     return revised, local_features

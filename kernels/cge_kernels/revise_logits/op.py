@@ -22,7 +22,7 @@ from cge_kernels.common.checks import (
     require_shape,
     require_tensor,
 )
-from cge_kernels.common.dispatch import implementation
+from cge_kernels.common.dispatch import implementation, runs_on_reference
 from cge_kernels.common.tiles import score_row, scores_are_kept
 from cge_kernels.revise_logits import cpu
 from cge_kernels.revise_logits.backward import revise_logits_backward_op
@@ -101,4 +101,8 @@ def revise_logits(logits: Tensor, local_features: Tensor, memory: Tensor, local_
         ValueError: ranks, shapes or devices do not fit, or the memory is not contiguous.
     """
     check_revision(logits, local_features, memory)
+    if runs_on_reference():
+        import cge_reference
+
+        return cge_reference.revise_logits(logits, local_features, memory, local_gradient)
     return revise_logits_op(logits, local_features, memory, local_gradient)[0]

@@ -138,12 +138,12 @@ def call_cross_entropy(shape: Shape, dtype: torch.dtype, memory_dtype: torch.dty
 
 
 def call_write(shape: Shape, dtype: torch.dtype) -> None:
-    """write_memory_ without a shadow and, for a smaller dtype, with one."""
+    """write_memory_ without a low_precision_memory and, for a smaller dtype, with one."""
     memory = empty(shape.stripes, shape.classes, shape.channels)
     local = empty(shape.batch, shape.stripes, shape.channels)
     labels = empty(shape.batch, dtype=torch.int64)
-    for shadow in [None] if dtype == torch.float32 else [None, empty(*memory.shape, dtype=dtype)]:
-        launch_write(memory, local, labels, empty(), shadow)
+    for low_precision_memory in [None] if dtype == torch.float32 else [None, empty(*memory.shape, dtype=dtype)]:
+        launch_write(memory, local, labels, empty(), low_precision_memory)
 
 
 def call_operators(quick: bool, dtype: torch.dtype, memory_dtype: torch.dtype) -> None:

@@ -1,0 +1,52 @@
+"""Which stripes classify a sample correctly, without a loss."""
+
+import torch
+from torch import Tensor
+
+from cge_kernels.common.checks import (
+    accumulation_dtype,
+    check_local,
+    require_same_device,
+    require_shape,
+    require_tensor,
+)
+from cge_kernels.common.tiles import scratch_bytes
+
+
+@torch.no_grad()
+def stripe_correct(local_features: Tensor, memory: Tensor, labels: Tensor) -> Tensor:
+    """Whether each stripe alone classifies a sample correctly: the arg max of its scores s_i is the label.
+
+    The scores are computed in chunks of classes. Ties go to the lowest index.
+
+    Args:
+        local_features: (B, n, C), floating.
+        memory: (n, N, C), floating, contiguous.
+        labels: (B,), integer; for one outside [0, N) no stripe is correct.
+
+    Returns:
+        (B, n) bool.
+
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: ranks, shapes or devices do not fit, or the memory is not contiguous.
+    """
+    check_local(local_features, memory)
+    require_tensor("labels", labels, "(B,)", "an integer")
+    require_shape("labels", labels, (len(local_features),), f"local_features {tuple(local_features.shape)}")
+    require_same_device(memory=memory, labels=labels)
+    stripes, classes, _ = memory.shape
+    batch = len(labels)
+    dtype = accumulation_dtype(local_features, memory)
+    operand = local_features.to(memory.dtype).to(dtype).transpose(0, 1)
+    best = operand.new_full((stripes, batch), -torch.inf)
+    winner = labels.new_zeros((stripes, batch), dtype=torch.int64)
+    chunk = max(1, scratch_bytes() // (stripes * batch * 4))
+    for start in range(0, classes, chunk):
+        rows = memory[:, start : start + chunk].to(dtype)
+        with torch.autocast(rows.device.type, enabled=False):
+            products = torch.bmm(operand, rows.transpose(1, 2))
+        highest, where = products.max(dim=2)
+        winner = torch.where(highest > best, where + start, winner)
+        best = torch.maximum(best, highest)
+    return labels.unsqueeze(1) == winner.T

@@ -1,0 +1,138 @@
+"""The moving-average write of a batch's local features into the class memory.
+
+For each identity y of the batch, u_i = normalise(mean of its f_i): M[i,y] <- normalise(momentum M[i,y] +
+(1 - momentum) u_i). On a GPU one launch; on the CPU plain PyTorch.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from cge_kernels.common.checks import (
+    check_local,
+    require_memory,
+    require_same_device,
+    require_shape,
+    require_tensor,
+    valid_labels,
+)
+from cge_kernels.common.dispatch import implementation, runs_on_reference
+from cge_kernels.common.sharding import ClassShard, gather, has_all_classes
+from cge_kernels.write_memory.triton import NORM_EPS, launch_write
+
+
+def write_on_cpu(
+    memory: Tensor, local_features: Tensor, labels: Tensor, momentum: Tensor, low_precision_memory: Tensor | None
+) -> None:
+    """launch_write in plain PyTorch."""
+    labels = labels.long()
+    valid = (labels >= 0) & (labels < memory.shape[1])
+    identities, instance_of = labels[valid].unique(return_inverse=True)
+    features = local_features[valid].to(memory.dtype)
+    sums = features.new_zeros(len(identities), *features.shape[1:]).index_add_(0, instance_of, features)
+    counts = instance_of.bincount(minlength=len(identities)).to(features.dtype)
+    means = (sums / counts[:, None, None]).transpose(0, 1)
+    norms = means.norm(dim=2, keepdim=True)
+    update = means / norms.clamp(min=NORM_EPS)
+    old = memory[:, identities]
+    blended = normalize(momentum * old + (1 - momentum) * update, dim=2, eps=NORM_EPS)
+    never_seen = (old == 0).all(dim=2, keepdim=True)
+    rows = torch.where(norms < NORM_EPS, old, torch.where(never_seen, update, blended))
+    memory[:, identities] = rows
+    if low_precision_memory is not None:
+        low_precision_memory[:, identities] = rows.to(low_precision_memory.dtype)
+
+
+@torch.library.custom_op("cge_kernels::write_memory_", mutates_args=("memory", "low_precision_memory"))
+def write_memory_op(
+    memory: Tensor, local_features: Tensor, labels: Tensor, momentum: Tensor, low_precision_memory: Tensor | None
+) -> None:
+    # Looking at labels and momentum on a GPU would synchronise with the host; there the kernel masks wrong labels.
+    if labels.device.type == "cpu":
+        valid_labels(labels, memory.shape[1])
+    if momentum.device.type == "cpu" and not 0 <= momentum.item() <= 1:
+        raise ValueError(f"momentum must lie in [0, 1], got {momentum.item()}")
+    momentum = momentum.to(memory.device, memory.dtype)
+    if runs_on_reference():
+        import cge_reference
+
+        cge_reference.write_memory_(memory, local_features, labels, momentum, low_precision_memory)
+        return
+    write = implementation(launch_write, write_on_cpu, memory, local_features)
+    write(memory, local_features, labels, momentum, low_precision_memory)
+
+
+@write_memory_op.register_fake
+def _(memory, local_features, labels, momentum, low_precision_memory):
+    return None
+
+
+def write_memory_(
+    memory: Tensor,
+    local_features: Tensor,
+    labels: Tensor,
+    momentum: float | Tensor,
+    low_precision_memory: Tensor | None = None,
+    shard: ClassShard | None = None,
+) -> Tensor:
+    """Writes the local features of one optimizer step into the class memory, in place (the paper's module NLC).
+
+    For each identity y of the batch, with u_i = normalise(mean of its f_i):
+    M[i,y] <- normalise(momentum * M[i,y] + (1 - momentum) * u_i).
+    A zero row (class never seen) takes u_i whatever the momentum is; a zero u_i leaves the row as it is. Call it after
+    the backward pass: autograd still needs the memory that the forward pass read.
+
+    With a shard, memory and low_precision_memory are the rows of this rank's classes; the local features and labels of
+    all ranks are gathered, and each rank writes what belongs to its rows.
+
+    Args:
+        memory: (n, N, C), float32 (with the backend cpu also float64), contiguous; written in place.
+        local_features: (B, n, C), floating. With a shard B may differ between ranks.
+        labels: (B,), integer, in [0, N), with a shard of all classes.
+        momentum: a number or a 0-d tensor in [0, 1], how much of the old row stays: the paper's alpha.
+        low_precision_memory: (n, N, C), floating, contiguous, or None: a copy of the memory in a smaller dtype, whose
+            written rows are refreshed.
+        shard: which classes this rank has; None if all of them.
+
+    Returns:
+        memory itself.
+
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: ranks, shapes or devices do not fit, a memory is not contiguous, the momentum (a number or on the
+            CPU) is outside [0, 1], or (on the CPU) a label is outside [0, N); on a GPU such a sample writes nothing.
+    """
+    require_memory("memory", memory)
+    if memory.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"memory must be float32 or float64 (a smaller dtype loses increments), got {memory.dtype}")
+    require_tensor("local_features", local_features, "(B, n, C)")
+    require_tensor("labels", labels, "(B,)", "an integer")
+    require_same_device(memory=memory, local_features=local_features, labels=labels)
+    stripes, _, channels = memory.shape
+    batch = len(local_features)
+    require_shape("local_features", local_features, (batch, stripes, channels), f"memory {tuple(memory.shape)}")
+    require_shape("labels", labels, (batch,), f"local_features {tuple(local_features.shape)}")
+    if low_precision_memory is not None:
+        require_memory("low_precision_memory", low_precision_memory)
+        require_shape("low_precision_memory", low_precision_memory, tuple(memory.shape), "memory")
+        require_same_device(memory=memory, low_precision_memory=low_precision_memory)
+    if not isinstance(momentum, Tensor):
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must lie in [0, 1], got {float(momentum)}")
+        momentum = torch.full((), momentum, dtype=memory.dtype, device=memory.device)
+    local_features = local_features.detach()
+    if not has_all_classes(shard, memory):
+        local_features, labels = of_own_classes(local_features, labels, shard)
+    write_memory_op(memory, local_features, labels, momentum, low_precision_memory)
+    return memory
+
+
+def of_own_classes(local_features: Tensor, labels: Tensor, shard: ClassShard) -> tuple[Tensor, Tensor]:
+    """Local features and labels of all ranks, of which only samples of this rank's classes have a label in range."""
+    local_features, labels = gather(local_features, shard.group), gather(labels, shard.group)
+    valid_labels(labels, shard.classes)
+    labels = labels.long() - shard.first
+    is_own = (labels >= 0) & (labels < shard.count)
+    if labels.device.type == "cpu":
+        return local_features[is_own], labels[is_own]
+    return local_features, torch.where(is_own, labels, -1)  # choosing would synchronise with the host
