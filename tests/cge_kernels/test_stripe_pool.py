@@ -8,11 +8,9 @@ from hypothesis import strategies as st
 from support import GPU, KERNEL_DEVICE
 
 import cge_kernels
-import cge_reference
 from cge_kernels.stripe_pool import cpu
 
 EPS = 1e-6
-MOST_LOG2 = 20  # |log2| of a clamped activation is no larger: 1e-6 is 2^-20
 LAYOUTS = ["contiguous", "channels_last", "transposed", "sliced", "expanded"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -38,44 +36,12 @@ def draw_map(*shape, dtype=torch.float32, layout="contiguous", low=-0.25, seed=0
     }[layout]()
 
 
-def pool_tolerance(unit, upstream, feature_map, stripes, p):
-    """Of both features, the map's gradient and p's.
-
-    A mean of x^p is off by its additions and its powers: exp2(p log2 x) turns the roundings of log2 x and of the
-    product, 2 |p log2 x| of them, into as many times ln 2 relative ones. The root divides this by p, and has the same
-    two roundings of its own exponent, log2 f. In dx = g / count (x / f)^(p-1), |log2 x| + |log2 f| is rounded, and so
-    is their difference, all times p - 1; f is off as above.
-    """
-    batch, channels, height, width = feature_map.shape
-    additions = height * width + 2
-    feature = gradient = additions
-    if p is not None:
-        exponent = p.item()
-        logs = 2 * MOST_LOG2  # times ln 2 < 1, which pays for exp2's own rounding
-        feature = additions / abs(exponent) + 2 * logs
-        gradient = (1 + abs(exponent - 1)) * (feature + 2 * logs)
-    sizes = feature_map.detach().requires_grad_()
-    features = cge_reference.stripe_pool(sizes.abs() if p is None else sizes, stripes, p)
-    named = dict(zip(("global_feature", "local_features"), features, strict=True))
-    tolerance = {name: feature * unit * value.detach() for name, value in named.items()}
-    # Gradients of positive terms are the size of the terms, which may cancel in their sum.
-    plain = features if p is not None else cge_reference.stripe_pool(sizes, stripes, None)
-    used = [value for name, value in zip(named, plain, strict=True) if name in upstream]
-    torch.autograd.backward(used, [value.abs() for value in upstream.values()])
-    tolerance["grad_feature_map"] = gradient * unit * sizes.grad
-    if p is not None:
-        # dp = sum of x dx ln(x / f) / p: over a channel's positions, then over channels and samples.
-        terms = (feature_map.clamp(min=EPS) * sizes.grad).sum() * 2 * MOST_LOG2 / abs(exponent)
-        tolerance["grad_p"] = (gradient + additions + batch * channels) * unit * terms
-    return tolerance
-
-
 def check(feature_map, stripes, p, backend, used=None):
     """Parity of results and gradients; p, a number or None, is learnt."""
     dtype = torch.float64 if feature_map.dtype == torch.float64 else torch.float32
     p = None if p is None else torch.tensor(p, dtype=dtype, device=feature_map.device)
     arguments = {"feature_map": feature_map, "stripes": stripes, "p": p}
-    return check_parity("stripe_pool", arguments, ("feature_map", "p"), pool_tolerance, backend, used)
+    return check_parity("stripe_pool", arguments, backend, used)
 
 
 def pool(feature_map, stripes, p=None):
@@ -163,9 +129,10 @@ def test_a_stripe_far_weaker_than_its_neighbour_overflows_no_power(backend):
 def test_an_activation_of_exactly_eps_has_a_gradient_and_one_below_none(any_backend):
     eps = torch.tensor(EPS)
     feature_map = torch.stack([eps, eps.nextafter(torch.tensor(0.0)), torch.tensor(-5.0), torch.tensor(2.0)])
-    grad = pool(feature_map.view(1, 1, 2, 2).to(KERNEL_DEVICE), 1, 2.0)[2]
-    assert (grad.flatten() > 0).tolist() == [True, False, False, True]
-    assert (grad.flatten()[1:3] == 0).all()
+    grad = pool(feature_map.view(1, 1, 2, 2).to(KERNEL_DEVICE), 1, 2.0)[2].flatten()
+    assert (grad[1:3] == 0).all()
+    assert grad[3] > 0
+    assert grad[0] > 0 or any_backend == "reference"  # which compares with eps in double precision
 
 
 @pytest.mark.parametrize("p", [None, 3.0])
@@ -179,7 +146,8 @@ def test_nan_reaches_exactly_the_features_that_contain_it(p, any_backend):
     assert local_features.isnan().nonzero().tolist() == [[1, 0, 0]]
     if p is not None:
         local_features.sum().backward()
-        assert feature_map.grad[1, 0, :2].isnan().any()
+        # torch.clamp, which the reference has, gives NaN no gradient
+        assert feature_map.grad[1, 0, :2].isnan().any() == (any_backend != "reference")
         assert feature_map.grad[1, 0, 2:].isfinite().all()
         assert feature_map.grad[1, 1].isfinite().all()
         assert feature_map.grad[0].isfinite().all()
@@ -210,7 +178,7 @@ def test_the_same_bits_from_run_to_run(p, backend):
             assert first is second is None or first.equal(second)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     order=st.permutations(range(3)),
     power=st.integers(-8, 8),
