@@ -205,9 +205,7 @@ def projected(grad_unit: Tensor, unit_features: Tensor, length: Tensor) -> Tenso
     return (grad_unit + unit_features.abs() * along) / length
 
 
-def revise_tolerance(
-    rounding, upstream, logits, local_features, memory, local_gradient=True, features_error=0.0
-):
+def revise_tolerance(rounding, upstream, logits, local_features, memory, local_gradient=True, features_error=0.0):
     """Of revise_logits: revised = p w and dp = g w are off by the scores.
 
     df = (du - u <u, du>) / ||f||, du_i = ds_i M_i: ds is off by its scores, twice, and cast for the product; the sums

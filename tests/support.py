@@ -29,9 +29,7 @@ class Sample(NamedTuple):
     labels: torch.Tensor
 
 
-def draw_sample(
-    batch=3, stripes=2, classes=7, channels=5, height=5, width=2, feature_channels=None, seed=0
-) -> Sample:
+def draw_sample(batch=3, stripes=2, classes=7, channels=5, height=5, width=2, feature_channels=None, seed=0) -> Sample:
     """Draws them; feature_channels: of the features and the classifier, as many as channels if None."""
     random = torch.Generator().manual_seed(seed)
 

@@ -1,4 +1,4 @@
-"""revised_cross_entropy on every backend: loss, arg maxima and gradients, chunks of classes, ties, labels out of range."""
+"""revised_cross_entropy on every backend: loss, arg maxima and gradients, chunks of classes, ties, extremes."""
 
 from math import prod
 

@@ -13,7 +13,6 @@ import cge_kernels
 import cge_reference
 
 
-
 def launches_of(call):
     """Names of the kernels that a call launches."""
     names = []
@@ -74,7 +73,9 @@ def test_the_reference_backend_is_cge_reference_bit_for_bit():
         results = []
         for package in (cge_kernels, cge_reference):
             leaves = [
-                value.clone().requires_grad_() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+                value.clone().requires_grad_()
+                if isinstance(value, torch.Tensor) and value.is_floating_point()
+                else value
                 for value in arguments
             ]
             with cge_kernels.backend("reference"):
@@ -125,10 +126,10 @@ def test_without_triton_the_package_runs_on_the_cpu(environment):
         memory = torch.zeros(2, 5, 3)
         cge_kernels.revise_logits(torch.rand(2, 5), local_features, memory).sum().backward()
         cge_kernels.revise_logits_one_pass(feature_map, torch.rand(2, 5), memory)[0].sum().backward()
-        cge_kernels.revised_cross_entropy(
-            torch.rand(2, 3, requires_grad=True), torch.rand(5, 3), local_features.detach(), memory, torch.tensor([1, 2])
-        )[0].sum().backward()
-        cge_kernels.write_memory_(memory, local_features, torch.tensor([1, 2]), 0.5)
+        features, weight, labels = torch.rand(2, 3, requires_grad=True), torch.rand(5, 3), torch.tensor([1, 2])
+        loss, *_ = cge_kernels.revised_cross_entropy(features, weight, local_features.detach(), memory, labels)
+        loss.sum().backward()
+        cge_kernels.write_memory_(memory, local_features, labels, 0.5)
         print(feature_map.grad.isfinite().all().item(), int(memory.any(dim=2).sum()))
         try:
             with cge_kernels.backend("triton"):

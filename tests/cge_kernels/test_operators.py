@@ -76,10 +76,18 @@ def test_opcheck_of_every_operator(backend):
 def test_opcheck_of_gradients(backend):
     sample, p = draw()
     leaves = [learnt(tensor) for tensor in (sample.features, sample.weight, sample.local_features)]
+    feature_map, logits = learnt(sample.feature_map), learnt(sample.logits)
     calls = {
-        "stripe_pool": (learnt(sample.feature_map), 2, learnt(p), 1e-6),
-        "revise_logits": (learnt(sample.logits), learnt(sample.local_features), sample.memory, True),
-        "revise_logits_one_pass": (learnt(sample.feature_map), learnt(sample.logits), sample.memory, learnt(p), 1e-6, True),
+        "stripe_pool": (feature_map, 2, learnt(p), 1e-6),
+        "revise_logits": (logits, learnt(sample.local_features), sample.memory, True),
+        "revise_logits_one_pass": (
+            learnt(sample.feature_map),
+            learnt(sample.logits),
+            sample.memory,
+            learnt(p),
+            1e-6,
+            True,
+        ),
         "revised_cross_entropy": (*leaves, sample.memory, sample.labels, learnt(sample.weight[:, 0]), 0.1, True),
     }
     for name, arguments in calls.items():

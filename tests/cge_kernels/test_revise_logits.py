@@ -149,9 +149,7 @@ def test_order_of_samples_and_length_of_features_change_no_bit(order, power, bac
     arguments = draw(4, 2, 5, 9)
     with cge_kernels.backend(backend):
         revised = cge_kernels.revise_logits(**arguments)
-        longer = cge_kernels.revise_logits(
-            **arguments | {"local_features": arguments["local_features"] * 2.0**power}
-        )
+        longer = cge_kernels.revise_logits(**arguments | {"local_features": arguments["local_features"] * 2.0**power})
         permuted = {name: arguments[name][list(order)] for name in ("logits", "local_features")}
         reordered = cge_kernels.revise_logits(**arguments | permuted)
     assert longer.equal(revised)

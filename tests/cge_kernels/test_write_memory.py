@@ -43,9 +43,7 @@ def check(memory, local_features, labels, momentum, backend, low_precision_memor
     """Writes in place, within the budget of the reference in the same dtypes."""
     truth = cge_reference.write_memory_(memory.double(), local_features.double(), labels, momentum)
     reference = cge_reference.write_memory_(memory.clone(), local_features, labels, momentum)
-    tolerance = write_tolerance(
-        ROUNDING[memory.dtype], memory.double(), local_features.double(), labels, momentum
-    )
+    tolerance = write_tolerance(ROUNDING[memory.dtype], memory.double(), local_features.double(), labels, momentum)
     with cge_kernels.backend(backend):
         written = cge_kernels.write_memory_(memory, local_features, labels, momentum, low_precision_memory)
     assert written is memory
@@ -176,9 +174,7 @@ def test_a_label_out_of_range_writes_nothing_in_the_kernel(wrong):
 
 def test_the_same_bits_from_run_to_run(backend):
     memory, local_features, labels = draw(7, 2, 3, 37)
-    first, second = (
-        cge_kernels.write_memory_(memory.clone(), local_features, labels, 0.5) for _ in range(2)
-    )
+    first, second = (cge_kernels.write_memory_(memory.clone(), local_features, labels, 0.5) for _ in range(2))
     assert first.equal(second)
 
 
