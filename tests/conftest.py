@@ -36,6 +36,12 @@ def market(tmp_path) -> Path:
     return write_market1501(tmp_path / "market")
 
 
+@pytest.fixture(scope="session")
+def shared_market(tmp_path_factory) -> Path:
+    """The same for tests that change nothing in it."""
+    return write_market1501(tmp_path_factory.mktemp("shared") / "market")
+
+
 @pytest.fixture
 def options(market, tmp_path) -> list[str]:
     """Command line of a training of two epochs of three steps."""
