@@ -17,21 +17,40 @@ from cge_fast.loop import save as save_run
 from cge_fast.train import parse
 
 
+def unchanged(run: Run) -> None:
+    """As it was initialised."""
+
+
 @pytest.fixture
-def saved(options, tmp_path):
-    """Writes a checkpoint of a run called `name` after `change(run)`, and says where it is.
+def market(shared_market):
+    return shared_market
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """The folder of all runs, and the checkpoints that are there."""
+    return tmp_path_factory.mktemp("runs"), {}
+
+
+@pytest.fixture
+def saved(options, checkpoints):
+    """Writes a checkpoint of a run called `name` after `change(run)`, once in a session, and says where it is.
 
     24 training images, in batches of 7.
     """
+    runs, there = checkpoints
 
-    def save(name, *settings, change=lambda run: None) -> Path:
-        output = tmp_path / "runs" / name
-        config, _, _ = parse([*options, "--evaluation.batch", "7", "--output", str(output), *settings])
-        run = build_run(config, torch.device("cpu"), VARIANTS)
-        with torch.no_grad():
-            change(run)
-        save_run(run, is_best=False)
-        return output / "checkpoints" / "last"
+    def save(name, *settings, change=unchanged) -> Path:
+        key = name, settings, change
+        if key not in there:
+            output = runs / str(len(there)) / name
+            config, _, _ = parse([*options, "--evaluation.batch", "7", "--output", str(output), *settings])
+            run = build_run(config, torch.device("cpu"), VARIANTS)
+            with torch.no_grad():
+                change(run)
+            save_run(run, is_best=False)
+            there[key] = output / "checkpoints" / "last"
+        return there[key]
 
     return save
 

@@ -1,6 +1,7 @@
 """Ranked lists of the worst queries."""
 
 import dataclasses
+import shutil
 from collections import defaultdict
 
 import numpy as np
@@ -54,9 +55,12 @@ def test_the_first_images_are_by_distance_then_by_index_without_junk(seed, image
 
 @pytest.mark.parametrize("rerank", ["false", "true"])
 def test_rows_are_the_worst_queries_of_the_evaluation(opened, rows_of, tmp_path, market, rerank):
-    settings = "--evaluation.flip_test", "true", "--evaluation.metric", "euclidean", "--evaluation.rerank", rerank
-    trained = opened("mine", *settings)
-    PIL.Image.new("RGB", (16, 24)).save(market / "query" / "0099_c1s1_000000_00.png")  # has no match
+    other = shutil.copytree(market, tmp_path / "market")
+    PIL.Image.new("RGB", (16, 24)).save(other / "query" / "0099_c1s1_000000_00.png")  # has no match
+    trained = opened(
+        *("mine", "--evaluation.flip_test", "true", "--evaluation.metric", "euclidean"),
+        *("--evaluation.rerank", rerank, "--data.root", str(other)),
+    )
     config = trained.config
     evaluated = evaluate(trained.model, read(config.data), config.data, config.evaluation)
     rows = rows_of(ranked(trained, tmp_path, queries=100).table)

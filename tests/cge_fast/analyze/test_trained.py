@@ -1,5 +1,8 @@
 """Opening a checkpoint and passing over its training images."""
 
+import shutil
+from dataclasses import replace
+
 import PIL.Image
 import pytest
 import torch
@@ -17,7 +20,7 @@ def test_a_checkpoint_is_called_by_its_run_or_by_its_folder_or_as_one_likes(save
     last = saved("mine")
     assert open_checkpoint(last).label == "mine"
     assert open_checkpoint(last, "CGE").label == "CGE"
-    copied = last.resolve().rename(tmp_path / "sent")
+    copied = shutil.copytree(last, tmp_path / "sent")
     assert open_checkpoint(copied).label == "sent"
 
 
@@ -55,8 +58,9 @@ def test_looking_changes_nothing_and_records_no_gradient(opened, train_set):
         assert all(torch.equal(values[name], value) for name, value in part.state_dict().items())
 
 
-def test_another_training_set_is_refused(saved, market):
-    last = saved("mine")
-    PIL.Image.new("RGB", (16, 24)).save(market / "bounding_box_train" / "0099_c1s1_000000_00.png")
+def test_another_training_set_is_refused(opened, market, tmp_path):
+    trained = opened("mine")
+    other = shutil.copytree(market, tmp_path / "market")
+    PIL.Image.new("RGB", (16, 24)).save(other / "bounding_box_train" / "0099_c1s1_000000_00.png")
     with pytest.raises(UserError, match=r"^data: checkpoint .*last was trained on 4 identities, market1501 has 5$"):
-        next(train_batches(open_checkpoint(last)))
+        next(train_batches(open_checkpoint(trained.folder, data=replace(trained.config.data, root=other))))

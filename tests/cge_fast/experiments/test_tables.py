@@ -1,6 +1,7 @@
 """Every row of every table is a training that the program accepts, and has its controls."""
 
 from dataclasses import asdict
+from functools import cache
 
 import pytest
 
@@ -18,7 +19,12 @@ OF_CGE = [", detached weights", ", shuffled memory"]
 
 
 def parse(row):
-    config, _, _ = train.parse(["--config", "pedestrians_cge", *row.options.split(), "--output", "run"])
+    return parsed(row.options)
+
+
+@cache  # tables share rows
+def parsed(options):
+    config, _, _ = train.parse(["--config", "pedestrians_cge", *options.split(), "--output", "run"])
     return config
 
 
