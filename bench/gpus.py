@@ -15,7 +15,7 @@ from cge_kernels.tools.gpus import HARDWARE, Hardware
 
 @dataclass(frozen=True)
 class GPU:
-    """A GPU's figures, and where they come from.
+    """A GPU's figures.
 
     family: its key in HARDWARE. memory_bandwidth, l2_bandwidth: bytes/s. tensor_rate: FLOP/s of dense bfloat16 and
     float16 products with float32 sums. vector_rate: FLOP/s in float32 without tensor cores. special_rate: exp2 or log2
@@ -28,15 +28,10 @@ class GPU:
     memory_bandwidth: float
     tensor_rate: float
     vector_rate: float
-    data_sheet: str
     special_rate: float
-    special_source: str
     l2_bandwidth: float
-    l2_source: str
     memory_latency: float
-    latency_source: str
     launch: float
-    launch_source: str
 
     @property
     def hardware(self) -> Hardware:
@@ -47,13 +42,6 @@ class GPU:
     def multiprocessors(self) -> int:
         """How many there are."""
         return self.hardware.target.multiprocessors
-
-    def lines(self) -> list[str]:
-        """The figures as text, with their sources."""
-        figures = (
-            f"{key} {value:.4g}" if isinstance(value, float) else f"  {value}" for key, value in vars(self).items()
-        )
-        return [f"{self.multiprocessors} multiprocessors", *figures]
 
 
 GPUS = {

@@ -3,7 +3,7 @@
 Three things are known without the GPU: the bytes that each launch loads and stores, which bench/count/traffic.py
 counts with the GPU's tiles in a process of its own (compiled and interpreted kernels cannot mix in one); what each
 kernel needs once compiled for the GPU, and so how many programs a multiprocessor holds; and the FLOPs, by formula. The
-figures of bench/gpus.toml make times of them, by the formulas in `KernelPrediction`, which the program prints.
+figures of bench/gpus.toml make times of them, by the formulas in the docstrings of `KernelPrediction` and below it.
 
 Nothing here is a timing. Measured on the GPU, `operators` shows its times beside the prediction in the same results
 file. The model is weak where
@@ -21,7 +21,6 @@ file. The model is weak where
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from inspect import getdoc
 from math import ceil
 
 from jsonargparse import ArgumentParser
@@ -29,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cge_kernels
-from bench.cases import POOLINGS, Case
+from bench.cases import OURS, POOLINGS, Case
 from bench.count import traffic
 from bench.count.operations import Operation
 from bench.count.traffic import Problem
@@ -216,7 +215,7 @@ def predict(gpu: GPU, problem: Problem) -> list[OperatorPrediction]:
         raise UserError("TRITON_INTERPRET: must not be set, since interpreted kernels cannot be compiled, got 1")
     counted = traffic.interpreted(traffic.count_traffic, problem, gpu.hardware.target)
     predictions, number = [], 0
-    for (case, direction), (launches, aten) in traffic.take_launches(problem, gpu.hardware.target).items():
+    for (case, direction), (launches, aten) in traffic.watch(problem, OURS, gpu.hardware.target).items():
         kernels = []
         for launch in tqdm(launches, desc=f"compiling {case}, {direction}", unit=" kernel", leave=False):
             kernels.append(predict_kernel(gpu, launch, [row for row in counted if row.launch == number]))
@@ -235,18 +234,16 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="msmt17", help="B, C, H, W, n and N")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of the map and the memory read")
     parser.add_argument("--poolings", nargs="+", choices=POOLINGS, default=list(POOLINGS), help="default both")
-    parser.add_argument(
-        "--details", action="store_true", help="also each kernel: its programs, bytes, FLOPs and bounds"
-    )
+    parser.add_argument("--details", action="store_true", help="also programs, bytes, FLOPs and bounds of each kernel")
 
 
 def measure(gpu: str, shape: str, dtype: str, poolings: list[str], details: bool) -> Iterator[Figure]:
     """Predicted time and floor of each operator and direction, and of the head's step; with details of each kernel."""
-    figures, chosen = GPUS[gpu], SHAPES[shape]
-    print(f"PREDICTION for {figures.name}: nothing was measured, every time is computed by these formulas.\n")
-    print("\n".join([*formulas(), "", *figures.lines()]), end="\n\n")
+    figures = GPUS[gpu]
+    print(f"PREDICTION for {figures.name}: nothing was measured, every time is computed.")
+    print("Formulas and what they leave out: bench/predict.py. The GPU's figures: bench/gpus.toml.\n")
     for pooling in poolings:
-        predictions = predict(figures, Problem(chosen, dtype, pooling))
+        predictions = predict(figures, Problem(SHAPES[shape], dtype, pooling))
         yield from operator_figures(figures, f"{shape}, {dtype}", pooling, predictions)
         if details:
             yield from kernel_figures(figures, f"{shape}, {dtype}", predictions)
@@ -274,18 +271,3 @@ def kernel_figures(gpu: GPU, setting: str, predictions: list[OperatorPrediction]
             times = {name: value / MICRO for name, value in times.items()}
             for unit, values in (("", counts), ("B", moved), ("FLOP", {"products": k.flops}), ("s", times)):
                 yield from (Figure(*place, name, unit, value) for name, value in values.items())
-
-
-def formulas() -> list[str]:
-    """What the figures are computed by: the docstrings of what computes them."""
-    inputs = {"in flight": bytes_in_flight, "FLOP": flops, "rate": rate, "special": special}
-    derived = {name: value for name, value in vars(KernelPrediction).items() if isinstance(value, property)}
-    return [
-        "Formulas, of a kernel:",
-        *(f"- {name} = {getdoc(value)}" for name, value in (inputs | derived).items()),
-        f"of an ATen operation: {getdoc(aten_us)}",
-        "of an operator:",
-        f"- predicted_us = {getdoc(OperatorPrediction.predicted_us)}",
-        "- floor_us = max(compulsory bytes / memory bandwidth, FLOPs / rate), both as bench/work.py has them",
-        "What the model leaves out: the docstring of bench/predict.py.",
-    ]

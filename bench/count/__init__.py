@@ -63,8 +63,10 @@ def count_bytes(
     setting: str, problem: Problem, found: list[traffic.Traffic], target: traffic.Target
 ) -> Iterator[Figure]:
     """Of each operator and direction, and of the head's step: at least, ours and the eager reference's."""
-    beside = {place: sum(o.moved for o in aten) for place, (_, aten) in traffic.take_launches(problem, target).items()}
-    eager = traffic.eager_bytes(problem)
+    beside, eager = (
+        {place: sum(operation.moved for operation in aten) for place, (_, aten) in watched.items()}
+        for watched in (traffic.watch(problem, OURS, target), traffic.watch(problem, EAGER))
+    )
     step: dict[str, int] = defaultdict(int)
     for case, direction in eager:
         itemsize = DTYPES[problem.dtype].itemsize

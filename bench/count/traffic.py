@@ -15,8 +15,8 @@ Bytes are those of elements, not of the 32-byte sectors that a GPU moves. Of an 
 - eager: the same operator of cge_reference, as bench/count/operations.py counts the bytes of ATen operations.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
@@ -28,11 +28,11 @@ from tqdm import tqdm
 from triton.runtime.interpreter import InterpreterBuilder
 
 import cge_kernels
-from bench.cases import EAGER, OURS, Case, contenders
+from bench.cases import OURS, Case, contenders
 from bench.count.operations import Operation, Operations
 from bench.measure import apart
 from bench.shapes import DTYPES, Shape
-from cge_kernels import Target
+from cge_kernels import Launch, Target, launching
 from cge_kernels.common.device_functions import INTERPRETED
 
 OWN_ONE_SAMPLE = {"stripe_pool_kernel", "stripe_pool_backward_kernel"}  # programs, in the order of the samples
@@ -68,49 +68,30 @@ Place = tuple[Case, str]  # a case and its direction
 STEP = ("stripe_pool", "revised_cross_entropy", "write_memory_")  # the operators of the head's step
 
 
-def take_launches(problem: Problem, target: Target) -> dict[Place, tuple[list[cge_kernels.Launch], list[Operation]]]:
-    """Our launches, which do not run, and the ATen operations beside them, by operator and direction."""
-    taken: dict[Place, tuple[list[cge_kernels.Launch], list[Operation]]] = {}
+def watch(
+    problem: Problem, contender: str, target: Target | None = None
+) -> dict[Place, tuple[list[Launch], list[Operation]]]:
+    """By operator and direction a contender's launches of our kernels, which do not run, and its ATen operations."""
+    taken = {}
 
-    @contextmanager
-    def watched(*place: Any) -> Iterator[None]:
-        launches: list[cge_kernels.Launch] = []
-        with cge_kernels.launching(launches.append, target), Operations() as operations:
-            yield
+    def watched(place: Place, function: Callable[..., Any], *arguments: Any) -> Any:
+        launches: list[Launch] = []
+        with launching(launches.append, target), Operations() as operations:
+            result = function(*arguments)
         taken[place] = launches, operations.found
+        return result
 
-    with cge_kernels.backend("triton"):
-        run_cases(problem, OURS, watched)
+    layout = {"memory_format": problem.memory_format}
+    with cge_kernels.backend("triton" if contender == OURS else "reference"):
+        for case in problem.cases:
+            one = contenders(case, problem.shape, DTYPES[problem.dtype], CPU, with_compiled=False, **layout)[contender]
+            if one.backward:  # once before, so that the gradients that it starts from are there
+                with launching(lambda launch: None):
+                    one.backward(one.forward())
+            result = watched((case, "forward"), one.forward)
+            if one.backward:
+                watched((case, "backward"), one.backward, result)
     return taken
-
-
-def eager_bytes(problem: Problem) -> dict[Place, int]:
-    """Bytes that each operator of cge_reference moves."""
-    moved: dict[Place, int] = {}
-
-    @contextmanager
-    def watched(*place: Any) -> Iterator[None]:
-        with Operations() as operations:
-            yield
-        moved[place] = sum(operation.moved for operation in operations.found)
-
-    run_cases(problem, EAGER, watched)
-    return moved
-
-
-def run_cases(problem: Problem, contender: str, watched: Callable[[Case, str], AbstractContextManager]) -> None:
-    """Runs the operators of a contender one after the other, each direction inside of `watched`."""
-    for case in problem.cases:
-        layout = {"memory_format": problem.memory_format}
-        one = contenders(case, problem.shape, DTYPES[problem.dtype], CPU, with_compiled=False, **layout)[contender]
-        if one.backward:  # once before, so that the gradients that it starts from are there
-            with cge_kernels.launching(lambda launch: None):
-                one.backward(one.forward())
-        with watched(case, "forward"):
-            result = one.forward()
-        if one.backward:
-            with watched(case, "backward"):
-                one.backward(result)
 
 
 @dataclass(frozen=True)
@@ -157,7 +138,7 @@ class Accesses:
         return self.total[direction] * self.itemsize * times, all_distinct * self.itemsize
 
 
-def run_counted(operator: str, number: int, launch: cge_kernels.Launch, times: int) -> list[Traffic]:
+def run_counted(operator: str, number: int, launch: Launch, times: int) -> list[Traffic]:
     """What a launch loads from and stores to each of its tensors, seen in the interpreter.
 
     number: of the launch in the step; times: how many times the first programs, which are run, make the whole grid.
@@ -206,15 +187,14 @@ def run_counted(operator: str, number: int, launch: cge_kernels.Launch, times: i
 
 def count_traffic(problem: Problem, target: Target) -> list[Traffic]:
     """Traffic of our kernels with the target's tiles. Kernels must be interpreted in this process."""
-    found: list[Traffic] = []
-    number = 0
     # What a launch reads may be anything: no address depends on it but for labels.
-    for (case, direction), (launches, _) in take_launches(problem, target).items():
-        for launch in launches:
-            is_alike = launch.kernel.__name__ in OWN_ONE_SAMPLE
-            times = problem.shape.batch // problem.pool_samples if is_alike else 1
-            found.extend(run_counted(f"{case}, {direction}", number, launch, times))
-            number += 1
+    taken = watch(problem, OURS, target)
+    launches = [(*place, launch) for place, (found, _) in taken.items() for launch in found]
+    found: list[Traffic] = []
+    for number, (case, direction, launch) in enumerate(launches):
+        is_alike = launch.kernel.__name__ in OWN_ONE_SAMPLE
+        times = problem.shape.batch // problem.pool_samples if is_alike else 1
+        found += run_counted(f"{case}, {direction}", number, launch, times)
     return found
 
 

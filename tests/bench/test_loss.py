@@ -8,8 +8,15 @@ from bench.measure import Ceilings
 from bench.shapes import Shape
 
 
-@pytest.mark.slow
-def test_both_are_measured_apart_and_ours_needs_less_memory(monkeypatch):
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """No compiler, no process of its own, and a rate that needs no large matmul."""
+    monkeypatch.setattr(loss, "missing_compiler", lambda: "no C++ compiler")
+    monkeypatch.setattr(loss, "apart", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(loss, "measure_ceilings", lambda *_: Ceilings(bandwidth=1.0, flops=2.0))
+
+
+def test_ours_needs_less_memory(monkeypatch):
     monkeypatch.setenv("CGE_SCRATCH_MB", "1")
     figures = list(loss.measure(classes=[4000], batch=64, channels=8, contenders=[OURS, EAGER], rounds=1))
     extra = {figure.contender: figure.value for figure in figures if figure.quantity == "extra memory"}
@@ -20,7 +27,6 @@ def test_both_are_measured_apart_and_ours_needs_less_memory(monkeypatch):
 
 @pytest.mark.parametrize("contender", [OURS, EAGER])
 def test_figures_by_hand(contender, monkeypatch):
-    monkeypatch.setattr(loss, "missing_compiler", lambda: "")
     monkeypatch.setattr(loss, "apart", lambda function, *arguments: (3 << 20, [0.5, 0.5, 0.5], 2e6))
     step, extra, share = loss.measure(classes=[1000], batch=4, channels=8, contenders=[contender], rounds=3)
     assert (step.value, step.contender, extra.value) == (0.5, contender, 3 << 20)
@@ -29,8 +35,7 @@ def test_figures_by_hand(contender, monkeypatch):
 
 
 @pytest.mark.parametrize("contender", [OURS, EAGER])
-def test_one_contender_at_one_size(contender, monkeypatch):
-    monkeypatch.setattr(loss, "measure_ceilings", lambda *_: Ceilings(bandwidth=1.0, flops=2.0))
+def test_one_contender_at_one_size(contender):
     shape = Shape(batch=4, channels=4, height=3, width=1, classes=50)
     extra, seconds, matmul = loss.measure_here(contender, shape, rounds=2)
     assert extra > 0
