@@ -67,12 +67,12 @@ def gather(tensor: Tensor, group: Any = None) -> Tensor:
     length = torch.tensor([len(tensor)], device=tensor.device)
     lengths = [torch.empty_like(length) for _ in range(ranks)]
     dist.all_gather(lengths, length, group=group)
-    lengths = torch.cat(lengths).tolist()
-    padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
+    counts = torch.cat(lengths).tolist()
+    padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
     padded[: len(tensor)] = tensor
-    parts = [torch.empty_like(padded) for _ in lengths]
+    parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 def gather_equal(tensor: Tensor, group: Any = None) -> Tensor:
