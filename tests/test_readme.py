@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+
+import cge_fast
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -76,3 +78,9 @@ def test_options_are_the_programs(page):
     known = set(parser.get_defaults().keys(branches=True))
     for option in re.findall(r"--((?:data|model|loss|optim|evaluation)\.\w+)", page.read_text()):
         assert option in known, option
+
+
+def test_the_version_is_the_same_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert citation["version"] == newest[1] == cge_fast.__version__
