@@ -208,47 +208,34 @@ def loss_class(config: TrainConfig, variants: Variants = NO_VARIANTS) -> type[nn
     return variants[name]
 
 
-def build_classification_loss(
+def build_criterion(
     config: TrainConfig, channels: int, num_classes: int, variants: Variants = NO_VARIANTS
-) -> nn.Module:
-    """The classification loss that the settings describe, on the CPU, with this rank's rows of its classes.
+) -> ReidCriterion:
+    """The training loss that the settings describe, on the CPU, with this rank's rows of its classes.
 
     Raises:
-        UserError: the arguments do not fit the class, or there are fewer classes than ranks.
+        UserError: the arguments do not fit the classification loss, or there are fewer classes than ranks.
     """
-    built = loss_class(config, variants)
+    model, loss, classification = config.model, config.loss, loss_class(config, variants)
     # e' of the form that spreads e' over all classes: e over the others is e N/(N-1) over all.
-    spread = num_classes / max(1, num_classes - 1) if config.loss.smoothed == "others" else 1.0
+    spread = num_classes / max(1, num_classes - 1) if loss.smoothed == "others" else 1.0
     arguments: dict[str, Any] = {
-        "label_smoothing": config.loss.label_smoothing * spread,
-        "classifier_std": config.model.classifier_std,
+        "label_smoothing": loss.label_smoothing * spread,
+        "classifier_std": model.classifier_std,
+        **({"stripes": model.stripes} if model.cge else {}),
     }
-    if config.model.cge:
-        arguments["stripes"] = config.model.stripes
     try:
-        if config.model.shard_classes and built is not CGELoss:
-            raise ValueError(f"shard_classes needs cge and the loss CGELoss, got {built.__name__}")
-        if config.model.shard_classes and world_size() > 1:
+        if model.shard_classes and classification is not CGELoss:
+            raise ValueError(f"shard_classes needs cge and the loss CGELoss, got {classification.__name__}")
+        if model.shard_classes and world_size() > 1:
             arguments["shard"] = ClassShard.of_rank(num_classes, rank(), world_size())
-        return built(channels, num_classes, **arguments, **config.loss.variant_args)
+        made = classification(channels, num_classes, **arguments, **loss.variant_args)
     except ValueError as error:
         raise UserError(f"model: {error}") from error
     except TypeError as error:
         raise UserError(f"loss.variant_args: {error}") from error
-
-
-def build_criterion(
-    config: TrainConfig, channels: int, num_classes: int, variants: Variants = NO_VARIANTS
-) -> ReidCriterion:
-    """The training loss that the settings describe, on the CPU.
-
-    Raises:
-        UserError: see `build_classification_loss`.
-    """
-    loss = config.loss
-    classification = build_classification_loss(config, channels, num_classes, variants)
     center = CenterLoss(num_classes, channels, loss.center_lr) if loss.center_weight else None
-    return ReidCriterion(classification, MetricLoss(loss.metric, loss.margin), center, loss.weights)
+    return ReidCriterion(made, MetricLoss(loss.metric, loss.margin), center, loss.weights)
 
 
 def load_model(folder: Path, trained: TrainConfig, data: DataConfig, device: torch.device) -> ReidModel:

@@ -1,4 +1,4 @@
-"""What the first edition gave: its trainings bit for bit, its checkpoints, its settings. The fixtures are its numbers."""
+"""What the first edition gave: trainings bit for bit, checkpoints, settings. The fixtures are its numbers."""
 
 import hashlib
 import json
