@@ -41,6 +41,7 @@ class Run:
     reid_set: data.ReidSet
     sampler: PKSampler
     loader: DataLoader
+    num_classes: int  # N: identities in training
     model: ReidModel
     criterion: ReidCriterion
     ddp_model: nn.Module  # in DistributedDataParallel where there are several ranks, and so is the next
@@ -80,6 +81,7 @@ def build_run(config: TrainConfig, device: torch.device, variants: Variants = NO
     torch.manual_seed(config.seed)
     reid_set = data.read(config.data)
     labels = train_labels(reid_set.train)
+    num_classes = max(labels) + 1
     sampler = PKSampler(labels, config.data.identities, config.data.instances, config.seed, rank(), world_size())
     check_batch(config)
     loader = train_loader(reid_set.train, sampler, config.data, pin_memory=device.type == "cuda")
@@ -89,7 +91,7 @@ def build_run(config: TrainConfig, device: torch.device, variants: Variants = NO
     model = build_model(config, config.data, precision, loss_class(config, variants))
     if world_size() > 1 and device.type == "cuda":  # SyncBatchNorm exists on GPUs only
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    criterion = build_criterion(config, model.neck.num_features, max(labels) + 1, variants)
+    criterion = build_criterion(config, model.neck.num_features, num_classes, variants)
     model, criterion = model.to(device), criterion.to(device)
     optimizer = torch.optim.Adam(
         [*model.parameters(), *criterion.parameters()],
@@ -103,6 +105,7 @@ def build_run(config: TrainConfig, device: torch.device, variants: Variants = NO
         reid_set=reid_set,
         sampler=sampler,
         loader=loader,
+        num_classes=num_classes,
         model=model,
         criterion=criterion,
         ddp_model=model,
@@ -264,7 +267,7 @@ def load_criterion(
     """
     tensors = checkpoint.load_loss(folder)
     whole = replace(trained, model=replace(trained.model, shard_classes=False))
-    num_classes, channels = tensors[checkpoint.CLASSIFIER].shape
-    criterion = build_criterion(whole, channels, num_classes, variants)
+    channels = len(checkpoint.load_model(folder)["neck.weight"])
+    criterion = build_criterion(whole, channels, checkpoint.identities(folder), variants)
     checkpoint.fit_loss(criterion, tensors, folder)
     return criterion.to(device)

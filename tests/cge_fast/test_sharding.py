@@ -285,7 +285,7 @@ def test_whole_and_sharded_checkpoints_hold_the_same(options, tmp_path):
     whole, apart = (tmp_path / name / "checkpoints" / "last" for name in ("whole", "apart"))
     assert not (apart.parent / checkpoint.STAGED).exists()
     assert len([*(apart / checkpoint.LOSS_FOLDER).glob("*.distcp")]) == 3
-    assert checkpoint.classes(whole) == checkpoint.classes(apart) == 4
+    assert checkpoint.identities(whole) == checkpoint.identities(apart) == 4
     loss, training = checkpoint.load_loss(whole), checkpoint.load_training(whole)
     assert loss[checkpoint.MEMORY].shape == (3, 4, 128)
     assert loss.keys() == {checkpoint.CLASSIFIER, checkpoint.MEMORY, "center.centers"}
