@@ -114,7 +114,10 @@ def load_model(checkpoint: Path) -> dict[str, Tensor]:
     """
     config_file(checkpoint)
     with _readable(checkpoint / MODEL):
-        return first_edition.of_model(safetensors.torch.load_file(checkpoint / MODEL))
+        weights = first_edition.of_model(safetensors.torch.load_file(checkpoint / MODEL))
+    if "neck.weight" not in weights:
+        raise UserError(f"checkpoint {checkpoint / MODEL} has no neck.weight: it is of another kind of network")
+    return weights
 
 
 def load_loss(checkpoint: Path, shard: ClassShard | None = None) -> dict[str, Tensor]:

@@ -42,16 +42,11 @@ class StripePool(nn.Module):
 
 
 class BNNeck(nn.BatchNorm1d):
-    """BagTricks' BatchNorm with a frozen zero bias between pooled feature and embedding, never in autocast."""
+    """BagTricks' BatchNorm with a frozen zero bias, between pooled feature and embedding."""
 
     def __init__(self, channels: int):
         super().__init__(channels)
         self.bias.requires_grad_(False)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        """(B, C), like pooled."""
-        with torch.autocast(pooled.device.type, enabled=False):
-            return super().forward(pooled)
 
 
 class ReidModel(nn.Module):

@@ -1,6 +1,7 @@
-"""A tiny Market-1501 folder that a network can learn, and the options to train on it in a second."""
+"""A tiny Market-1501 folder that a network can learn, options to train on it in a second, and a run trained so."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,16 @@ def write_market1501(root: Path) -> Path:
     return root
 
 
+def small_options(market: Path, output: Path) -> list[str]:
+    """Command line of a training of two epochs of three steps."""
+    return [
+        *("--data.name", "market1501", "--data.root", str(market), "--data.height", "24", "--data.width", "16"),
+        *("--data.identities", "4", "--data.instances", "2", "--data.workers", "0", "--data.pad", "2"),
+        *("--optim.epochs", "2", "--optim.precision", "float32", "--evaluation.batch", "8"),
+        *("--output", str(output)),
+    ]
+
+
 @pytest.fixture
 def market(tmp_path) -> Path:
     return write_market1501(tmp_path / "market")
@@ -38,16 +49,29 @@ def market(tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_market(tmp_path_factory) -> Path:
-    """The same for tests that change nothing in it."""
+    """The same folder; not to be changed."""
     return write_market1501(tmp_path_factory.mktemp("shared") / "market")
 
 
 @pytest.fixture
 def options(market, tmp_path) -> list[str]:
-    """Command line of a training of two epochs of three steps."""
-    return [
-        *("--data.name", "market1501", "--data.root", str(market), "--data.height", "24", "--data.width", "16"),
-        *("--data.identities", "4", "--data.instances", "2", "--data.workers", "0", "--data.pad", "2"),
-        *("--optim.epochs", "2", "--optim.precision", "float32", "--evaluation.batch", "8"),
-        *("--output", str(tmp_path / "run")),
-    ]
+    return small_options(market, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def shared_run(shared_market) -> Path:
+    """The folder of a run of the options; not to be changed."""
+    from cge_fast import train
+
+    train.main(small_options(shared_market, shared_market.with_name("run")))
+    return shared_market.with_name("run")
+
+
+@pytest.fixture
+def trained(shared_run, market, tmp_path) -> Path:
+    """A copy of that run, in the folder that `options` name."""
+    run = tmp_path / "run"
+    shutil.copytree(shared_run, run, symlinks=True)
+    for settings in (run / "config.yaml", *run.glob("checkpoints/epoch_*/config.yaml")):
+        settings.write_text(settings.read_text().replace(str(shared_run.parent), str(tmp_path)))
+    return run

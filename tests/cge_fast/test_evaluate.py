@@ -5,17 +5,16 @@ import pytest
 import safetensors.torch
 import torch
 
-from cge_fast import checkpoint, errors, evaluate, train
+from cge_fast import checkpoint, errors, evaluate
+from cge_fast.cli import read_settings, to_yaml
 from cge_fast.evaluation.ranking import evaluate_ranking
 from cge_fast.evaluation.reranking import evaluate_reranking
-from cge_fast.options import read_settings, to_yaml
 
 
 @pytest.fixture
-def last(options, tmp_path, capsys):
-    train.main([*options, "--optim.epochs", "1"])
+def last(trained, capsys):
     capsys.readouterr()
-    return tmp_path / "run" / "checkpoints" / "last"
+    return trained / "checkpoints" / "last"
 
 
 def evaluated(capsys, *arguments) -> str:
@@ -35,7 +34,7 @@ def test_the_settings_are_the_checkpoints_unless_given(last, capsys):
 
 def test_metric_neck_and_flip_change_what_is_compared(last, capsys, monkeypatch):
     features = []
-    monkeypatch.setattr("cge_fast.model.evaluate_ranking", spy(features))
+    monkeypatch.setattr("cge_fast.evaluation.features.evaluate_ranking", spy(features))
     for options in (
         [],
         ["--evaluation.neck", "before"],
@@ -60,8 +59,8 @@ def spy(features, evaluated=evaluate_ranking):
 
 def test_rerank_evaluates_the_same_features_by_their_reranked_distances(last, capsys, monkeypatch):
     plain, reranked = [], []
-    monkeypatch.setattr("cge_fast.model.evaluate_ranking", spy(plain))
-    monkeypatch.setattr("cge_fast.model.evaluate_reranking", spy(reranked, evaluate_reranking))
+    monkeypatch.setattr("cge_fast.evaluation.features.evaluate_ranking", spy(plain))
+    monkeypatch.setattr("cge_fast.evaluation.features.evaluate_reranking", spy(reranked, evaluate_reranking))
     evaluated(capsys, "--checkpoint", last)
     shown = evaluated(capsys, "--checkpoint", last, "--evaluation.rerank", "true", "--evaluation.metric", "euclidean")
     assert shown.endswith("(4 queries, 0 more without a match left out)")
@@ -102,6 +101,16 @@ def test_wrong_calls_are_one_line(last, capsys, arguments, message):
 
 
 def test_weights_of_another_network_are_refused(last):
-    safetensors.torch.save_file({"fc.weight": torch.zeros(2, 2)}, last / checkpoint.WEIGHTS)
-    with pytest.raises(errors.UserError, match=r"has no head.classifier.weight: it is of another kind of network"):
+    safetensors.torch.save_file({"fc.weight": torch.zeros(2, 2)}, last / checkpoint.MODEL)
+    with pytest.raises(errors.UserError, match=r"has no neck.weight: it is of another kind of network"):
         evaluate.main(["--checkpoint", str(last)])
+
+
+def test_what_is_deployed_needs_neither_the_loss_nor_the_training_state(last, capsys):
+    whole = evaluated(capsys, "--checkpoint", last)
+    settings = read_settings(last / "config.yaml")
+    settings.loss.variant, settings.loss.variant_args = "one_of_your_own", {"weight": 2.0}
+    (last / "config.yaml").write_text(to_yaml(settings))
+    for name in (checkpoint.LOSS, checkpoint.TRAINING):
+        (last / name).unlink()
+    assert evaluated(capsys, "--checkpoint", last) == whole

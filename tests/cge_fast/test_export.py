@@ -1,7 +1,9 @@
 """python -m cge_fast.export: what is exported gives the features that evaluation compares."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -9,27 +11,39 @@ import onnxruntime
 import PIL.Image
 import pytest
 import torch
+from conftest import small_options
 from torch import nn
 
-from cge_fast import checkpoint, errors, export, model, train
+from cge_fast import checkpoint, errors, export, train
+from cge_fast.build import load_model
+from cge_fast.cli import read_settings, to_yaml
 from cge_fast.data import read
-from cge_fast.losses.cge import CGEHead
-from cge_fast.options import DataConfig, EvaluationConfig, read_settings, to_yaml
+from cge_fast.evaluation.features import embed
+from cge_fast.model import ReidModel
+from cge_fast.options import DataConfig, EvaluationConfig
 
 HEIGHT, WIDTH = 32, 16  # the files are 24 x 16
 
 
+@pytest.fixture(scope="module")
+def runs(shared_market, tmp_path_factory):
+    """Runs of three steps, one for each pooling."""
+    folder = tmp_path_factory.mktemp("runs")
+    for pooling in ("average", "gem"):
+        train.main(
+            [
+                *(*small_options(shared_market, folder / pooling), "--optim.epochs", "1"),
+                *("--evaluation.untrained", "false", "--data.height", str(HEIGHT), "--model.pooling", pooling),
+            ]
+        )
+    return folder
+
+
 @pytest.fixture
-def last(options, tmp_path, request):
-    """A checkpoint trained for three steps, with the pooling that the test asks for."""
-    pooling = getattr(request, "param", "average")
-    train.main(
-        [
-            *(*options, "--optim.epochs", "1", "--evaluation.untrained", "false"),
-            *("--data.height", str(HEIGHT), "--model.pooling", pooling),
-        ]
-    )
-    return tmp_path / "run" / "checkpoints" / "last"
+def last(runs, tmp_path, request):
+    """A checkpoint with the pooling that the test asks for."""
+    run = runs / getattr(request, "param", "average")
+    return Path(shutil.copytree(run / "checkpoints" / "last", tmp_path / "checkpoint"))
 
 
 def change_evaluation(last, **values):
@@ -41,13 +55,12 @@ def change_evaluation(last, **values):
 
 def eager(last):
     """Embeddings of the queries and gallery as evaluation computes them, and their files' pixels, resized."""
-    settings, weights = read_settings(last / "config.yaml"), checkpoint.load_weights(last)
-    network = model.build(settings.model, settings.loss, settings.data, 4, 1, torch.float32, settings.kernels)
-    checkpoint.fit(network, weights, last)
+    settings = read_settings(last / "config.yaml")
+    model = load_model(last, settings, settings.data, torch.device("cpu"))
     reid_set = read(settings.data)
     images = [*reid_set.query, *reid_set.gallery]
     pixels = [np.asarray(PIL.Image.open(image.path).resize((WIDTH, HEIGHT), PIL.Image.BILINEAR)) for image in images]
-    features = model.embed(network, images, settings.data, settings.evaluation, "all")
+    features = embed(model, images, settings.data, settings.evaluation, "all")
     return features.numpy(), np.stack(pixels).transpose(0, 3, 1, 2)
 
 
@@ -60,7 +73,7 @@ def exported(last, output):
     return lambda pixels: network(torch.from_numpy(pixels)).numpy()
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize("suffix", [pytest.param(".onnx", marks=pytest.mark.slow), ".pt2"])
 @pytest.mark.parametrize("last", ["average", "gem"], indirect=True)
 def test_embeddings_are_those_of_evaluation_in_batches_of_any_size(last, suffix, tmp_path):
     features, pixels = eager(last)
@@ -89,6 +102,7 @@ def test_the_graph_has_plain_operators_and_no_weights_of_training(last, tmp_path
     assert not [name for name in program.state_dict if "classifier" in name or "memory" in name]
 
 
+@pytest.mark.slow
 def test_the_files_say_what_they_take_and_give_but_not_where_they_were_made(last, tmp_path):
     change_evaluation(last, metric="euclidean", flip_test=True)
     exported(last, tmp_path / "model.onnx")
@@ -121,14 +135,14 @@ def test_the_files_say_what_they_take_and_give_but_not_where_they_were_made(last
 
 
 @pytest.mark.parametrize("p", [3.0, 12.0])
-def test_pooling_is_the_heads_even_for_a_channel_that_is_never_active(p):
-    head = CGEHead(in_channels=3, num_classes=2, epochs=1, pooling="gem").eval()
-    nn.init.constant_(head.p, p)
+def test_pooling_is_the_models_even_for_a_channel_that_is_never_active(p):
+    model = ReidModel(nn.Identity(), channels=3, gem=True).eval()
+    nn.init.constant_(model.pool.p, p)
     feature_map = torch.rand(4, 3, 6, 2)
     feature_map[:, 1] = 0  # the lower bound is 1e-6, and its 12th power is 0 in float32
-    head.neck.running_var[1] = 0  # makes the smallest difference large
-    embedding = export.Embedding(model.ReidModel(nn.Identity(), head), DataConfig(), EvaluationConfig())
-    torch.testing.assert_close(embedding.feature(feature_map), head(feature_map), rtol=1e-5, atol=1e-6)
+    model.neck.running_var[1] = 0  # makes the smallest difference large
+    embedding = export.Embedding(model, DataConfig(), EvaluationConfig())
+    torch.testing.assert_close(embedding.feature(feature_map), model.embed(feature_map), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])

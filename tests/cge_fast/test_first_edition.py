@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_market1501
 
 from cge_fast import checkpoint, data, errors, train
 from cge_fast.build import load_model
-from cge_fast.cli import RENAMED, read_settings
+from cge_fast.cli import read_settings
 from cge_fast.evaluation.features import embed, evaluate
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -86,7 +85,7 @@ def test_trainings_are_equal_bit_for_bit(name, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def first_edition(tmp_path_factory) -> Path:
+def first_edition(tmp_path_factory, shared_market) -> Path:
     """The first edition's runs, beside the set that they were trained on."""
     folder = tmp_path_factory.mktemp("first_edition")
     with tarfile.open(FIXTURES / "checkpoints_first_edition.tar.xz") as archive:
@@ -94,7 +93,7 @@ def first_edition(tmp_path_factory) -> Path:
     for last in folder.glob("*/checkpoints/last"):  # a link, as it was
         last.rename(last.with_name("epoch_0002"))
         last.symlink_to("epoch_0002")
-    write_market1501(folder / "market")
+    (folder / "market").symlink_to(shared_market)
     return folder
 
 

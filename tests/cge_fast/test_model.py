@@ -7,13 +7,20 @@ import pytest
 import torch
 import yaml
 
-from cge_fast import backbones, model
+from cge_fast import CGELoss, ReidModel, backbones
+from cge_fast.build import build_model
+from cge_fast.cli import read_settings, to_yaml
 from cge_fast.errors import UserError
-from cge_fast.options import DataConfig, LossConfig, ModelConfig, TrainConfig, read_settings, to_yaml
+from cge_fast.options import DataConfig, ModelConfig, TrainConfig
 
 
-def build(settings: ModelConfig, height: int = 32, width: int = 16) -> model.ReidModel:
-    return model.build(settings, LossConfig(), DataConfig(height=height, width=width), 3, 2, torch.float32, "reference")
+def build(settings: ModelConfig, precision: torch.dtype = torch.float32) -> ReidModel:
+    return build_model(TrainConfig(model=settings), DataConfig(height=32, width=16), precision)
+
+
+def loss_of(model: ReidModel) -> torch.Tensor:
+    embeddings = model(torch.rand(2, 3, 32, 16))
+    return CGELoss(model.neck.num_features, 3, stripes=model.pool.stripes)(embeddings, torch.tensor([0, 1])).loss
 
 
 def test_the_settings_reach_the_backbone(tmp_path):
@@ -24,15 +31,14 @@ def test_the_settings_reach_the_backbone(tmp_path):
     assert list(names) == ["0", "1", "2", "non_local_2", "3", "non_local_3", "map_norm"]
     assert names["non_local_3"].theta.out_channels == 64
     assert torch.equal(network.backbone[0][0].weight, weights["0.0.weight"])
-    assert network(torch.rand(2, 3, 32, 16), torch.tensor([0, 1])).loss.isfinite()
+    assert loss_of(network).isfinite()
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_ibn_and_non_local_blocks_train_in_the_chosen_precision(precision):
     settings = ModelConfig(backbone="resnet50_ibn_a", non_local="one", stripes=1)
-    network = build(settings)
-    network.precision = precision
-    network(torch.rand(2, 3, 32, 16), torch.tensor([0, 1])).loss.backward()
+    network = build(settings, precision)
+    loss_of(network).backward()
     assert all(parameter.grad is not None for parameter in network.backbone.parameters())
 
 
@@ -63,3 +69,18 @@ def test_settings_from_before_they_existed_are_as_they_were(tmp_path):
         "data": asdict(DataConfig(normalisation="imagenet", erased="zero", erasing_area=0.4)),
         "model": asdict(ModelConfig(weights=None, non_local="none", map_norm=False)),
     }
+
+
+def test_the_model_knows_nothing_of_identities_and_gives_float32():
+    model = build(ModelConfig(pooling="gem"), torch.bfloat16)
+    embeddings = model.eval()(torch.rand(2, 3, 32, 16))
+    assert {embeddings.pooled.dtype, embeddings.stripes.dtype, embeddings.embedding.dtype} == {torch.float32}
+    assert embeddings.stripes.shape == (2, 3, 128)
+    assert {name.split(".")[0] for name in model.state_dict()} == {"backbone", "pool", "neck"}
+    assert model.embed(torch.rand(2, 3, 32, 16)).shape == (2, 128)
+
+
+def test_the_embedding_in_use_is_that_of_training():
+    model, images = build(ModelConfig()).eval(), torch.rand(2, 3, 32, 16)
+    torch.testing.assert_close(model.embed(images), model(images).embedding)
+    torch.testing.assert_close(model.embed(images, after_neck=False), model(images).pooled)

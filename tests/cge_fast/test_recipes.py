@@ -5,8 +5,9 @@ from dataclasses import asdict
 import pytest
 
 from cge_fast import train
+from cge_fast.cli import RECIPES, read_settings, recipes
 from cge_fast.errors import UserError
-from cge_fast.options import RECIPES, TrainConfig, read_settings, recipes
+from cge_fast.options import TrainConfig
 
 METHODS = {
     "bot": {
@@ -53,11 +54,7 @@ VARIANTS = {
         ("data", "erased"): "zero",
         ("model", "cge"): True,
         ("model", "stripes"): 3,
-        ("model", "alpha"): "linear",
-        ("model", "revision"): "logits",
-        ("model", "local_gradient"): True,
-        ("model", "shuffle_memory"): False,
-        ("model", "logit_scale"): 1,
+        ("model", "memory_momentum"): "linear",
         ("model", "classifier_std"): 0.001,
         ("loss", "smoothed"): "all",
         ("loss", "margin"): 0,
@@ -93,11 +90,11 @@ EVERYWHERE = {
     ("data", "identities"): 16,
     ("data", "instances"): 4,
     ("model", "backbone"): "resnet50",
-    ("loss", "classification"): "cross_entropy",
+    ("loss", "variant"): "",
     ("loss", "label_smoothing"): 0.1,
-    ("loss", "l1"): 1,
-    ("loss", "l2"): 1,
-    ("loss", "centre_lr"): 0.5,
+    ("loss", "classification_weight"): 1,
+    ("loss", "metric_weight"): 1,
+    ("loss", "center_lr"): 0.5,
     ("optim", "epochs"): 120,
     ("optim", "lr"): 3.5e-4,
     ("optim", "weight_decay"): 5e-4,
@@ -122,9 +119,9 @@ PUBLISHED = {
 @pytest.mark.parametrize("recipe", PUBLISHED)
 def test_every_value_of_a_published_recipe(recipe):
     method, variant, start = PUBLISHED[recipe]
-    centre = {("loss", "centre"): 5e-4 if recipe == "agw_original" else 0}
+    center = {("loss", "center_weight"): 5e-4 if recipe == "agw_original" else 0}
     settings = asdict(read_settings(RECIPES / f"{recipe}.yaml"))
-    for (section, key), value in (EVERYWHERE | METHODS[method] | VARIANTS[variant] | START[start] | centre).items():
+    for (section, key), value in (EVERYWHERE | METHODS[method] | VARIANTS[variant] | START[start] | center).items():
         found = settings[section][key]
         assert (str(found) if key == "weights" and found else found) == value, (section, key)
 

@@ -1,9 +1,11 @@
-"""The learning rate over the epochs."""
+"""The learning rate and the memory's momentum over the epochs."""
+
+import math
 
 import pytest
 
 from cge_fast.options import OptimConfig
-from cge_fast.schedule import learning_rate
+from cge_fast.schedule import learning_rate, memory_momentum
 
 
 def rates(optim, *epochs_done, steps_per_epoch=100):
@@ -39,3 +41,23 @@ def test_numbers_below_one_are_shares_of_the_training():
 def test_no_warmup_and_no_milestones_is_a_constant():
     optim = OptimConfig(epochs=3, lr=1.0, warmup=0, milestones=[])
     assert rates(optim, 0, 2.9) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        ("linear", [0.25, 0.5, 0.75, 1.0]),
+        ("exponential", [1.0, math.exp(-5 / 16), math.exp(-20 / 16), math.exp(-45 / 16)]),
+        ("constant", [0.01] * 4),
+    ],
+)
+def test_the_memorys_momentum(strategy, expected):
+    assert [memory_momentum(strategy, epoch, 4) for epoch in (1, 2, 3, 4)] == pytest.approx(expected)
+    if strategy != "constant":
+        assert memory_momentum(strategy, 1, 1) == 1  # one epoch in all
+
+
+@pytest.mark.parametrize("epoch", [0, 5])
+def test_epochs_count_from_one(epoch):
+    with pytest.raises(ValueError, match=f"epoch must lie between 1 and 4, got {epoch}"):
+        memory_momentum("linear", epoch, 4)

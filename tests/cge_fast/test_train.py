@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -11,12 +12,13 @@ import pytest
 import torch
 import yaml
 
-import cge_kernels
+import cge_fast.losses.cge
 import cge_reference
-from cge_fast import checkpoint, errors, evaluate, train
-from cge_fast.loop import Training
-from cge_fast.operators import Kernels
-from cge_fast.options import read_settings
+from cge_fast import checkpoint, errors, evaluate, loop, train
+from cge_fast.cli import NOW_VARIANT, RENAMED, read_settings
+from cge_fast.losses.softmax import SoftmaxLoss
+from cge_fast.options import Backend
+from cge_fast.profile import TRACE
 
 
 def run(arguments, capsys) -> tuple[int, str, str]:
@@ -35,7 +37,8 @@ def rows(folder: Path) -> list[dict]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load_weights(folder / "checkpoints" / "last")
+    last = folder / "checkpoints" / "last"
+    return checkpoint.load_model(last) | checkpoint.load_loss(last)
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
@@ -66,12 +69,12 @@ def test_metrics_have_a_row_for_each_epoch(options, tmp_path, capsys):
     assert first["mAP"] is None
     assert last["mAP"] > 0
     assert first["loss"] == pytest.approx(first["classification"] + first["metric"])
-    assert [first["alpha"], last["alpha"]] == [0.5, 1.0]
+    assert [first["momentum"], last["momentum"]] == [0.5, 1.0]
     assert len(last["stripe_precision"]) == 3
-    assert len(last["levels"]) == 4
-    assert sum(last["levels"]) == pytest.approx(1)
-    by_level = sum(share * level for level, share in enumerate(last["levels"]))
-    assert by_level == pytest.approx(sum(last["stripe_precision"])), "levels count the stripes that are right"
+    assert len(last["num_stripes_correct"]) == 4
+    assert sum(last["num_stripes_correct"]) == pytest.approx(1)
+    by_number = sum(share * number for number, share in enumerate(last["num_stripes_correct"]))
+    assert by_number == pytest.approx(sum(last["stripe_precision"])), "they count the stripes that are correct"
     assert {"train_accuracy", "lr", "rank1", "rank5", "rank10", "mINP", "seconds", "images_per_second"} <= last.keys()
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
 
@@ -81,66 +84,52 @@ def test_two_runs_with_one_seed_are_equal_whatever_the_number_of_workers(options
     run([*options, "--output", str(tmp_path / "other"), "--data.workers", "2"], capsys)
     assert_same_weights(tmp_path / "run", tmp_path / "other")
     run([*options, "--output", str(tmp_path / "seed"), "--seed", "1"], capsys)
-    assert not torch.equal(weights(tmp_path / "run")["head.memory"], weights(tmp_path / "seed")["head.memory"])
+    assert not torch.equal(weights(tmp_path / "run")[checkpoint.MEMORY], weights(tmp_path / "seed")[checkpoint.MEMORY])
 
 
-@pytest.mark.parametrize("kernels", get_args(Kernels))
-def test_kernels_say_which_operators_train(options, tmp_path, capsys, monkeypatch, kernels):
+@pytest.mark.parametrize(("backend", "reference"), [("auto", 0), ("cpu", 0), ("reference", 6)])
+def test_the_backend_says_which_operators_train_and_evaluate(options, tmp_path, capsys, monkeypatch, backend, reference):
+    assert backend in get_args(Backend)
     calls = Counter()
 
-    def count(package, name):
-        operator = getattr(package, name)
+    def count(name):
+        operator = getattr(cge_reference, name)
 
         def counted(*arguments, **keywords):
-            calls[package.__name__, name] += 1
+            calls[name] += 1
             return operator(*arguments, **keywords)
 
-        monkeypatch.setattr(package, name, counted)
+        monkeypatch.setattr(cge_reference, name, counted)
 
-    for package in (cge_kernels, cge_reference):
-        for name in ("revised_cross_entropy", "revise_logits_one_pass", "write_memory_"):
-            count(package, name)
-    status, out, _ = run([*options, "--kernels", kernels], capsys)
+    for name in ("revised_cross_entropy", "write_memory_", "stripe_pool"):
+        count(name)
+    status, out, _ = run([*options, "--backend", backend], capsys)
     assert status == 0
     assert out.startswith("mAP ")
-    package = "cge_reference" if kernels == "reference" else "cge_kernels"
-    loss = "revise_logits_one_pass" if kernels == "one_pass" else "revised_cross_entropy"
-    assert calls == {(package, loss): 6, (package, "write_memory_"): 6}, "two epochs of three steps"
+    assert calls["revised_cross_entropy"] == calls["write_memory_"] == reference, "two epochs of three steps"
+    assert (calls["stripe_pool"] > reference) == (backend == "reference")
     last = rows(tmp_path / "run")[-1]
-    assert sum(share * level for level, share in enumerate(last["levels"])) == pytest.approx(
+    assert sum(share * number for number, share in enumerate(last["num_stripes_correct"])) == pytest.approx(
         sum(last["stripe_precision"])
     )
+    calls.clear()
+    evaluate.main(["--checkpoint", str(tmp_path / "run" / "checkpoints" / "last")])
+    assert bool(calls["stripe_pool"]) == (backend == "reference"), "evaluation's is the checkpoint's"
 
 
-@pytest.mark.parametrize("kernels", get_args(Kernels))
-def test_the_baseline_pools_with_the_chosen_kernels(options, capsys, monkeypatch, kernels):
-    chosen, other = (cge_reference, cge_kernels) if kernels == "reference" else (cge_kernels, cge_reference)
-    pooled = []
-    stripe_pool = chosen.stripe_pool
-    monkeypatch.setattr(chosen, "stripe_pool", lambda *arguments: pooled.append(arguments) or stripe_pool(*arguments))
-    monkeypatch.delattr(other, "stripe_pool")
-    assert run([*options, "--kernels", kernels, "--model.cge", "false"], capsys)[0] == 0
-    assert len(pooled) > 6
-
-
-def test_a_run_from_before_there_were_kernels_goes_on_with_others(options, tmp_path, capsys):
-    run([*options, "--kernels", "reference"], capsys)
-    last = tmp_path / "run" / "checkpoints" / "last"
-    settings = last / "config.yaml"
-    assert "kernels: reference\n" in settings.read_text()
-    settings.write_text(settings.read_text().replace("kernels: reference\n", ""))
-    assert read_settings(settings).kernels == "fused"
-    evaluate.main(["--checkpoint", str(last)])
-    more = ["--output", str(tmp_path / "run"), "--resume", "--optim.epochs", "3", "--kernels", "one_pass"]
+def test_a_run_goes_on_with_another_backend(trained, capsys):
+    last = trained / "checkpoints" / "last"
+    assert read_settings(last / "config.yaml").backend == "auto"
+    more = ["--output", str(trained), "--resume", "--optim.epochs", "3", "--backend", "reference"]
     assert run(more, capsys)[0] == 0
-    assert read_settings(last / "config.yaml").kernels == "one_pass"
+    assert read_settings(last / "config.yaml").backend == "reference"
 
 
 def test_a_wrong_backend_is_one_line_and_leaves_nothing_behind(options, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CGE_BACKEND", "cuda")
     status, _, err = run(options, capsys)
     assert status == 2
-    assert err == "cge_fast.train: error: CGE_BACKEND must be one of auto, triton, aten, got 'cuda'\n"
+    assert err == "cge_fast.train: error: CGE_BACKEND must be one of auto, triton, cpu, reference, got 'cuda'\n"
     assert not (tmp_path / "run").exists()
 
 
@@ -151,14 +140,14 @@ class Killed(BaseException):
 def test_a_run_killed_after_an_epoch_resumes_bit_for_bit(options, tmp_path, capsys, monkeypatch):
     options = [*options, "--optim.epochs", "3"]
     run([*options, "--output", str(tmp_path / "whole")], capsys)
-    save = Training.save
+    save = loop.save
 
-    def save_then_die(self, is_best):
-        if self.epochs_done == 2:
+    def save_then_die(run, is_best):
+        if run.epochs_done == 2:
             raise Killed  # the row of metrics.jsonl is written, the checkpoint is not
-        save(self, is_best)
+        save(run, is_best)
 
-    monkeypatch.setattr(Training, "save", save_then_die)
+    monkeypatch.setattr(loop, "save", save_then_die)
     with pytest.raises(Killed):
         run(options, capsys)
     monkeypatch.undo()
@@ -175,47 +164,52 @@ def test_a_run_killed_after_an_epoch_resumes_bit_for_bit(options, tmp_path, caps
     assert strip(rows(tmp_path / "run")) == strip(rows(tmp_path / "whole"))
 
 
-def test_resuming_a_finished_run_says_its_result_again(options, tmp_path, capsys):
-    _, out, _ = run(options, capsys)
-    assert run(["--output", str(tmp_path / "run"), "--resume"], capsys)[1] == out
+def test_resuming_a_finished_run_says_its_result_again(trained, options, tmp_path, capsys):
+    _, out, _ = run([*options, "--output", str(tmp_path / "again")], capsys)
+    assert run(["--output", str(trained), "--resume"], capsys)[1] == out.replace("again", "run")
 
 
 def test_micro_batches_cover_the_batch_and_write_the_memory_once(options, tmp_path, capsys, monkeypatch):
     writes = []
-    monkeypatch.setattr("cge_kernels.write_memory_", lambda *arguments: writes.append(arguments))
+    monkeypatch.setattr(cge_fast.losses.cge, "write_memory_", lambda *arguments, shard: writes.append(arguments))
     status, _, _ = run([*options, "--optim.accumulate", "2"], capsys)
     assert status == 0
     assert [len(labels) for _, _, labels, _ in writes] == [8] * 6, "two epochs of three steps, the whole batch each"
     assert rows(tmp_path / "run")[1]["train_accuracy"] <= 1
 
 
-@pytest.mark.parametrize("alpha", ["linear", "exponential"])
-def test_one_epoch_in_all_trains_with_alpha_one(options, tmp_path, capsys, alpha):
-    run([*options, "--optim.epochs", "1", "--model.alpha", alpha], capsys)
-    assert rows(tmp_path / "run")[-1]["alpha"] == 1
-    torch.testing.assert_close(weights(tmp_path / "run")["head.memory"].norm(dim=2), torch.ones(3, 4))
+@pytest.mark.parametrize("momentum", ["linear", "exponential"])
+def test_one_epoch_in_all_trains_with_a_momentum_of_one(options, tmp_path, capsys, momentum):
+    run([*options, "--optim.epochs", "1", "--model.memory_momentum", momentum], capsys)
+    assert rows(tmp_path / "run")[-1]["momentum"] == 1
+    torch.testing.assert_close(weights(tmp_path / "run")[checkpoint.MEMORY].norm(dim=2), torch.ones(3, 4))
 
 
 def test_more_instances_than_an_identity_has_images(options, capsys):
     assert run([*options, "--data.identities", "2", "--data.instances", "8"], capsys)[0] == 0
 
 
-def test_profile_prints_the_share_that_is_not_the_backbone(options, capsys):
-    _, out, _ = run([*options, "--profile"], capsys)
-    parts = {line[:28].strip(): float(line.split()[-1].rstrip("%")) for line in out.splitlines() if line.endswith("%")}
-    assert {"backbone forward", "backbone backward", "head backward", "optimiser", "memory write"} <= parts.keys()
+def test_profile_prints_the_share_that_is_not_the_backbone_and_writes_a_trace(options, tmp_path, capsys, monkeypatch):
+    def evaluated_slowly(*arguments):
+        time.sleep(1)
+        return evaluation(*arguments)
+
+    evaluation = loop.evaluation
+    monkeypatch.setattr(loop, "evaluation", evaluated_slowly)
+    _, out, _ = run([*options, "--profile", "--evaluation.every", "1"], capsys)
+    lines = [line for line in out.splitlines() if line.endswith("%")]
+    parts = {line[:28].strip(): float(line.split()[-1].rstrip("%")) for line in lines}
+    of_a_step = ["waiting for data", "backbone forward", "head forward and losses", "head backward"]
+    of_a_step += ["backbone backward", "optimizer", "memory write", "bookkeeping"]
+    assert [*parts] == [*of_a_step, "all but the backbone"]
     rest = parts.pop("all but the backbone")
     assert sum(parts.values()) == pytest.approx(100, abs=0.6)
     assert rest == pytest.approx(100 - parts["backbone forward"] - parts["backbone backward"], abs=0.3)
-
-
-def test_the_profile_leaves_evaluation_out(options, monkeypatch):
-    laps = []
-    monkeypatch.setattr("cge_fast.profile.Stopwatch.lap", lambda self, part: laps.append(part))
-    train.main([*options, "--profile", "--evaluation.every", "1"])
-    of_a_step = ["waiting for data", "backbone forward", "head forward and losses", "head backward"]
-    of_a_step += ["backbone backward", "optimiser", "memory write", "bookkeeping"]
-    assert laps == of_a_step * 6
+    assert all(parts[name] > 0 for name in ("backbone forward", "head backward", "backbone backward", "memory write"))
+    seconds = {line[:28].strip(): float(line.split()[-3]) for line in lines}
+    assert seconds["bookkeeping"] + seconds["waiting for data"] < 1, "evaluation is left out"
+    events = json.loads((tmp_path / "run" / TRACE).read_text())["traceEvents"]
+    assert Counter(event["name"] for event in events)["forward"] == 2, "the first of three steps is left out"
 
 
 def test_bfloat16_trains(options, tmp_path, capsys):
@@ -238,7 +232,7 @@ def test_bfloat16_trains(options, tmp_path, capsys):
         (["--data.name", "folder"], "market/train"),
         (["--data.identities", "5"], "data.identities: a batch needs 5, the training split has 4"),
         (["--model.stripes", "4"], "model.stripes: 4 do not fit the feature map, which has 3 rows"),
-        (["--optim.accumulate", "4"], "loss.l2: the metric loss needs 2 identities in a micro-batch"),
+        (["--optim.accumulate", "4"], "loss.metric_weight: the metric loss needs 2 identities in a micro-batch"),
         (["--seed", str(2**63)], 'Parser key "seed"'),
         (["--output", "/dev/null/run"], "output: /dev/null/run cannot be made, since /dev/null is not a folder"),
         (["--optim.accumulate", "3"], "optim.accumulate: 4 identities cannot be cut evenly into 3"),
@@ -246,7 +240,9 @@ def test_bfloat16_trains(options, tmp_path, capsys):
         (["--model.pretrained", "true"], "model.pretrained: the backbone compact has no ImageNet weights"),
         (["--resume"], "has no file model.safetensors"),
         (["--config", "no_such_recipe"], "no_such_recipe"),
-        (["--kernels", "fast"], "Expected a typing.Literal['fused', 'one_pass', 'reference']. Got value: fast"),
+        (["--backend", "fast"], "Expected a typing.Literal['auto', 'triton', 'cpu', 'reference']. Got value: fast"),
+        (["--loss.variant", "focal"], "loss.variant: must be empty; python -m cge_fast.experiments.variants has some"),
+        (["--model.cge", "false", "--model.shard_classes", "true"], "shard_classes needs cge and the loss CGELoss"),
     ],
 )
 def test_wrong_settings_are_one_line_and_leave_nothing_behind(options, tmp_path, capsys, change, message):
@@ -258,13 +254,12 @@ def test_wrong_settings_are_one_line_and_leave_nothing_behind(options, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finished_run_is_not_overwritten(options, tmp_path, capsys):
-    run(options, capsys)
+def test_a_finished_run_is_not_overwritten(trained, options, tmp_path, capsys):
     before = weights(tmp_path / "run")
     status, _, err = run(options, capsys)
     assert status == 2
     assert "holds a run already; continue it with --resume" in err
-    assert torch.equal(weights(tmp_path / "run")["head.memory"], before["head.memory"])
+    assert torch.equal(weights(tmp_path / "run")[checkpoint.MEMORY], before[checkpoint.MEMORY])
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
@@ -286,8 +281,7 @@ def test_corrupt_images_are_left_out_on_request(options, market, capsys):
     assert "left out 3 corrupt images" in err
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(options, tmp_path, capsys):
-    run(options, capsys)
+def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(trained, tmp_path, capsys):
     before = weights(tmp_path / "run")
     more = ["--output", str(tmp_path / "run"), "--resume", "--optim.epochs", "4", "--optim.lr", "1e30"]
     status, _, err = run(more, capsys)
@@ -306,22 +300,19 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(options
         (["--model.cge", "false"], "model.cge: checkpoint .* has a memory, the settings want none"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_refused(options, tmp_path, capsys, change, message):
-    run(options, capsys)
+def test_a_checkpoint_that_does_not_fit_is_refused(trained, tmp_path, change, message):
     with pytest.raises(errors.UserError, match=message):
         train.main(["--output", str(tmp_path / "run"), "--resume", *change])
 
 
-def test_a_checkpoint_with_other_classes_is_refused(options, market, tmp_path, capsys):
-    run(options, capsys)
+def test_a_checkpoint_with_other_classes_is_refused(trained, market, tmp_path):
     for path in (market / "bounding_box_train").glob("0001_*"):
         path.unlink()
     with pytest.raises(errors.UserError, match=r"data: checkpoint .* has 4 classes, the data set 3"):
         train.main(["--output", str(tmp_path / "run"), "--resume", "--data.identities", "3"])
 
 
-def test_a_changed_setting_counts_when_a_run_goes_on(options, tmp_path, capsys):
-    run(options, capsys)
+def test_a_changed_setting_counts_when_a_run_goes_on(trained, tmp_path, capsys):
     run(["--output", str(tmp_path / "run"), "--resume", "--optim.epochs", "3", "--optim.weight_decay", "0.25"], capsys)
     state = checkpoint.load_training(tmp_path / "run" / "checkpoints" / "last")
     assert state["epoch"] == 3
@@ -367,11 +358,11 @@ def test_a_wrong_settings_file_is_one_line(options, tmp_path, capsys, content, m
         ("metrics.jsonl", b"[1]\n", "metrics.jsonl, line 1"),
         ("checkpoints/last/training.pt", b"", "training.pt cannot be read"),
         ("checkpoints/last/model.safetensors", b"x", "model.safetensors cannot be read"),
+        ("checkpoints/last/loss.safetensors", b"x", "loss.safetensors cannot be read"),
         ("checkpoints/last/config.yaml", b"\xff", "config"),
     ],
 )
-def test_a_damaged_run_is_not_resumed(options, tmp_path, capsys, name, content, message):
-    run(options, capsys)
+def test_a_damaged_run_is_not_resumed(trained, tmp_path, capsys, name, content, message):
     (tmp_path / "run" / name).write_bytes(content)
     status, _, err = run(["--output", str(tmp_path / "run"), "--resume", "--optim.epochs", "3"], capsys)
     assert status == 2
@@ -392,3 +383,63 @@ def test_the_untrained_network_is_the_floor(options, tmp_path, capsys):
     run([*options, "--evaluation.untrained", "false"], capsys)
     assert [row["epoch"] for row in rows(tmp_path / "run")] == [1, 2]
     assert all(math.isfinite(row["loss"]) for row in rows(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", [*RENAMED, *NOW_VARIANT])
+def test_an_old_name_is_one_line_that_says_the_new_one(options, tmp_path, capsys, name):
+    section, _, key = name.rpartition(".")
+    new = RENAMED.get(name, "--loss.variant ")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({section: {key: 2}} if section else {key: 2}))
+    for arguments in ([f"--{name}", "2"], [f"--{name}=2"], ["--config", str(recipe)]):
+        status, _, err = run([*options, *arguments], capsys)
+        assert status == 2
+        assert f"{name} is now {new}" in err
+        assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "variant", "arguments"),
+    [
+        ({"model": {"shuffle_memory": True}}, "shuffled_memory", {}),
+        ({"model": {"revision": "none", "local_gradient": True}}, "memory_not_used", {}),
+        ({"model": {"local_gradient": False}, "loss": {"classification": "focal"}}, "cge_focal_detached_weights", {}),
+        ({"model": {"cge": False}, "loss": {"classification": "sphere"}}, "sphere", {}),
+        ({"model": {"cge": False, "logit_scale": 0.7}}, "scaled", {"scale": 0.7}),
+        ({"model": {"logit_scale": 0.7, "alpha": "constant"}, "loss": {"l2": 0.5}}, "cge_scaled", {"scale": 0.7}),
+        ({"model": {"revision": "logits", "logit_scale": 1.0}, "kernels": "one_pass"}, "", {}),
+    ],
+)
+def test_settings_of_the_first_edition_name_the_variant_that_they_were(tmp_path, old, variant, arguments):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    config = read_settings(tmp_path / "config.yaml")
+    assert (config.loss.variant, config.loss.variant_args) == (variant, arguments)
+    assert config.model.memory_momentum == old["model"].get("alpha", "linear")
+    assert config.loss.metric_weight == old.get("loss", {}).get("l2", 1)
+    assert config.backend == "auto"
+
+
+class Doubled(SoftmaxLoss):
+    """A loss of one's own."""
+
+    def __init__(self, *arguments, factor, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.factor = factor
+
+    def forward(self, embeddings, labels):
+        out = super().forward(embeddings, labels)
+        return out._replace(loss=self.factor * out.loss)
+
+
+def test_a_loss_of_ones_own_trains_resumes_and_is_deployed_without_it(options, tmp_path, capsys):
+    own = [*options, "--model.cge", "false", "--loss.variant", "doubled", "--loss.variant_args.factor", "2"]
+    train.main(own, variants={"doubled": Doubled})
+    resumed = ["--output", str(tmp_path / "run"), "--resume", "--optim.epochs", "3"]
+    train.main(resumed, variants={"doubled": Doubled})
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3]
+    assert rows(tmp_path / "run")[-1]["momentum"] is None
+    evaluate.main(["--checkpoint", str(tmp_path / "run" / "checkpoints" / "last")])
+    assert capsys.readouterr().out.count("mAP") > 3
+    with pytest.raises(errors.UserError, match=r"loss\.variant_args: .*'factor'"):
+        train.main([*own[:-2], "--output", str(tmp_path / "other")], variants={"doubled": Doubled})

@@ -1,4 +1,4 @@
-"""Losses of features within a batch, each against loops in float64."""
+"""Losses of features within a batch, each against loops in float64, and the sum that is trained on."""
 
 import math
 from itertools import permutations
@@ -9,8 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cge_fast.losses.metric import Metric, metric_loss, weighted_regularised_triplet
-from cge_fast.losses.triplet import batch_hard_triplet
+from cge_fast.losses.criterion import ReidCriterion
+from cge_fast.losses.metric import CenterLoss, MetricLoss, batch_hard_triplet, weighted_regularised_triplet
+from cge_fast.losses.softmax import SoftmaxLoss
+from cge_fast.model import Embeddings
+from cge_fast.options import Metric
 
 BATCH = st.lists(st.integers(0, 2), min_size=2, max_size=6)
 
@@ -126,16 +129,15 @@ def test_every_metric_loss_but_the_triplet_has_its_loop_here():
 def test_the_loss_is_the_loops(kind, labels, seed):
     features = features_of(labels, seed)
     expected = LOOPS[kind](features.tolist(), labels)
-    found = metric_loss(features, torch.tensor(labels), kind, 0.3)
+    found = MetricLoss(kind, 0.3)(features, torch.tensor(labels))
     assert float(found) == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
 def test_the_triplet_takes_its_margin():
     features, labels = features_of([0, 0, 1], 1), torch.tensor([0, 0, 1])
     for margin in (0.0, 0.3, "soft"):
-        assert torch.equal(
-            metric_loss(features, labels, "triplet", margin), batch_hard_triplet(features, labels, margin)
-        )
+        found = MetricLoss("triplet", margin)(features, labels)
+        assert torch.equal(found, batch_hard_triplet(features, labels, margin))
 
 
 @pytest.mark.parametrize("kind", get_args(Metric))
@@ -143,7 +145,7 @@ def test_gradients_are_finite_for_equal_features_half_precision_and_lone_samples
     for labels in ([0, 0, 1, 1], [0, 1, 2, 3]):
         for features in (torch.ones(4, 3), torch.randn(4, 3).bfloat16()):
             leaf = features.requires_grad_()
-            loss = metric_loss(leaf, torch.tensor(labels), kind, 0.3)
+            loss = MetricLoss(kind, 0.3)(leaf, torch.tensor(labels))
             assert loss.dtype == torch.float32
             if loss.requires_grad:
                 loss.backward()
@@ -160,3 +162,64 @@ def test_far_negatives_count_in_the_stable_wrt_and_vanish_in_the_published_one()
     assert weights < 0.01
     assert stable.item() == pytest.approx(math.log1p(math.exp(-19.5)), rel=1e-6)
     assert published.item() == pytest.approx(math.log1p(math.exp(-19.5 * weights)), rel=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    labels=st.lists(st.integers(0, 2), min_size=1, max_size=7),
+    margin=st.sampled_from([0.0, 0.3, "soft"]),
+    seed=st.integers(0, 9),
+)
+def test_the_triplet_is_the_mean_over_anchors_of_the_hardest_one(labels, margin, seed):
+    features = features_of(labels, seed)
+    total = 0.0
+    for a, label in enumerate(labels):
+        distances = [(features[a] - other).norm().item() for other in features]
+        positive = max(d for d, other in zip(distances, labels, strict=True) if other == label)
+        negative = min((d for d, other in zip(distances, labels, strict=True) if other != label), default=math.inf)
+        gap = positive - negative
+        total += math.log1p(math.exp(gap)) if margin == "soft" else max(0.0, gap + margin)
+    loss = batch_hard_triplet(features, torch.tensor(labels), margin)
+    assert loss.item() == pytest.approx(total / len(labels), abs=1e-12)
+
+
+@pytest.mark.parametrize("margin", [0.3, "soft"])
+def test_the_triplets_gradients_stay_finite_for_equal_features_and_a_single_identity(margin):
+    for labels in ([0, 0, 1, 1], [0, 0, 0, 0]):
+        features = torch.ones(4, 3, requires_grad=True)
+        batch_hard_triplet(features, torch.tensor(labels), margin).backward()
+        assert features.grad.isfinite().all()
+
+
+def test_the_center_loss_is_the_mean_squared_distance_to_the_own_center():
+    loss = CenterLoss(3, 2, rate=0.5)
+    features, labels = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([2, 0, 2])
+    centers = loss.centers.double()
+    expected = sum((features[b].double() - centers[y]).square().sum() for b, y in enumerate(labels.tolist())) / 3
+    torch.testing.assert_close(loss(features, labels), expected.float())
+
+
+def test_the_centers_take_a_step_of_sgd():
+    loss = CenterLoss(4, 3, rate=0.5)
+    features, labels = torch.randn(5, 3), torch.tensor([0, 3, 3, 3, 1])
+    centers = loss.centers.clone().requires_grad_()
+    (features - centers[labels]).square().sum(dim=1).mean().backward()
+    expected = centers.detach() - 0.5 * centers.grad
+    loss.step(features, labels)
+    torch.testing.assert_close(loss.centers, expected)
+    assert not list(loss.parameters())
+
+
+def test_the_criterion_is_the_weighted_sum_and_learns_through_each_part():
+    criterion = ReidCriterion(SoftmaxLoss(3, 4), MetricLoss(), CenterLoss(4, 3), (0.5, 2.0, 0.25))
+    features, labels = torch.randn(6, 3).requires_grad_(), torch.tensor([0, 0, 1, 1, 3, 3])
+    out = criterion(Embeddings(features, features[:, None], features), labels)
+    parts = [criterion.classification(Embeddings(features, features[:, None], features), labels).loss]
+    parts += [criterion.metric(features, labels), criterion.center(features, labels)]
+    torch.testing.assert_close(out.parts, torch.stack(parts).detach())
+    torch.testing.assert_close(out.loss, 0.5 * parts[0] + 2 * parts[1] + 0.25 * parts[2])
+    assert not out.parts.requires_grad
+    assert not criterion.has_memory
+    found, = torch.autograd.grad(out.loss, features, retain_graph=True)
+    expected, = torch.autograd.grad(0.5 * parts[0] + 2 * parts[1] + 0.25 * parts[2], features)
+    torch.testing.assert_close(found, expected)
