@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cge_fast.analyze.precision import train_stripe_correct
 from cge_fast.analyze.trained import Trained, require_cge
-from cge_fast.analyze.written import Row, Written, labelled, told, write
+from cge_fast.analyze.written import Row, Written, told, write_comparison
 
 OF_THREE = ("hardest", "mid-hard", "mid-easy", "easiest")  # the paper's names of 0 to 3 correct stripes of three
 SMALLEST_WRITTEN = 4  # percent of the pie that have room for the number
@@ -23,8 +23,9 @@ def levels(checkpoints: Sequence[Trained], output: Path) -> Written:
     """
     require_cge(checkpoints, "levels")
     tables = [level_rows(train_stripe_correct(trained)) for trained in checkpoints]
-    texts = [", ".join(f"{row['level']} {row['share']:.1%}" for row in rows) for rows in tables]
-    return write(output, "levels", drawn(checkpoints, tables), labelled(checkpoints, tables), told(checkpoints, texts))
+    texts = (", ".join(f"{row['level']} {row['share']:.1%}" for row in rows) for rows in tables)
+    figure = drawn(checkpoints, tables)
+    return write_comparison(output, "levels", figure, checkpoints, tables, told(checkpoints, texts))
 
 
 def level_rows(stripe_correct: Tensor) -> list[Row]:

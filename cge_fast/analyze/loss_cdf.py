@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from cge_fast.analyze.trained import Trained, require_labels_differ, train_batches
-from cge_fast.analyze.written import Row, Written, labelled, styles, told, write
+from cge_fast.analyze.written import Row, Written, styles, told, write_comparison
 from cge_fast.errors import UserError
 from cge_fast.model import Embeddings
 
@@ -43,8 +43,8 @@ def loss_cdf(checkpoints: Sequence[Trained], output: Path) -> Written:
             ]
         )
         texts.append(f"largest {largest:.3f}, median {losses.quantile(0.5) / largest:.1%} of it")
-    figure, summary = drawn(checkpoints, tables), "loss: " + told(checkpoints, texts)
-    return write(output, "loss_cdf", figure, labelled(checkpoints, tables), summary)
+    summary = "loss: " + told(checkpoints, texts)
+    return write_comparison(output, "loss_cdf", drawn(checkpoints, tables), checkpoints, tables, summary)
 
 
 def train_losses(trained: Trained) -> Tensor:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from cge_fast.analyze.trained import Trained, require_cge, train_batches
-from cge_fast.analyze.written import Row, Written, labelled, styles, told, write
+from cge_fast.analyze.written import Row, Written, styles, told, write_comparison
 from cge_kernels import stripe_correct
 
 
@@ -44,9 +44,9 @@ def precision(checkpoints: Sequence[Trained], output: Path) -> Written:
         ]
         for trained in checkpoints
     ]
-    texts = [", ".join(f"{row['precision']:.1%}" for row in rows) for rows in tables]
+    texts = (", ".join(f"{row['precision']:.1%}" for row in rows) for rows in tables)
     summary = "precision of M_1, M_2, ...: " + told(checkpoints, texts)
-    return write(output, "precision", drawn(checkpoints, tables), labelled(checkpoints, tables), summary)
+    return write_comparison(output, "precision", drawn(checkpoints, tables), checkpoints, tables, summary)
 
 
 def drawn(checkpoints: Sequence[Trained], tables: Sequence[Sequence[Row]]) -> Figure:

@@ -56,31 +56,34 @@ def ranked(trained: Trained, output: Path, queries: int = 8) -> Written:
     if not has_match.any():
         raise UserError("data: no query has a match of another camera in the gallery, so there is nothing to rank")
     worst = precisions.argsort(stable=True)[: min(queries, has_match.sum().item())]  # NaN, no match, stands last
-    lists = {index: first_images(query, gallery, distances_of, index) for index in worst.tolist()}
+    lists = [
+        (
+            reid_set.query[index],
+            precisions[index].item(),
+            [reid_set.gallery[place] for place in first_images(query, gallery, distances_of, index)],
+        )
+        for index in worst.tolist()
+    ]
     rows = [
         {
-            "query": str(reid_set.query[index].path),
-            "query_identity": reid_set.query[index].identity,
-            "query_camera": reid_set.query[index].camera,
-            "average_precision": precisions[index].item(),
+            "query": str(of.path),
+            "query_identity": of.identity,
+            "query_camera": of.camera,
+            "average_precision": average_precision,
             "rank": rank,
             "image": str(image.path),
             "identity": image.identity,
             "camera": image.camera,
-            "correct": image.identity == reid_set.query[index].identity,
+            "correct": image.identity == of.identity,
         }
-        for index, places in lists.items()
-        for rank, image in enumerate((reid_set.gallery[place] for place in places), start=1)
-    ]
-    pictures = [
-        (reid_set.query[index], precisions[index].item(), [reid_set.gallery[place] for place in places])
-        for index, places in lists.items()
+        for of, average_precision, images in lists
+        for rank, image in enumerate(images, start=1)
     ]
     summary = (
         f"{trained.label}: mAP {precisions[has_match].mean():.1%} of {has_match.sum()} queries, the worst "
         f"{len(worst)} have AP {precisions[worst[0]]:.1%} to {precisions[worst[-1]]:.1%}"
     )
-    return write(output, "ranked", drawn(trained, pictures), rows, summary)
+    return write(output, "ranked", drawn(trained, lists), rows, summary)
 
 
 def features(trained: Trained, name: str, images: list[Image]) -> Features:

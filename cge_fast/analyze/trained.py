@@ -1,5 +1,6 @@
 """A checkpoint that was opened to be looked into, and its pass over the training images."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -80,12 +81,9 @@ def run_name(folder: Path) -> str:
 
 def require_labels_differ(checkpoints: Sequence[Trained]) -> None:
     """Raises UserError if two checkpoints could not be told apart in a picture or table."""
-    labels = [trained.label for trained in checkpoints]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise UserError(
-                f"labels: {labels.count(label)} checkpoints are called {label}, give each a name of its own"
-            )
+    for label, count in Counter(trained.label for trained in checkpoints).items():
+        if count > 1:
+            raise UserError(f"labels: {count} checkpoints are called {label}, give each a name of its own")
 
 
 def require_cge(checkpoints: Sequence[Trained], analysis: str) -> None:

@@ -1,7 +1,8 @@
 """What an analysis leaves behind: a picture, a table of the same numbers, and one line that says the main ones."""
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,24 +44,28 @@ def write_csv(file: Path, rows: Sequence[Row]) -> None:
         writer.writerows(rows)
 
 
-def labelled(checkpoints: Sequence[Trained], tables: Sequence[Sequence[Row]]) -> list[Row]:
-    """The checkpoints' tables one below the other, with a first column that names the checkpoint."""
-    return [
-        {"checkpoint": trained.label, **row} for trained, rows in zip(checkpoints, tables, strict=True) for row in rows
-    ]
+def write_comparison(
+    output: Path,
+    name: str,
+    figure: Figure,
+    checkpoints: Sequence[Trained],
+    tables: Sequence[Sequence[Row]],
+    summary: str,
+) -> Written:
+    """`write` of the checkpoints' tables one below the other, with a first column that names the checkpoint."""
+    by_label = zip(checkpoints, tables, strict=True)
+    rows = [{"checkpoint": trained.label, **row} for trained, table in by_label for row in table]
+    return write(output, name, figure, rows, summary)
 
 
-def told(checkpoints: Sequence[Trained], texts: Sequence[str]) -> str:
+def told(checkpoints: Sequence[Trained], texts: Iterable[str]) -> str:
     """What is said of each checkpoint, on one line."""
     return "; ".join(f"{trained.label}: {text}" for trained, text in zip(checkpoints, texts, strict=True))
 
 
 def styles() -> Iterator[tuple[str, str, str]]:
     """Colour, line and hatch of one checkpoint after another."""
-    number = 0
-    while True:
-        yield COLOURS[number % len(COLOURS)], LINES[number % len(LINES)], HATCHES[number % len(HATCHES)]
-        number += 1
+    return zip(cycle(COLOURS), cycle(LINES), cycle(HATCHES), strict=False)
 
 
 class Sheet:

@@ -13,17 +13,11 @@ OTHER_PEOPLE = 1  # seed of the drawing that the small preset's backbone is trai
 
 @dataclass(frozen=True)
 class Preset:
-    """Trainings that differ in a row's options only.
-
-    Args:
-        options: command line of cge_fast.train, as a shell takes it.
-        rows: H', rows of the feature map: the most stripes that fit.
-        first: a training whose backbone all others start from: its options, or None.
-    """
+    """Trainings that differ in a row's options only; options are as a shell takes them."""
 
     options: str
-    rows: int
-    first: Callable[[], str] | None = None
+    rows: int  # H' of the feature map: the most stripes that fit
+    first: Callable[[], str] | None = None  # options of a training whose backbone all others start from
 
 
 QUIET = "--evaluation.untrained false --evaluation.every 0 --data.workers 0"

@@ -15,23 +15,14 @@ VARIANT, SCALE = "--loss.variant", "--loss.variant_args.scale"
 
 @dataclass(frozen=True)
 class Row:
-    """One training of a table.
+    """One training of a table."""
 
-    Args:
-        name: as the table prints it; unique in the table.
-        options: what it adds to the command line of the preset, separated by spaces.
-        base: name of the row that it is compared with, or None.
-        scaled_by: options of the CGE training whose mean weight multiplies this row's logits, or None.
-        stripes: n; the row is left out where the feature map has fewer rows.
-        resnet50: the row starts from weights that are ResNet-50's alone; small presets leave it out.
-    """
-
-    name: str
-    options: str
-    base: str | None = None
-    scaled_by: str | None = None
-    stripes: int = 3
-    resnet50: bool = False
+    name: str  # as the table prints it; unique in the table
+    options: str  # what it adds to the command line of the preset, separated by spaces
+    base: str | None = None  # name of the row that it is compared with
+    scaled_by: str | None = None  # options of the CGE training whose mean weight multiplies this row's logits
+    stripes: int = 3  # n; the row is left out where the feature map has fewer rows
+    resnet50: bool = False  # starts from weights that are ResNet-50's alone; small presets leave it out
 
 
 def comparison(name: str, options: str = "", variant: str = "") -> list[Row]:
@@ -39,12 +30,7 @@ def comparison(name: str, options: str = "", variant: str = "") -> list[Row]:
 
     Revision multiplies the logits by weights near 0.7: the method's logits are scaled so too, by the mean weight of the
     CGE training and by 0.5, that of classes never seen. The weights' gradient and the memory's contents are taken away
-    one at a time.
-
-    Args:
-        name: the method's.
-        options: what it adds to the baseline.
-        variant: its loss among the variants, whose name with CGE begins with cge_; empty for cross entropy.
+    one at a time. `variant` is the method's loss, whose name with CGE begins with cge_; empty for cross entropy.
     """
     cge, of_cge = f"CGE+{name}", variant and f"cge_{variant}"
     scaled = joined(WITHOUT, options, loss(variant or "scaled"))
@@ -87,10 +73,8 @@ def alphas() -> list[Row]:
     """Strategies of the memory's momentum, the paper's alpha; the baseline's memory is written but not used."""
     rows = comparison(BOT)
     unused = Row(f"{BOT}, memory not used", f"{WITH} {loss('memory_not_used')}", BOT)
-    others = [
-        Row(f"CGE, alpha {strategy}", f"{WITH} --model.memory_momentum {strategy}", BOT)
-        for strategy in ("exponential", "constant")
-    ]
+    momentum = f"{WITH} --model.memory_momentum"
+    others = [Row(f"CGE, alpha {name}", f"{momentum} {name}", BOT) for name in ("exponential", "constant")]
     return [*rows[:3], unused, replace(rows[3], name="CGE, alpha linear"), *others, *rows[4:]]
 
 

@@ -24,24 +24,17 @@ SPHERE_MARGIN = 4  # m: SphereFace's and the CGE paper's
 
 
 class Scaled:
-    """Before a loss: its logits times `scale`.
-
-    Revision itself multiplies logits by 0.5 to 0.73, so a baseline with a smaller scale is the fair comparison.
-    """
+    """Before a loss: its logits times `scale`; revision itself multiplies logits by 0.5 to 0.73."""
 
     def __init__(self, *arguments: Any, scale: float = 1.0, **keywords: Any):
         super().__init__(*arguments, **keywords)
         self.scale = scale
 
     def forward(self, embeddings: Embeddings, labels: Tensor) -> LossOutput:
-        return super().forward(self.scaled(embeddings), labels)
+        return super().forward(embeddings._replace(embedding=embeddings.embedding * self.scale), labels)
 
     def revised_logits(self, embeddings: Embeddings) -> Tensor:
-        return super().revised_logits(self.scaled(embeddings))
-
-    def scaled(self, embeddings: Embeddings) -> Embeddings:
-        """The embeddings whose logits are larger by the scale."""
-        return embeddings._replace(embedding=embeddings.embedding * self.scale)
+        return super().revised_logits(embeddings._replace(embedding=embeddings.embedding * self.scale))
 
 
 class Detached:
@@ -97,10 +90,7 @@ class Sphere(InSteps):
 
 
 class Shuffled(InSteps):
-    """A control: class k is revised by another class's rows, by a fixed permutation without a fixed point.
-
-    What a stripe classifies correctly is by the true rows.
-    """
+    """A control: class k is revised by another class's rows, while `stripe_correct` is of the true ones."""
 
     def __init__(self, in_channels: int, num_classes: int, **keywords: Any):
         if num_classes < 2:
@@ -123,7 +113,7 @@ class Shuffled(InSteps):
 
 
 class MapEmbeddings(NamedTuple):
-    """Embeddings, and the rows of the map that their embedding is the mean of."""
+    """Embeddings, and the rows of the map whose mean is the embedding."""
 
     pooled: Tensor
     stripes: Tensor
@@ -193,32 +183,19 @@ VARIANTS: dict[str, type[nn.Module]] = {"memory_not_used": MemoryNotUsed, "revis
 
 
 def focal_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """-alpha * (1 - q)^gamma * log q, q the softmax probability of the label (Lin et al. 2017), alpha 0.5 and gamma 1.
+    """-alpha * (1 - q)^gamma * log q, (B,), q the softmax probability of the label (Lin et al. 2017).
 
-    Args:
-        logits: (B, N), floating.
-        labels: (B,), int64.
-
-    Returns:
-        (B,).
+    logits (B, N), floating; labels (B,), int64.
     """
     log_q = log_softmax(logits, dim=1).gather(1, labels[:, None]).squeeze(1)
     return -FOCAL_ALPHA * (1 - log_q.exp()) ** FOCAL_GAMMA * log_q
 
 
 def sphere_logits(features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Logits of SphereFace (Liu et al. 2017): |x| cos(theta_k), and |x| psi(theta_k) for the label.
+    """Logits (B, N) of SphereFace (Liu et al. 2017): |x| cos(theta_k), and |x| psi(theta_k) for the label.
 
     theta_k is the angle between the feature x and class k's row; psi(theta) = (-1)^j cos(m theta) - 2j with
-    j = floor(m theta / pi), m = 4. pytorch-metric-learning has the loss of these logits, but revision needs the logits.
-
-    Args:
-        features: (B, C), floating.
-        weight: (N, C), floating; its rows are normalised here.
-        labels: (B,), int64.
-
-    Returns:
-        (B, N).
+    j = floor(m theta / pi), m = 4. features (B, C) and weight (N, C), floating; labels (B,), int64.
     """
     cosine = linear(normalize(features), normalize(weight))
     own = cosine.gather(1, labels[:, None])
