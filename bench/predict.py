@@ -169,7 +169,7 @@ def flops(launch: cge_kernels.Launch) -> int:
 def rate(launch: cge_kernels.Launch, gpu: GPU) -> float:
     """of the tensor cores in a 16-bit matmul, else of float32 (torch's matmul precision is "highest", its default)"""
     is_matmul = "PRECISION" in launch.constants
-    return gpu.tensor_rate if is_matmul and launch.args["memory_pointer"].itemsize == 2 else gpu.vector_rate
+    return gpu.tensor_rate if is_matmul and launch.args["memory_ptr"].itemsize == 2 else gpu.vector_rate
 
 
 def aten_us(operation: Operation, gpu: GPU) -> float:
@@ -180,8 +180,8 @@ def aten_us(operation: Operation, gpu: GPU) -> float:
 
 def special(launch: cge_kernels.Launch) -> int:
     """exp2 and log2 of GeM: 2 for each number of the map forward, 3 backward"""
-    has_power = isinstance(launch.args.get("p_pointer"), Tensor)
-    return SPECIAL[launch.kernel.__name__] * launch.args["map_pointer"].numel() if has_power else 0
+    has_power = isinstance(launch.args.get("p_ptr"), Tensor)
+    return SPECIAL[launch.kernel.__name__] * launch.args["map_ptr"].numel() if has_power else 0
 
 
 def predict_kernel(gpu: GPU, launch: cge_kernels.Launch, rows: list[traffic.Traffic]) -> KernelPrediction:

@@ -41,9 +41,9 @@ def test_tiny_step_by_hand(monkeypatch):
     assert {place: [kernel.kernel for kernel in one.kernels] for place, one in operators.items()} == {
         ("stripe_pool", "forward"): ["stripe_pool_kernel"],
         ("stripe_pool", "backward"): ["stripe_pool_backward_kernel"],
-        ("revised_cross_entropy", "forward"): ["prepare_kernel", "cross_entropy_kernel", "combine_kernel"],
-        ("revised_cross_entropy", "backward"): ["grad_logits_kernel", "project_kernel"],
-        ("revise_logits", "forward"): ["prepare_kernel", "revise_kernel"],
+        ("revised_cross_entropy", "forward"): ["cast_and_norm_kernel", "cross_entropy_kernel", "reduce_tiles_kernel"],
+        ("revised_cross_entropy", "backward"): ["grad_logits_kernel", "normalize_backward_kernel"],
+        ("revise_logits", "forward"): ["cast_and_norm_kernel", "revise_kernel"],
         ("revise_logits", "backward"): ["grad_scores_kernel", "grad_local_kernel"],
         ("write_memory_", "forward"): ["write_memory_kernel"],
     }
