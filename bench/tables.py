@@ -37,13 +37,15 @@ def document(figures: Iterable[Figure]) -> str:
 
 
 def views(figures: Iterable[Figure]) -> dict[str, list[Figure]]:
-    """The figures of each table by its name: of each bench, or of each of its settings, and of steps alone.
+    """The figures of each table by its name: of each bench, or of each of its settings, and of whole steps alone.
 
     A prediction also stands beside what was measured on the GPU that it is for.
     """
     found: dict[str, list[Figure]] = defaultdict(list)
     for figure in figures:
         found[f"{figure.bench}, {figure.setting}" if figure.bench in BY_SETTING else figure.bench].append(figure)
+        if figure.bench == "traffic" and figure.subject.startswith("step"):
+            found["traffic of a step"].append(figure)
         if figure.bench == "operators":
             if figure.subject == "write_memory_" and figure.quantity == "forward":  # it has no backward
                 found[f"steps, {figure.setting}"].append(replace(figure, quantity="step"))
