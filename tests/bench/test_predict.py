@@ -113,10 +113,11 @@ def test_what_is_printed(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("PREDICTION for H100 SXM5: nothing was measured")
     assert "bench/gpus.toml" in printed
+    assert {figure.setting for figure in figures} == {"msmt17, bfloat16, H100 SXM5"}
     values = {(figure.subject, figure.contender, figure.quantity): figure.value for figure in figures}
     total = POOLING.predicted_us + MATMUL.predicted_us + 2.5
-    assert values["head and write, gem", "H100 SXM5, predicted", "step"] == pytest.approx(total * 1e-6)
-    assert values["head and write, gem", "H100 SXM5, floor", "step"] == pytest.approx(19e-6)
+    assert values["head and write, gem", "predicted", "step"] == pytest.approx(total * 1e-6)
+    assert values["head and write, gem", "floor", "step"] == pytest.approx(19e-6)
     kernels = [figure for figure in figures if figure.bench == "predicted kernels"]
     assert list(dict.fromkeys((figure.subject, figure.contender) for figure in kernels))[:2] == [
         ("stripe_pool, gem, forward: stripe_pool_kernel", "bound by memory"),

@@ -62,10 +62,11 @@ def test_whole_steps_of_all_settings_are_in_one_table(tmp_path):
 
 
 def test_predictions_stand_beside_what_was_measured_on_their_gpu():
-    predicted = replace(FLOOR, bench="predict", contender="H100 SXM5, predicted", quantity="forward", value=2.5e-4)
-    on_gpu = replace(OURS, quantity="forward", origin="NVIDIA H100 80GB HBM3; torch; commit; time")
+    predicted = replace(FLOOR, bench="predict", setting="tiny, float32, H100 SXM5", contender="predicted")
+    on_gpu = replace(OURS, origin="NVIDIA H100 80GB HBM3; torch; commit; time")
     beside = views([on_gpu, predicted])["operators, tiny, float32"]
     assert [figure.contender for figure in beside] == ["cge_kernels", "H100 SXM5, predicted"]
+    assert len({figure.setting for figure in beside}) == 1
     assert views([replace(on_gpu, origin="a CPU"), predicted])["operators, tiny, float32"][1:] == []
 
 
