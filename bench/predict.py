@@ -264,8 +264,9 @@ def kernel_figures(setting: str, predictions: list[OperatorPrediction]) -> Itera
     for one in predictions:
         for k in one.kernels:
             subject = f"{one.case}, {one.direction}: {k.kernel}"
-            place = "predicted kernels", setting, subject, f"bound by {k.bound_by}"
-            counts = {"programs": k.programs, "per multiprocessor": k.occupancy, "waves": k.waves}
+            place = "predicted kernels", setting, subject, f"bound by {k.bound_by}, occupancy by {k.limit}"
+            counts = {"programs": k.programs, "per multiprocessor": k.occupancy, "waves": k.waves, "last wave": k.tail}
+            counts["exp2 and log2"] = k.special
             moved = {"in flight": k.in_flight, "distinct": k.distinct, "all": k.loaded + k.stored}
             times = {**k.bounds, "launch": k.launch_us, "predicted": k.predicted_us}
             times = {name: value / MICRO for name, value in times.items()}

@@ -120,8 +120,8 @@ def test_what_is_printed(monkeypatch, capsys):
     assert values["head and write, gem", "floor", "step"] == pytest.approx(19e-6)
     kernels = [figure for figure in figures if figure.bench == "predicted kernels"]
     assert list(dict.fromkeys((figure.subject, figure.contender) for figure in kernels))[:2] == [
-        ("stripe_pool, gem, forward: stripe_pool_kernel", "bound by memory"),
-        ("revised_cross_entropy, forward: revise_kernel", "bound by L2"),
+        ("stripe_pool, gem, forward: stripe_pool_kernel", "bound by memory, occupancy by warps"),
+        ("revised_cross_entropy, forward: revise_kernel", "bound by L2, occupancy by registers"),
     ]
     assert {figure.quantity for figure in kernels} >= {"programs", "waves", "distinct", "memory", "L2", "predicted"}
 
