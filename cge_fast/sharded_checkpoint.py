@@ -5,11 +5,13 @@ which part of a whole tensor a rank has. A DTensor would say the same, but for t
 leave the last ranks without a class where ClassShard shares N out evenly.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
@@ -74,7 +76,8 @@ class RowsLoadPlanner(dcp.DefaultLoadPlanner):
 def write(folder: Path, tensors: dict[str, Tensor], axes: Axes, shard: ClassShard) -> None:
     """Writes the folder; every rank calls it, each with its rows of the tensors in `axes`."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), planner=RowsSavePlanner(axes, shard))
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # without ranks, that there are none
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), planner=RowsSavePlanner(axes, shard))
 
 
 def read(folder: Path, axes: Axes, shard: ClassShard | None) -> dict[str, Tensor]:
@@ -94,10 +97,14 @@ def read(folder: Path, axes: Axes, shard: ClassShard | None) -> dict[str, Tensor
                 size[axes[name]] = shard.count
             tensors[name] = torch.empty(size, dtype=stored.properties.dtype)
         shard = shard or ClassShard(0, classes(folder, axes), classes(folder, axes))
-        dcp.load(tensors, storage_reader=reader, planner=RowsLoadPlanner(axes, shard), no_dist=True)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that this process reads by itself
+            dcp.load(tensors, storage_reader=reader, planner=RowsLoadPlanner(axes, shard), no_dist=True)
     except UserError:
         raise
-    except Exception as error:  # pickle and torch.load have no common base for what a damaged file raises
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise UserError(f"checkpoint {folder} cannot be read ({cause})") from error
+    except Exception as error:  # pickle has no common base for what damaged metadata raise
         raise UserError(f"checkpoint {folder} cannot be read ({error})") from error
     return tensors
 

@@ -14,7 +14,7 @@ import torch
 from conftest import small_options
 from torch import nn
 
-from cge_fast import checkpoint, errors, export, train
+from cge_fast import errors, export, train
 from cge_fast.build import load_model
 from cge_fast.cli import read_settings, to_yaml
 from cge_fast.data import read

@@ -1,4 +1,4 @@
-"""What the first edition's trainings, checkpoints and settings gave, this one gives: the fixtures are its own numbers."""
+"""What the first edition gave: its trainings bit for bit, its checkpoints, its settings. The fixtures are its numbers."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cge_fast import checkpoint, data, errors, train
+from cge_fast import checkpoint, data, train
 from cge_fast.build import load_model
 from cge_fast.cli import read_settings
 from cge_fast.evaluation.features import embed, evaluate
