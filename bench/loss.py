@@ -20,6 +20,7 @@ from bench.measure import apart, default_device, measure_ceilings, missing_compi
 from bench.results import Figure
 from bench.shapes import Shape
 from bench.work import work
+from cge_kernels import scratch_bytes
 
 CASE = Case("revised_cross_entropy")
 CONTENDERS = [OURS, EAGER, COMPILED]
@@ -41,7 +42,8 @@ def measure(classes: list[int], batch: int, channels: int, contenders: list[str]
     for n, name in tqdm([(n, name) for n in classes for name in contenders], unit=" measurement"):
         shape = Shape(batch=batch, channels=channels, height=3, width=1, classes=n)  # the map is of no use here
         extra, samples, matmul = apart(measure_here, name, shape, rounds)
-        place = "loss", f"B {batch}, C {channels}, n {shape.stripes}, float32", f"N {n:,}", name
+        setting = f"B {batch}, C {channels}, n {shape.stripes}, float32, scratch {scratch_bytes() >> 20} MiB"
+        place = "loss", setting, f"N {n:,}", name
         yield Figure.median(*place, "step", "s", samples=samples)
         yield Figure(*place, "extra memory", "B", extra)
         rate = work(CASE.operator, shape)["step"].flops / median(samples)

@@ -169,7 +169,7 @@ def flops(launch: cge_kernels.Launch) -> int:
 def rate(launch: cge_kernels.Launch, gpu: GPU) -> float:
     """of the tensor cores in a 16-bit matmul, else of float32 (torch's matmul precision is "highest", its default)"""
     is_matmul = "PRECISION" in launch.constants
-    return gpu.tensor_rate if is_matmul and launch.args["memory_pointer"].itemsize == 2 else gpu.vector_rate
+    return gpu.tensor_rate if is_matmul and launch.args["memory_ptr"].itemsize == 2 else gpu.vector_rate
 
 
 def aten_us(operation: Operation, gpu: GPU) -> float:
@@ -180,8 +180,8 @@ def aten_us(operation: Operation, gpu: GPU) -> float:
 
 def special(launch: cge_kernels.Launch) -> int:
     """exp2 and log2 of GeM: 2 for each number of the map forward, 3 backward"""
-    has_power = isinstance(launch.args.get("p_pointer"), Tensor)
-    return SPECIAL[launch.kernel.__name__] * launch.args["map_pointer"].numel() if has_power else 0
+    has_power = isinstance(launch.args.get("p_ptr"), Tensor)
+    return SPECIAL[launch.kernel.__name__] * launch.args["map_ptr"].numel() if has_power else 0
 
 
 def predict_kernel(gpu: GPU, launch: cge_kernels.Launch, rows: list[traffic.Traffic]) -> KernelPrediction:
@@ -244,28 +244,29 @@ def measure(gpu: str, shape: str, dtype: str, poolings: list[str], details: bool
     print("Formulas and what they leave out: bench/predict.py. The GPU's figures: bench/gpus.toml.\n")
     for pooling in poolings:
         predictions = predict(figures, Problem(SHAPES[shape], dtype, pooling))
-        yield from operator_figures(figures, f"{shape}, {dtype}", pooling, predictions)
+        yield from operator_figures(f"{shape}, {dtype}, {figures.name}", pooling, predictions)
         if details:
-            yield from kernel_figures(figures, f"{shape}, {dtype}", predictions)
+            yield from kernel_figures(f"{shape}, {dtype}, {figures.name}", predictions)
 
 
-def operator_figures(gpu: GPU, setting: str, pooling: str, predictions: list[OperatorPrediction]) -> Iterator[Figure]:
+def operator_figures(setting: str, pooling: str, predictions: list[OperatorPrediction]) -> Iterator[Figure]:
     """Under the names that `operators` has for them; the last is the head's step with the memory's write."""
     times = {(str(one.case), one.direction): (one.predicted_us, one.floor_us) for one in predictions}
     in_step = [(one.predicted_us, one.floor_us) for one in predictions if one.case.operator in traffic.STEP]
     times[f"head and write, {pooling}", "step"] = tuple(map(sum, zip(*in_step, strict=True)))
     for (subject, direction), (predicted, floor) in times.items():
-        for what, time in (("predicted", predicted), ("floor", floor)):
-            yield Figure("predict", setting, subject, f"{gpu.name}, {what}", direction, "s", time / MICRO)
+        yield Figure("predict", setting, subject, "predicted", direction, "s", predicted / MICRO)
+        yield Figure("predict", setting, subject, "floor", direction, "s", floor / MICRO)
 
 
-def kernel_figures(gpu: GPU, setting: str, predictions: list[OperatorPrediction]) -> Iterator[Figure]:
+def kernel_figures(setting: str, predictions: list[OperatorPrediction]) -> Iterator[Figure]:
     """What was counted and compiled of each kernel, and the times that may hold it up."""
     for one in predictions:
         for k in one.kernels:
             subject = f"{one.case}, {one.direction}: {k.kernel}"
-            place = "predicted kernels", f"{setting}, {gpu.name}", subject, f"bound by {k.bound_by}"
-            counts = {"programs": k.programs, "per multiprocessor": k.occupancy, "waves": k.waves}
+            place = "predicted kernels", setting, subject, f"bound by {k.bound_by}, occupancy by {k.limit}"
+            counts = {"programs": k.programs, "per multiprocessor": k.occupancy, "waves": k.waves, "last wave": k.tail}
+            counts["exp2 and log2"] = k.special
             moved = {"in flight": k.in_flight, "distinct": k.distinct, "all": k.loaded + k.stored}
             times = {**k.bounds, "launch": k.launch_us, "predicted": k.predicted_us}
             times = {name: value / MICRO for name, value in times.items()}

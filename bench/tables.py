@@ -1,7 +1,7 @@
 """Tables in Markdown of the figures in a results file: what the program prints and what the documentation quotes."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -27,7 +27,7 @@ def tables(file: Path) -> dict[str, str]:
     return {name: table(figures, name) for name, figures in views(read(file)).items()}
 
 
-def document(figures: Iterable[Figure]) -> str:
+def document(figures: Sequence[Figure]) -> str:
     """All tables with their names, and beneath each where its figures come from."""
     parts = []
     for name, chosen in views(figures).items():
@@ -36,14 +36,16 @@ def document(figures: Iterable[Figure]) -> str:
     return "\n\n".join(parts)
 
 
-def views(figures: Iterable[Figure]) -> dict[str, list[Figure]]:
-    """The figures of each table by its name: of each bench, or of each of its settings, and of steps alone.
+def views(figures: Sequence[Figure]) -> dict[str, list[Figure]]:
+    """The figures of each table by its name: of each bench, or of each of its settings, and of whole steps alone.
 
     A prediction also stands beside what was measured on the GPU that it is for.
     """
     found: dict[str, list[Figure]] = defaultdict(list)
     for figure in figures:
         found[f"{figure.bench}, {figure.setting}" if figure.bench in BY_SETTING else figure.bench].append(figure)
+        if figure.bench == "traffic" and figure.subject.startswith("step"):
+            found["traffic of a step"].append(figure)
         if figure.bench == "operators":
             if figure.subject == "write_memory_" and figure.quantity == "forward":  # it has no backward
                 found[f"steps, {figure.setting}"].append(replace(figure, quantity="step"))
@@ -51,10 +53,11 @@ def views(figures: Iterable[Figure]) -> dict[str, list[Figure]]:
                 found[f"steps, {figure.setting}"].append(figure)
             if figure.quantity == "step" and figure.subject.startswith("head"):
                 found["head"].append(figure)
-    for name in [name for name in found if name.startswith("predict, ")]:
-        measured = found.get(name.replace("predict", "operators"), [])
-        gpu = found[name][0].contender.split()[0]
-        measured += found[name] if any(gpu in figure.origin for figure in measured) else []
+    for figure in [figure for figure in figures if (figure.bench, figure.contender) == ("predict", "predicted")]:
+        setting, _, gpu = figure.setting.rpartition(", ")
+        measured = found.get(f"operators, {setting}", [])
+        if any(gpu.split()[0] in other.origin for other in measured):
+            measured.append(replace(figure, setting=setting, contender=f"{gpu}, predicted"))
     return dict(found)
 
 

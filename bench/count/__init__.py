@@ -72,8 +72,8 @@ def count_bytes(
         itemsize = DTYPES[problem.dtype].itemsize
         least = work(case.operator, problem.shape, problem.pooling, itemsize)[direction].bytes
         mine = [one for one in found if one.operator == f"{case}, {direction}"]
-        distinct = sum(one.distinct for one in mine if one.tensor not in traffic.SCRATCH)
-        scratch = beside[case, direction] + sum(one.distinct for one in mine if one.tensor in traffic.SCRATCH)
+        distinct = sum(one.distinct for one in mine if not one.is_scratch)
+        scratch = beside[case, direction] + sum(one.distinct for one in mine if one.is_scratch)
         figures = {"at least": least, "distinct": distinct, "scratch and matmuls": scratch}
         figures |= {OURS: distinct + scratch, EAGER: eager[case, direction]}
         for contender, value in figures.items():
@@ -87,7 +87,7 @@ def bytes_of_tensors(setting: str, found: list[traffic.Traffic]) -> Iterator[Fig
     """Of each tensor of each kernel: all accesses, and the distinct elements among them."""
     for one in found:
         if one.distinct:
-            tensor = f"{one.tensor} (scratch)" if one.tensor in traffic.SCRATCH else one.tensor
+            tensor = f"{one.tensor} (scratch)" if one.is_scratch else one.tensor
             place = "bytes of tensors", setting, f"{one.operator}: {one.kernel}", tensor
             yield Figure(*place, "loaded", "B", one.loaded)
             yield Figure(*place, "distinct loaded", "B", one.distinct_loaded)

@@ -37,8 +37,8 @@ from cge_kernels.common.device_functions import INTERPRETED
 
 OWN_ONE_SAMPLE = {"stripe_pool_kernel", "stripe_pool_backward_kernel"}  # programs, in the order of the samples
 SCRATCH = {
-    *("operand", "squares", "scores", "scale", "grad_scores", "projection", "earlier", "grad_p"),
-    *("feature_operand", "kept", "highest", "winner", "sums", "target", "log_sum", "gradients"),
+    *("local_cast", "partial_sq_norms", "scores", "inv_norm", "grad_scores", "projection", "earlier", "grad_p"),
+    *("features_cast", "saved_logits", "row_max", "argmax", "sums", "label_logit", "lse"),
 }
 CPU = torch.device("cpu")
 
@@ -112,6 +112,11 @@ class Traffic:
         """What memory must deliver and take."""
         return self.distinct_loaded + self.distinct_stored
 
+    @property
+    def is_scratch(self) -> bool:
+        """Whether our kernels hand it to one another; the loss's grad_logits go to the library's matmuls."""
+        return self.tensor in SCRATCH or (self.kernel, self.tensor) == ("grad_logits_kernel", "grad_logits")
+
 
 class Accesses:
     """Which elements between a tensor's first and last one are loaded and stored, and how often in all."""
@@ -180,7 +185,7 @@ def run_counted(operator: str, number: int, launch: Launch, times: int) -> list[
     ):
         replace(launch, grid=(programs,)).run()
     return [
-        Traffic(operator, number, name, key.removesuffix("_pointer"), *a.bytes("load", times), *a.bytes("store", times))
+        Traffic(operator, number, name, key.removesuffix("_ptr"), *a.bytes("load", times), *a.bytes("store", times))
         for key, a in accesses.items()
     ]
 

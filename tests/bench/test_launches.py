@@ -47,7 +47,13 @@ def test_a_step_launches_each_of_our_kernels_once(pooling):
     assert own == dict.fromkeys(
         (
             *("stripe_pool_kernel", "stripe_pool_backward_kernel", "write_memory_kernel"),
-            *("prepare_kernel", "cross_entropy_kernel", "combine_kernel", "grad_logits_kernel", "project_kernel"),
+            *(
+                "cast_and_norm_kernel",
+                "cross_entropy_kernel",
+                "reduce_tiles_kernel",
+                "grad_logits_kernel",
+                "normalize_backward_kernel",
+            ),
         ),
         1,
     )

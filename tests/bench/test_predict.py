@@ -41,9 +41,9 @@ def test_tiny_step_by_hand(monkeypatch):
     assert {place: [kernel.kernel for kernel in one.kernels] for place, one in operators.items()} == {
         ("stripe_pool", "forward"): ["stripe_pool_kernel"],
         ("stripe_pool", "backward"): ["stripe_pool_backward_kernel"],
-        ("revised_cross_entropy", "forward"): ["prepare_kernel", "cross_entropy_kernel", "combine_kernel"],
-        ("revised_cross_entropy", "backward"): ["grad_logits_kernel", "project_kernel"],
-        ("revise_logits", "forward"): ["prepare_kernel", "revise_kernel"],
+        ("revised_cross_entropy", "forward"): ["cast_and_norm_kernel", "cross_entropy_kernel", "reduce_tiles_kernel"],
+        ("revised_cross_entropy", "backward"): ["grad_logits_kernel", "normalize_backward_kernel"],
+        ("revise_logits", "forward"): ["cast_and_norm_kernel", "revise_kernel"],
         ("revise_logits", "backward"): ["grad_scores_kernel", "grad_local_kernel"],
         ("write_memory_", "forward"): ["write_memory_kernel"],
     }
@@ -113,14 +113,15 @@ def test_what_is_printed(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("PREDICTION for H100 SXM5: nothing was measured")
     assert "bench/gpus.toml" in printed
+    assert {figure.setting for figure in figures} == {"msmt17, bfloat16, H100 SXM5"}
     values = {(figure.subject, figure.contender, figure.quantity): figure.value for figure in figures}
     total = POOLING.predicted_us + MATMUL.predicted_us + 2.5
-    assert values["head and write, gem", "H100 SXM5, predicted", "step"] == pytest.approx(total * 1e-6)
-    assert values["head and write, gem", "H100 SXM5, floor", "step"] == pytest.approx(19e-6)
+    assert values["head and write, gem", "predicted", "step"] == pytest.approx(total * 1e-6)
+    assert values["head and write, gem", "floor", "step"] == pytest.approx(19e-6)
     kernels = [figure for figure in figures if figure.bench == "predicted kernels"]
     assert list(dict.fromkeys((figure.subject, figure.contender) for figure in kernels))[:2] == [
-        ("stripe_pool, gem, forward: stripe_pool_kernel", "bound by memory"),
-        ("revised_cross_entropy, forward: revise_kernel", "bound by L2"),
+        ("stripe_pool, gem, forward: stripe_pool_kernel", "bound by memory, occupancy by warps"),
+        ("revised_cross_entropy, forward: revise_kernel", "bound by L2, occupancy by registers"),
     ]
     assert {figure.quantity for figure in kernels} >= {"programs", "waves", "distinct", "memory", "L2", "predicted"}
 

@@ -55,11 +55,18 @@ def test_heads_of_all_shapes_are_in_one_table_and_a_write_is_a_step(tmp_path):
     assert [row[0] for row in found["steps, tiny, float32"]] == ["subject: step, ms", "head, gem", "write_memory_"]
 
 
+def test_whole_steps_of_all_settings_are_in_one_table(tmp_path):
+    step = replace(FLOOR, bench="traffic", setting="tiny, bfloat16, sm_90", subject="step, gem", unit="B", value=5e6)
+    found = written(tmp_path, step, replace(step, setting="tiny, float32, sm_90"), replace(step, subject="stripe_pool"))
+    assert [row[0] for row in found["traffic of a step"][1:]] == ["tiny, bfloat16, sm_90", "tiny, float32, sm_90"]
+
+
 def test_predictions_stand_beside_what_was_measured_on_their_gpu():
-    predicted = replace(FLOOR, bench="predict", contender="H100 SXM5, predicted", quantity="forward", value=2.5e-4)
-    on_gpu = replace(OURS, quantity="forward", origin="NVIDIA H100 80GB HBM3; torch; commit; time")
+    predicted = replace(FLOOR, bench="predict", setting="tiny, float32, H100 SXM5", contender="predicted")
+    on_gpu = replace(OURS, origin="NVIDIA H100 80GB HBM3; torch; commit; time")
     beside = views([on_gpu, predicted])["operators, tiny, float32"]
     assert [figure.contender for figure in beside] == ["cge_kernels", "H100 SXM5, predicted"]
+    assert len({figure.setting for figure in beside}) == 1
     assert views([replace(on_gpu, origin="a CPU"), predicted])["operators, tiny, float32"][1:] == []
 
 

@@ -64,19 +64,19 @@ def test_revision_and_write_by_hand():
     b, c, n, k = 8, 20, 2, 20
     memory, scores, local = n * k * c * 2, n * b * 32 * 4, b * n * c * 4
     assert loaded(by_tensor["revise_kernel", "memory"]) == (memory, memory)
-    assert loaded(by_tensor["revise_kernel", "operand"]) == (2 * b * n * c * 2, b * n * c * 2)
+    assert loaded(by_tensor["revise_kernel", "local_cast"]) == (2 * b * n * c * 2, b * n * c * 2)
     assert stored(by_tensor["revise_kernel", "scores"]) == (scores, scores)
-    assert stored(by_tensor["revise_kernel", "scale"]) == (n * b * 4, n * b * 4)
+    assert stored(by_tensor["revise_kernel", "inv_norm"]) == (n * b * 4, n * b * 4)
     assert loaded(by_tensor["grad_scores_kernel", "scores"]) == (2 * scores, scores)
     assert stored(by_tensor["grad_local_kernel", "grad_local"]) == (local, local)
     # the loss reads memory and classifier once, and keeps logits and scores of 20 classes x 8 samples in rows of 16
     assert loaded(by_tensor["cross_entropy_kernel", "memory"]) == (memory, memory)
     assert loaded(by_tensor["cross_entropy_kernel", "weight"]) == (k * c * 4, k * c * 4)
-    assert stored(by_tensor["cross_entropy_kernel", "kept"]) == ((n + 1) * k * 16 * 4,) * 2
+    assert stored(by_tensor["cross_entropy_kernel", "saved_logits"]) == ((n + 1) * k * 16 * 4,) * 2
     assert stored(by_tensor["cross_entropy_kernel", "sums"]) == (2 * 2 * b * 4,) * 2
-    assert stored(by_tensor["combine_kernel", "loss"]) == (b * 4, b * 4)
-    assert stored(by_tensor["grad_logits_kernel", "gradients"]) == ((n + 1) * k * b * 2,) * 2
-    assert stored(by_tensor["project_kernel", "grad_local"]) == (local, local)
+    assert stored(by_tensor["reduce_tiles_kernel", "loss"]) == (b * 4, b * 4)
+    assert stored(by_tensor["grad_logits_kernel", "grad_logits"]) == ((n + 1) * k * b * 2,) * 2
+    assert stored(by_tensor["normalize_backward_kernel", "grad_local"]) == (local, local)
     rows = 2 * n * c
     assert loaded(by_tensor["write_memory_kernel", "memory"]) == (rows * 4, rows * 4)
     assert stored(by_tensor["write_memory_kernel", "memory"]) == (rows * 4, rows * 4)
@@ -116,12 +116,12 @@ def test_launches_are_numbered():
     assert list(dict.fromkeys((row.launch, row.operator, row.kernel) for row in rows)) == [
         (0, "stripe_pool, gem, forward", "stripe_pool_kernel"),
         (1, "stripe_pool, gem, backward", "stripe_pool_backward_kernel"),
-        (2, "revised_cross_entropy, forward", "prepare_kernel"),
+        (2, "revised_cross_entropy, forward", "cast_and_norm_kernel"),
         (3, "revised_cross_entropy, forward", "cross_entropy_kernel"),
-        (4, "revised_cross_entropy, forward", "combine_kernel"),
+        (4, "revised_cross_entropy, forward", "reduce_tiles_kernel"),
         (5, "revised_cross_entropy, backward", "grad_logits_kernel"),
-        (6, "revised_cross_entropy, backward", "project_kernel"),
-        (7, "revise_logits, forward", "prepare_kernel"),
+        (6, "revised_cross_entropy, backward", "normalize_backward_kernel"),
+        (7, "revise_logits, forward", "cast_and_norm_kernel"),
         (8, "revise_logits, forward", "revise_kernel"),
         (9, "revise_logits, backward", "grad_scores_kernel"),
         (10, "revise_logits, backward", "grad_local_kernel"),
@@ -134,12 +134,12 @@ def test_launches_are_numbered():
 
 def test_details_have_every_tensor_and_say_which_are_scratch():
     figures = list(count.bytes_of_tensors("", rows_of(SMALL)))
-    (kept,) = (
+    (saved,) = (
         figure for figure in figures
         if figure.subject == "revised_cross_entropy, forward: cross_entropy_kernel"
-        and (figure.contender, figure.quantity) == ("kept (scratch)", "stored")
+        and (figure.contender, figure.quantity) == ("saved_logits (scratch)", "stored")
     )  # fmt: skip
-    assert kept.value == 3 * 20 * 16 * 4
+    assert saved.value == 3 * 20 * 16 * 4
 
 
 @pytest.mark.slow
