@@ -43,7 +43,7 @@ def test_the_hook_sees_every_launch_with_its_arguments_and_runs_none():
     launches = collect(step)
     assert [launch.kernel.fn.__name__ for launch in launches] == [
         "stripe_pool_kernel",
-        "prepare_kernel",
+        "cast_and_norm_kernel",
         "revise_kernel",
         "grad_scores_kernel",
         "grad_local_kernel",
@@ -52,7 +52,7 @@ def test_the_hook_sees_every_launch_with_its_arguments_and_runs_none():
     ]
     first = launches[0]
     assert isinstance(first, Launch)
-    assert first.args["map_pointer"].shape == (3, 4, 5, 2)
+    assert first.args["map_ptr"].shape == (3, 4, 5, 2)
     assert first.constants["STRIPES"] == 2
     assert set(first.options) == {"num_warps", "num_stages"}
     assert len(first.grid) == 1
