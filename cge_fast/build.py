@@ -241,8 +241,12 @@ def build_criterion(
     return ReidCriterion(made, MetricLoss(loss.metric, loss.margin), center, loss.weights)
 
 
-def load_model(folder: Path, trained: TrainConfig, data: DataConfig, device: torch.device) -> ReidModel:
+def load_model(
+    folder: Path, trained: TrainConfig, data: DataConfig, device: torch.device, variants: Variants = NO_VARIANTS
+) -> ReidModel:
     """The network of a checkpoint that was trained with the settings `trained`, for images as `data` sizes them.
+
+    With `variants` it is the model that the variant's loss is computed of; without, the one to use.
 
     Raises:
         UserError: the folder is no checkpoint, its weights do not fit its settings, or the device cannot compute so.
@@ -252,7 +256,7 @@ def load_model(folder: Path, trained: TrainConfig, data: DataConfig, device: tor
     precision = compute_precision("auto" if only_on_gpu else trained.optim.precision, device)
     # The checkpoint's weights follow.
     without_pretrained = replace(trained, model=replace(trained.model, pretrained=False, weights=None))
-    model = build_model(without_pretrained, data, precision)
+    model = build_model(without_pretrained, data, precision, loss_class(trained, variants) if variants else CGELoss)
     checkpoint.fit_model(model, weights, folder)
     return model.to(device)
 
