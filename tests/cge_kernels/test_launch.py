@@ -12,14 +12,9 @@ from torch.nn.functional import normalize
 
 import cge_kernels
 from cge_kernels import Launch, Target
-<<<<<<< HEAD
 from cge_kernels.common.budget import chunk_of_classes
 from cge_kernels.common.device_functions import jit, tl
 from cge_kernels.common.launch import INTERPRETER, Tiles, bind, current_target, float32_precision, launch
-=======
-from cge_kernels.common import budget
-from cge_kernels.common.launch import INTERPRETER, current_target, float32_precision
->>>>>>> kernels
 from cge_kernels.tools.sample_calls import Shape, call_cross_entropy, call_pooling, call_revision, call_write
 
 H100 = Target("cuda", 90, 32, 132, 227 * 1024)
@@ -121,7 +116,6 @@ def test_float32_products_follow_torchs_setting_as_far_as_the_target_can(target,
 
 def test_scratch_stays_in_its_budget(monkeypatch):
     monkeypatch.setenv("CGE_SCRATCH_MB", "1")
-<<<<<<< HEAD
     assert cge_kernels.scratch_bytes() == 1 << 20
     chunk = chunk_of_classes(batch=64, stripes=3, classes=100_000)
     assert chunk % 16 == 0
@@ -161,13 +155,6 @@ def test_a_kernel_may_loop_as_often_as_a_tensor_says():
     total = torch.zeros(1, 1, dtype=torch.int32, device=KERNEL_DEVICE)
     launch(scaled_kernel, 1, Tiles({"COUNT": 4}, 1), {"x": count, "y": total}, factor=2)
     assert total.item() == 3 * 2 * 4
-=======
-    chunk = budget.chunk_of_classes(batch=64, stripes=3, classes=100_000)
-    assert chunk % 16 == 0
-    assert 64 * 3 * chunk * 4 <= 1 << 20 < 64 * 3 * (chunk + 16) * 4
-    assert budget.chunk_of_classes(batch=64, stripes=3, classes=5) == 16
-    assert budget.chunk_of_classes(batch=10**6, stripes=3, classes=10**6) == 16  # one tile at least
->>>>>>> kernels
 
 
 def highest_addresses(launch: Launch, integer: int = 0) -> dict[str, int]:

@@ -14,11 +14,7 @@ try:
 except ImportError:
     triton, INTERPRETED, NORM_EPS = None, None, None
 
-<<<<<<< HEAD
-    class tl:  # type: ignore[no-redef] # noqa: N801
-=======
     class tl:  # type: ignore[no-redef]  # noqa: N801
->>>>>>> kernels
         """What the kernels' signatures need."""
 
         constexpr = None

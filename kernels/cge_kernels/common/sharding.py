@@ -65,21 +65,14 @@ def gather(tensor: Tensor, group: Any = None) -> Tensor:
     """Concatenates the ranks' tensors along dimension 0, in rank order; their lengths may differ. No gradient."""
     ranks = dist.get_world_size(group)
     length = torch.tensor([len(tensor)], device=tensor.device)
-<<<<<<< HEAD
-    lengths = [torch.empty_like(length) for _ in range(ranks)]
-    dist.all_gather(lengths, length, group=group)
-    counts = torch.cat(lengths).tolist()
-    padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
-=======
     all_lengths = [torch.empty_like(length) for _ in range(ranks)]
     dist.all_gather(all_lengths, length, group=group)
     lengths = torch.cat(all_lengths).tolist()
     padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
->>>>>>> kernels
     padded[: len(tensor)] = tensor
-    parts = [torch.empty_like(padded) for _ in counts]
+    parts = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
 
 def gather_equal(tensor: Tensor, group: Any = None) -> Tensor:

@@ -161,11 +161,7 @@ def table(
         result = pair[1]
         return bool(result.error), bool(problem(*pair)), result.spilled, result.registers, result.shared
 
-<<<<<<< HEAD
-    worst: dict[tuple[str, ...], tuple[Compilation, Result]] = {}
-=======
     worst: dict[tuple[str, ...], tuple[Compilation, Resources]] = {}
->>>>>>> kernels
     for pair in zip(compilations, results, strict=True):
         row = pair[0].row
         worst[row] = max(worst.get(row, pair), pair, key=badness)
