@@ -73,7 +73,7 @@ def revise_logits_backward(
     grad_local = local_features.new_zeros(local_features.shape if local_gradient else 0, dtype=dtype)
     projection = torch.zeros_like(inv_norm)
     if scores.shape[2]:
-        parts = [(slice(classes), scores[:, :, :classes])]
+        parts = iter([(slice(0, classes), scores[:, :, :classes])])
     else:
         parts = chunks_of_scores(local_features, memory, inv_norm, scores)
     for part, score in parts:
