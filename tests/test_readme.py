@@ -84,3 +84,13 @@ def test_the_version_is_the_same_everywhere():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert citation["version"] == newest[1] == cge_fast.__version__
+
+
+def test_measured_tables_are_those_of_the_results_file():
+    from bench.tables import tables
+
+    page, results = (ROOT / "docs/performance.md").read_text(), ROOT / "bench/results.csv"
+    if results.exists():
+        assert all(table in page for table in tables(results).values())
+    else:
+        assert "All figures here are of version 0.1" in page
