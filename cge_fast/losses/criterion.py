@@ -33,8 +33,8 @@ class ReidCriterion(nn.Module):
         weights: of the three.
     """
 
-    classification: Any  # of what nn.Module knows no methods
-    weights: Tensor
+    classification: Any  # has methods that nn.Module has not
+    weights: Tensor  # (3,)
 
     def __init__(
         self, classification: nn.Module, metric: nn.Module, center: CenterLoss | None, weights: Sequence[float]

@@ -65,7 +65,7 @@ class CenterLoss(nn.Module):
         rate: learning rate of the centers (AGW: 0.5).
     """
 
-    centers: Tensor
+    centers: Tensor  # (N, C)
 
     def __init__(self, num_classes: int, channels: int, rate: float = 0.5):
         super().__init__()

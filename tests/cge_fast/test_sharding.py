@@ -151,7 +151,7 @@ def five_steps():
     close(sharded_loss.memory, loss.memory[:, shard_here().rows])
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))])
 def test_loss_gradients_memory_and_five_steps_equal_those_of_one_process(ranks, tmp_path):
     on_ranks(ranks, all_combinations, folder=tmp_path)
 
