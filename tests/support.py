@@ -1,4 +1,4 @@
-"""Where the kernels' tests run, how far they may be from float64, and processes that are ranks of a group.
+"""Where the kernels' tests run, arguments of the operators, and processes that are ranks of a group.
 
 With a GPU the kernels run on it, compiled; without one, in Triton's interpreter on the CPU.
 """
@@ -6,31 +6,49 @@ With a GPU the kernels run on it, compiled; without one, in Triton's interpreter
 import multiprocessing
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
+from torch.nn.functional import normalize
 
 GPU = torch.cuda.is_available()
 KERNEL_DEVICE = "cuda" if GPU else "cpu"
 
-# Relative error of one rounding to a dtype: half a unit in the last place, but the interpreter cuts bfloat16 off.
-ROUNDING = {
-    torch.float64: 2.0**-53,
-    torch.float32: 2.0**-24,
-    torch.float16: 2.0**-11,
-    torch.bfloat16: 2.0**-9 if GPU else 2.0**-7,
-}
+
+class Sample(NamedTuple):
+    """Arguments of every operator, float32 on the kernels' device; of the memory's classes the first was never seen."""
+
+    feature_map: torch.Tensor
+    logits: torch.Tensor
+    features: torch.Tensor
+    weight: torch.Tensor
+    local_features: torch.Tensor
+    memory: torch.Tensor
+    labels: torch.Tensor
 
 
-def assert_within(actual: torch.Tensor, truth: torch.Tensor, bound: torch.Tensor | float) -> None:
-    """Raises unless |actual - truth| <= bound, elementwise; nothing may be NaN."""
-    actual = actual.detach().cpu().double()
-    truth = truth.detach().cpu().double()
-    assert actual.shape == truth.shape
-    excess = (actual - truth).abs() - torch.as_tensor(bound, dtype=torch.float64)
-    worst = excess.max().item() if excess.numel() else -1.0
-    assert worst <= 0, f"exceeds its bound by {worst:.3g}; largest value {truth.abs().max().item():.3g}"
+def draw_sample(batch=3, stripes=2, classes=7, channels=5, height=5, width=2, feature_channels=None, seed=0) -> Sample:
+    """Draws them; feature_channels: of the features and the classifier, as many as channels if None."""
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=random)
+
+    memory = normalize(draw(stripes, classes, channels), dim=2)
+    memory[:, 0] = 0
+    feature_channels = feature_channels or channels
+    sample = Sample(
+        feature_map=draw(batch, channels, height, width),
+        logits=3 * draw(batch, classes),
+        features=draw(batch, feature_channels),
+        weight=draw(classes, feature_channels),
+        local_features=draw(batch, stripes, channels),
+        memory=memory,
+        labels=torch.randint(classes, (batch,), generator=random),
+    )
+    return Sample(*(tensor.to(KERNEL_DEVICE) for tensor in sample))
 
 
 RANKS_TIMEOUT = 60  # seconds that a rank waits for the others

@@ -9,10 +9,10 @@ each call, or `with backend(name)` choose otherwise; with TRITON_INTERPRET=1 the
 operators are opaque to torch.compile, never synchronise with the host, and give the same bits from run to run.
 """
 
+from cge_kernels.common.budget import scratch_bytes
 from cge_kernels.common.dispatch import backend
 from cge_kernels.common.launch import Launch, Target, launching
 from cge_kernels.common.sharding import ClassShard
-from cge_kernels.common.tiles import scratch_bytes
 from cge_kernels.cross_entropy.op import revised_cross_entropy
 from cge_kernels.cross_entropy.stripe_correct import stripe_correct
 from cge_kernels.revise_logits.one_pass import revise_logits_one_pass

@@ -1,29 +1,39 @@
 """Checkpoints: whole, replaced atomically, loadable after a kill at any moment."""
 
 import os
+import shutil
 import sys
 
 import pytest
 import torch
-from torch import nn
+from support import on_ranks
 
 from cge_fast import checkpoint
-from cge_fast.distributed import Shard
+from cge_fast.checkpoint import Contents
 from cge_fast.errors import UserError
 from cge_fast.loop import holds_run
+from cge_kernels import ClassShard
 
 FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.symlink", "os.remove", "os.rmdir", "os.truncate", "os.link"}
 
 
-def model(value: float) -> nn.Module:
-    made = nn.Linear(2, 2)
-    nn.init.constant_(made.weight, value)
-    made.register_buffer("memory", torch.full((3,), value))
-    return made
+def model(value: float) -> dict[str, torch.Tensor]:
+    return {"neck.weight": torch.full((2,), value)}
+
+
+def loss(value: float) -> dict[str, torch.Tensor]:
+    return {checkpoint.CLASSIFIER: torch.full((5, 2), value), checkpoint.MEMORY: torch.full((3, 5, 2), value)}
 
 
 def save(folder, epoch, best=True):
-    return checkpoint.save(folder, model(float(epoch)).state_dict(), {"epoch": epoch}, f"seed: {epoch}\n", epoch, best)
+    contents = Contents(5, model(float(epoch)), loss(float(epoch)), {"epoch": epoch})
+    return checkpoint.save(folder, contents, f"seed: {epoch}\n", epoch, best)
+
+
+def save_sharded(folder, epoch, best=True):
+    checkpoint.stage_rows(folder, loss(float(epoch)), ClassShard(0, 5, 5))
+    contents = Contents(5, model(float(epoch)), None, {"epoch": epoch})
+    return checkpoint.save(folder, contents, f"seed: {epoch}\n", epoch, best)
 
 
 def loaded_epochs(folder) -> dict[str, int]:
@@ -32,8 +42,12 @@ def loaded_epochs(folder) -> dict[str, int]:
     for pointer in ("last", "best"):
         if (folder / pointer).exists():
             epoch = checkpoint.load_training(folder / pointer)["epoch"]
-            assert (checkpoint.load_weights(folder / pointer)["weight"] == epoch).all()
-            assert (checkpoint.load_weights(folder / pointer)["memory"] == epoch).all()
+            for expected, found in (
+                (model(float(epoch)), checkpoint.load_model(folder / pointer)),
+                (loss(float(epoch)), checkpoint.load_loss(folder / pointer)),
+            ):
+                assert found.keys() == expected.keys()
+                assert all(found[name].equal(expected[name]) for name in expected)
             assert checkpoint.config_file(folder / pointer).read_text() == f"seed: {epoch}\n"
             epochs[pointer] = epoch
     return epochs
@@ -53,28 +67,6 @@ def test_an_epoch_saved_twice_does_not_disturb_the_first(tmp_path):
     second = save(tmp_path, 1, best=False)
     assert first != second
     assert loaded_epochs(tmp_path) == {"last": 1, "best": 1}
-
-
-def class_rows(value: float) -> dict[str, torch.Tensor]:
-    classifier, memory = torch.full((5, 2), value), torch.full((3, 5, 2), value)
-    return {checkpoint.CLASSIFIER: classifier, checkpoint.MEMORY: memory}
-
-
-def save_whole(folder, epoch, best=True):
-    checkpoint.save(folder, class_rows(float(epoch)), {"epoch": epoch}, "", epoch, best)
-
-
-def save_sharded(folder, epoch, best=True):
-    rows = class_rows(float(epoch))
-    for shard in (Shard(0, 3, 5), Shard(3, 2, 5)):  # the ranks of a run write them at the same time
-        of_shard = {
-            name: rows[name].narrow(axis, shard.first, shard.count) for name, axis in checkpoint.SHARDED.items()
-        }
-        if shard.first == 0:
-            checkpoint.stage_rows(folder, of_shard, shard)
-        else:
-            checkpoint.write_rows(folder, of_shard, shard)
-    checkpoint.save(folder, {}, {"epoch": epoch}, "", epoch, best, staged_rows=True)
 
 
 def save_and_die(folder, epoch, best, operation, save=save) -> bool:
@@ -130,47 +122,61 @@ def test_a_kill_during_the_first_save_leaves_no_checkpoint_or_a_whole_one(tmp_pa
         operation += 1
 
 
-@pytest.mark.parametrize("save_next", [save_whole, save_sharded])
+@pytest.mark.parametrize("save_next", [save, save_sharded])
 def test_a_kill_in_a_sharded_save_leaves_no_rows_to_the_next_checkpoint(tmp_path, save_next):
     operation, died = 0, True
     while died:
         folder = tmp_path / str(operation)
-        save_whole(folder, 1)
+        save(folder, 1)
         died = save_and_die(folder, 2, True, operation, save_sharded)
-        for epoch in (checkpoint.load_training(folder / "last")["epoch"], 3):
-            if epoch == 3:
-                save_next(folder, epoch)
-            for name, rows in checkpoint.load_weights(folder / "last").items():
-                assert rows.equal(class_rows(float(epoch))[name]), name
+        assert loaded_epochs(folder)["last"] in (1, 2)
+        save_next(folder, 3)
+        assert loaded_epochs(folder) == {"last": 3, "best": 3}
+        assert (folder / "last" / checkpoint.LOSS_FOLDER).exists() == (save_next == save_sharded)
         assert sorted(path.name for path in folder.iterdir()) == ["best", "epoch_0003", "last"], "no leftovers"
         operation += 1
     assert operation > 12, "the hook must have seen the file operations, the rows' among them"
 
 
-def test_a_sharded_checkpoint_without_one_of_its_files_is_refused(tmp_path):
+def write_two_shards(rank, folder):
+    shard = ClassShard.of_rank(5, rank, 2)
+    rows = {name: tensor.narrow(checkpoint.AXES[name], shard.first, shard.count) for name, tensor in loss(1.0).items()}
+    checkpoint.stage_rows(folder, rows, shard)
+    if rank == 0:
+        checkpoint.save(folder, Contents(5, model(1.0), None, {"epoch": 1}), "seed: 1\n", 1, True)
+
+
+def test_missing_and_damaged_files_of_rows_are_named(tmp_path):
+    on_ranks(2, write_two_shards, tmp_path / "run", folder=tmp_path)
+    assert loaded_epochs(tmp_path / "run") == {"last": 1, "best": 1}
     for number, missing in enumerate(("0 to 2", "3 to 4")):
-        folder = tmp_path / str(number)
-        save_sharded(folder, 1)
-        sorted(folder.glob("last/classes-*"))[number].unlink()
+        last = shutil.copytree(tmp_path / "run" / "last", tmp_path / str(number))
+        file = sorted((last / checkpoint.LOSS_FOLDER).glob("*.distcp"))[number]
+        content = file.read_bytes()
+        file.write_bytes(b"x")
+        with pytest.raises(UserError, match=f"{file.name} cannot be read"):
+            checkpoint.load_loss(last)
+        file.write_bytes(bytes(len(content)))
+        with pytest.raises(UserError, match="loss cannot be read"):
+            checkpoint.load_loss(last)
+        file.unlink()
         with pytest.raises(UserError, match=f"has no file with the rows of classes {missing}"):
-            checkpoint.load_weights(folder / "last")
-
-
-def test_a_damaged_file_of_rows_is_named(tmp_path):
-    save_sharded(tmp_path, 1)
-    damaged = sorted(tmp_path.glob("last/classes-*"))[1]
-    damaged.write_bytes(b"x")
-    with pytest.raises(UserError, match=f"{damaged.name} cannot be read"):
-        checkpoint.load_weights(tmp_path / "last")
+            checkpoint.load_loss(last)
+    (last / checkpoint.LOSS_FOLDER / ".metadata").write_bytes(b"x")
+    with pytest.raises(UserError, match="loss cannot be read"):
+        checkpoint.load_loss(last)
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(UserError, match=r"has no file model.safetensors"):
-        checkpoint.load_weights(tmp_path)
+        checkpoint.load_model(tmp_path)
     folder = save(tmp_path, 1)
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"model.safetensors cannot be read"):
-        checkpoint.load_weights(folder)
+        checkpoint.load_model(folder)
+    (folder / "loss.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"loss.safetensors cannot be read"):
+        checkpoint.load_loss(folder)
     (folder / "training.pt").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"training.pt cannot be read"):
         checkpoint.load_training(folder)
@@ -178,4 +184,6 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
 
 def test_the_training_state_holds_no_code(tmp_path):
     with pytest.raises(UserError, match=r"training.pt cannot be read"):
-        checkpoint.load_training(checkpoint.save(tmp_path, model(0.0).state_dict(), {"epoch": print}, "", 1, True))
+        checkpoint.load_training(
+            checkpoint.save(tmp_path, Contents(5, model(0.0), loss(0.0), {"epoch": print}), "", 1, True)
+        )

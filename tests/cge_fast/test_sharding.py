@@ -13,13 +13,26 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 import cge_reference
-from cge_fast import CGEHead, checkpoint, model, train
-from cge_fast import loop as training
-from cge_fast.distributed import require_equal, shard_of, sharded_cross_entropy, world_size
+from cge_fast import CGELoss, ReidModel, checkpoint, train
+from cge_fast.build import build_run
+from cge_fast.distributed import rank as own_rank
+from cge_fast.distributed import require_equal, world_size
 from cge_fast.errors import UserError
-from cge_fast.losses.cge import draw_rows_
+from cge_fast.loop import resume, save
+from cge_fast.loop import train as train_run
+from cge_fast.metrics import EpochMetrics
+from cge_fast.step import training_step
+from cge_kernels import ClassShard, revised_cross_entropy
 
 CLASSES, BATCH, CHANNELS, STRIPES = 11, 12, 5, 3
+
+
+def shard_here(classes=CLASSES) -> ClassShard:
+    return ClassShard.of_rank(classes, own_rank(), world_size())
+
+
+def own_samples() -> slice:
+    return slice(own_rank() * BATCH // world_size(), (own_rank() + 1) * BATCH // world_size())
 
 
 def problem():
@@ -36,12 +49,12 @@ def problem():
 
 
 def truth(label_smoothing, local_gradient):
-    """Loss, hits and gradients of the mean loss, of the reference in one process, float32."""
+    """Loss, what is correct and gradients of the mean loss, of the reference in one process, float32."""
     features, weight, local_features, memory, labels = problem()
     leaves = [tensor.requires_grad_() for tensor in (features, weight, local_features)]
-    loss, hit, local_hit = cge_reference.revised_cross_entropy(*leaves, memory, labels, label_smoothing, local_gradient)
+    loss, *correct = cge_reference.revised_cross_entropy(*leaves, memory, labels, label_smoothing, local_gradient)
     loss.mean().backward()
-    return loss.detach(), hit, local_hit, [leaf.grad for leaf in leaves]
+    return loss.detach(), *correct, [leaf.grad for leaf in leaves]
 
 
 def close(actual, expected):
@@ -49,26 +62,26 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
-def losses_and_gradients(rank, label_smoothing, local_gradient):
+def losses_and_gradients(label_smoothing, local_gradient):
     features, weight, local_features, memory, labels = problem()
-    shard, ranks = shard_of(CLASSES), world_size()
-    own = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
-    leaves = [features[own], weight[shard.rows], local_features[own]]
-    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    shard, own = shard_here(), own_samples()
+    leaves = [leaf.clone().requires_grad_() for leaf in (features[own], weight[shard.rows], local_features[own])]
     rows = memory[:, shard.rows].contiguous()
-    loss, hit, local_hit = sharded_cross_entropy(*leaves, rows, labels[own], shard, label_smoothing, local_gradient)
+    loss, correct, stripe_correct = revised_cross_entropy(
+        *leaves, rows, labels[own], label_smoothing, local_gradient, shard=shard
+    )
     loss.mean().backward()
-    true_loss, true_hit, true_local_hit, (grad_features, grad_weight, grad_local) = truth(
+    true_loss, true_correct, true_stripe_correct, (grad_features, grad_weight, grad_local) = truth(
         label_smoothing, local_gradient
     )
     close(loss.detach(), true_loss)
-    assert hit.equal(true_hit)
-    assert local_hit.equal(true_local_hit)
+    assert correct.equal(true_correct)
+    assert stripe_correct.equal(true_stripe_correct)
     close(leaves[1].grad, grad_weight[shard.rows])
     # DistributedDataParallel averages what comes of these over the ranks afterwards.
-    close(leaves[0].grad / ranks, grad_features[own])
+    close(leaves[0].grad / world_size(), grad_features[own])
     if local_gradient:
-        close(leaves[2].grad / ranks, grad_local[own])
+        close(leaves[2].grad / world_size(), grad_local[own])
     else:
         assert leaves[2].grad is None
 
@@ -76,74 +89,69 @@ def losses_and_gradients(rank, label_smoothing, local_gradient):
 def all_combinations(rank):
     for label_smoothing in (0.0, 0.1):
         for local_gradient in (True, False):
-            losses_and_gradients(rank, label_smoothing, local_gradient)
-    written(rank)
-    five_steps(rank)
+            losses_and_gradients(label_smoothing, local_gradient)
+    written()
+    five_steps()
 
 
-def network(shard_classes):
-    """A backbone and a head without BatchNorm, whose statistics would be those of one rank's share."""
+def network(shard):
+    """A model and a loss without BatchNorm, whose statistics would be those of one rank's share."""
     torch.manual_seed(3)
-    head = CGEHead(CHANNELS, CLASSES, epochs=2, shard_classes=shard_classes, classifier_std=1.0)
-    head.neck = nn.Identity()
-    backbone = nn.Conv2d(3, CHANNELS, 2, stride=2)
+    loss = CGELoss(CHANNELS, CLASSES, classifier_std=1.0, shard=shard)
+    model = ReidModel(nn.Conv2d(3, CHANNELS, 2, stride=2), CHANNELS)
+    model.neck = nn.Identity()
     with torch.no_grad():
-        backbone.weight.copy_(torch.randn(backbone.weight.shape, generator=torch.Generator().manual_seed(4)))
-        backbone.bias.copy_(torch.arange(CHANNELS) / 10)
-    return model.ReidModel(backbone, head)
+        shape = model.backbone.weight.shape
+        model.backbone.weight.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(4)))
+        model.backbone.bias.copy_(torch.arange(CHANNELS) / 10)
+    return model, loss
 
 
 def images():
     return torch.rand(BATCH, 3, 12, 4, generator=torch.Generator().manual_seed(5))
 
 
-def train_five_steps(trained, wrapped, own):
-    _, _, _, _, labels = problem()
-    optimizer = torch.optim.SGD(trained.parameters(), lr=0.05)
+def train_five_steps(model, loss_of, own):
+    *_, labels = problem()
+    optimizer = torch.optim.SGD([*model.parameters(), *loss_of.parameters()], lr=0.05)
     for _ in range(5):
         optimizer.zero_grad()
-        out = wrapped(images()[own], labels[own])
+        embeddings = model(images()[own])
+        out = loss_of(embeddings, labels[own])
         (out.loss + out.loss**2).backward()
         optimizer.step()
-        trained.head.write_memory(out.local_features, labels[own], 1)
+        loss_of.write_memory(embeddings.stripes, labels[own], 0.5)
     return out.loss.detach()
 
 
-def written(rank):
-    """The memory after a write has the rows of the one that one process writes, bit for bit."""
+def written():
+    """The memory after a write has the rows of the one that one process writes, and so do the weights' means."""
     _, _, local_features, _, labels = problem()
-    head = CGEHead(CHANNELS, CLASSES, epochs=2, shard_classes=True)
-    own = slice(rank * BATCH // world_size(), (rank + 1) * BATCH // world_size())
-    for _ in range(2):
-        head.write_memory(local_features[own], labels[own], 1)
+    loss, own = CGELoss(CHANNELS, CLASSES, shard=shard_here()), own_samples()
     whole = torch.zeros(STRIPES, CLASSES, CHANNELS)
     for _ in range(2):
-        cge_reference.write_memory_(whole, local_features, labels, momentum=0.5)
-    close(head.memory, whole[:, shard_of(CLASSES).rows])
-    weights = head.label_and_mean_weight(local_features[own], labels[own]) * world_size()
+        loss.write_memory(local_features[own], labels[own], 0.5)
+        cge_reference.write_memory_(whole, local_features, labels, 0.5)
+    close(loss.memory, whole[:, shard_here().rows])
+    weights = loss.label_and_mean_weight(local_features[own], labels[own]) * world_size()
     full = cge_reference.revise_logits(torch.ones(BATCH, CLASSES), local_features, whole)
-    if world_size() > 1:
-        close(weights, torch.stack([full.gather(1, labels[:, None]).sum(), full.mean(dim=1).sum()]))
+    close(weights, torch.stack([full.gather(1, labels[:, None]).sum(), full.mean(dim=1).sum()]))
 
 
-def five_steps(rank):
-    sharded = network(shard_classes=True)
-    own = slice(rank * BATCH // world_size(), (rank + 1) * BATCH // world_size())
-    if world_size() > 1:
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(sharded, checkpoint.SHARDED)
+def five_steps():
+    sharded, sharded_loss = network(shard_here())
     wrapped = DistributedDataParallel(sharded, broadcast_buffers=False)
-    loss = train_five_steps(sharded, wrapped, own)
-    alone = network(shard_classes=False)
-    expected = train_five_steps(alone, alone, slice(None))
-    close(loss, expected)
+    found = train_five_steps(wrapped, sharded_loss, own_samples())
+    alone, loss = network(None)
+    expected = train_five_steps(alone, loss, slice(None))
+    close(found, expected)
     close(sharded.backbone.weight, alone.backbone.weight)
     close(sharded.backbone.bias, alone.backbone.bias)
-    rows = shard_of(CLASSES).rows
-    close(sharded.head.classifier.weight, alone.head.classifier.weight[rows])
-    close(sharded.head.memory, alone.head.memory[:, rows])
+    close(sharded_loss.weight, loss.weight[shard_here().rows])
+    close(sharded_loss.memory, loss.memory[:, shard_here().rows])
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))])
 def test_loss_gradients_memory_and_five_steps_equal_those_of_one_process(ranks, tmp_path):
     on_ranks(ranks, all_combinations, folder=tmp_path)
 
@@ -151,40 +159,27 @@ def test_loss_gradients_memory_and_five_steps_equal_those_of_one_process(ranks, 
 @pytest.mark.parametrize("classes", [4, 5, 11, 1000])
 @pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_every_class_has_one_rank_and_the_shares_differ_by_one_at_most(classes, ranks):
-    shards = [shard_of(classes, number, ranks) for number in range(ranks)]
+    shards = [ClassShard.of_rank(classes, number, ranks) for number in range(ranks)]
     assert [row for shard in shards for row in range(classes)[shard.rows]] == list(range(classes))
     assert max(shard.count for shard in shards) - min(shard.count for shard in shards) <= 1
 
 
-def test_the_ranks_draw_the_rows_that_one_process_draws():
-    torch.manual_seed(1)
-    whole = CGEHead(16, 2050, epochs=1).classifier.weight
-    following = torch.rand(1)
-    for number in range(3):
-        shard = shard_of(2050, number, 3)
-        torch.manual_seed(1)
-        rows = torch.empty(shard.count, 16)
-        draw_rows_(rows, shard, 0.001)
-        assert torch.equal(rows, whole[shard.rows])
-        assert torch.equal(torch.rand(1), following)
-
-
 def errors_on_every_rank(rank):
-    with pytest.raises(ValueError, match="shard_classes: 1 identities cannot be shared out among 2 ranks"):
-        CGEHead(4, 1, epochs=1, shard_classes=True)
+    with pytest.raises(ValueError, match="classes must be at least one for each rank, got 1 for 2 ranks"):
+        shard_here(classes=1)
     for sizes, message in (
         ({"num_classes": 9 + rank}, "num_classes: must be the same on every rank, got 9, 10"),
         ({"in_channels": 4 + rank}, "in_channels: must be the same on every rank, got 4, 5"),
         ({"stripes": 2 + rank}, "stripes: must be the same on every rank, got 2, 3"),
     ):
         with pytest.raises(ValueError, match=message):
-            CGEHead(**{"in_channels": 4, "num_classes": 9, "epochs": 1, "shard_classes": True} | sizes)
-    head = CGEHead(CHANNELS, CLASSES, epochs=1, shard_classes=True)
+            CGELoss(**{"in_channels": 4, "num_classes": 9, "shard": shard_here(classes=9)} | sizes)
+    model, loss = network(shard_here())
     labels = torch.tensor([1, CLASSES if rank == 1 else 2])
     with pytest.raises(ValueError, match=rf"labels must lie in \[0, {CLASSES}\), got {CLASSES}"):
-        head(torch.rand(2, CHANNELS, 6, 2), labels)
+        loss(model(images()[:2]), labels)
     with pytest.raises(ValueError, match=rf"labels must lie in \[0, {CLASSES}\), got {CLASSES}"):
-        head.write_memory(torch.rand(2, STRIPES, CHANNELS), labels, 1)
+        loss.write_memory(torch.rand(2, STRIPES, CHANNELS), labels, 0.5)
     require_equal(classes=3)
 
 
@@ -194,32 +189,16 @@ def test_wrong_sizes_and_labels_are_errors_on_every_rank(tmp_path):
     assert time.monotonic() - start_time < RANKS_TIMEOUT
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"cge": False},
-        {"revision": "none"},
-        {"classification": "focal"},
-        {"shuffle_memory": True},
-        {"kernels": "reference"},
-    ],
-)
-def test_what_cannot_be_sharded_is_said(change):
-    with pytest.raises(ValueError, match=r"shard_classes needs cge, revision 'logits', .* got "):
-        CGEHead(4, 3, epochs=1, shard_classes=True, **change)
-
-
 def die_in_the_second_step(rank, folder):
     features, weight, local_features, memory, labels = problem()
-    shard = shard_of(CLASSES)
-    own = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
+    shard, own = shard_here(), own_samples()
     for step in range(2):
         leaf = features[own].clone().requires_grad_()
         arguments = leaf, weight[shard.rows], local_features[own], memory[:, shard.rows].contiguous(), labels[own]
         if step == 1 and rank == 1:
             os._exit(1)
         try:
-            sharded_cross_entropy(*arguments, shard)[0].mean().backward()
+            revised_cross_entropy(*arguments, shard=shard)[0].mean().backward()
         except RuntimeError as error:
             (folder / "error").write_text(str(error))
             raise
@@ -235,6 +214,9 @@ def test_a_rank_that_dies_in_mid_step_ends_the_others_with_an_error(tmp_path):
     assert (tmp_path / "error").read_text()
 
 
+SHARDED = ("--model.shard_classes", "true")
+
+
 def torchrun(ranks, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -244,51 +226,28 @@ def torchrun(ranks, *arguments):
     )  # fmt: skip
 
 
-SHARDED = ("--model.shard_classes", "true")
-
-
 def train_here(rank, arguments):
-    config, resume, _ = train.parse([str(argument) for argument in arguments])
-    run = training.Training(config, torch.device("cpu"))
-    if resume:
-        run.resume()
-    run.run()
+    config, resuming, _ = train.parse([str(argument) for argument in arguments])
+    run = build_run(config, torch.device("cpu"))
+    if resuming:
+        resume(run)
+    train_run(run)
 
 
-def built_without_batch_norm(settings, *_):
-    torch.manual_seed(3)
-    head = CGEHead(8, 4, epochs=2, shard_classes=settings.shard_classes)
-    head.neck = nn.Identity()
-    return model.ReidModel(nn.Conv2d(3, 8, 8, stride=8), head)
+def tensors_of(output) -> dict[str, torch.Tensor]:
+    last = output / "checkpoints" / "last"
+    return checkpoint.load_model(last) | checkpoint.load_loss(last)
 
 
-def train_without_batch_norm(rank, arguments):
-    training.model.build = built_without_batch_norm
-    train_here(rank, arguments)
-
-
-def test_two_ranks_train_what_one_process_trains_also_after_a_checkpoint(options, tmp_path, monkeypatch):
-    options = [*options, *SHARDED, "--optim.lr", "0.001"]
-    on_ranks(2, train_without_batch_norm, options, folder=tmp_path)
-    monkeypatch.setattr(training.model, "build", built_without_batch_norm)
-    train_here(0, [*options, "--output", tmp_path / "alone"])
-    together, alone = weights_of(tmp_path / "run"), weights_of(tmp_path / "alone")
-    assert together.keys() == alone.keys()
-    for name in alone:
-        torch.testing.assert_close(together[name], alone[name], rtol=1e-4, atol=1e-5)
-
-
-def weights_of(output):
-    return checkpoint.load_weights(output / "checkpoints" / "last")
-
-
+@pytest.mark.slow
 def test_torchrun_trains_shards_that_any_number_of_ranks_takes_up(options, tmp_path):
     done = torchrun(2, *options, *SHARDED)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("mAP") == 2, "one final line, of one rank"
     whole = tmp_path / "run"
-    assert weights_of(whole)["head.memory"].shape[:2] == (3, 4)
-    assert weights_of(whole)["head.memory"].norm(dim=2).allclose(torch.ones(3, 4))
+    memory = tensors_of(whole)[checkpoint.MEMORY]
+    assert memory.shape[:2] == (3, 4)
+    assert memory.norm(dim=2).allclose(torch.ones(3, 4))
     # one more epoch: in one process, and in 4 of which each has one identity
     for ranks, name, more in ((1, "one", ()), (4, "four", ("--model.shard_checkpoints", "true"))):
         output = tmp_path / name
@@ -297,49 +256,50 @@ def test_torchrun_trains_shards_that_any_number_of_ranks_takes_up(options, tmp_p
         if ranks == 1:
             train_here(0, arguments)
         else:
-            (tmp_path / name / "store").unlink(missing_ok=True)
             on_ranks(ranks, train_here, arguments, folder=output)
         assert checkpoint.load_training(output / "checkpoints" / "last")["epoch"] == 3
     last = tmp_path / "four" / "checkpoints" / "last"
-    assert len(checkpoint.find_rows(last)) == 4
+    assert len([*(last / checkpoint.LOSS_FOLDER).glob("*.distcp")]) == 4
+    assert not (last / checkpoint.LOSS).exists()
     # and of these files again in one
     train_here(0, ["--output", tmp_path / "four", "--resume", "--optim.epochs", 4])
-    assert checkpoint.find_rows(last) == []
-    assert weights_of(tmp_path / "four").keys() == weights_of(whole).keys()
+    assert (last / checkpoint.LOSS).exists()
+    assert not (last / checkpoint.LOSS_FOLDER).exists()
+    assert tensors_of(tmp_path / "four").keys() == tensors_of(whole).keys()
 
 
-def tensors(rank, folder, options):
-    """A training's weights and moments go through both kinds of checkpoint."""
-    config, _, _ = train.parse([*options, *SHARDED, "--output", str(folder / "run")])
-    run = training.Training(config, torch.device("cpu"))
-    sums = training.EpochSums.zeros(3, torch.device("cpu"))
+def save_both(rank, folder, options):
+    """A training's tensors and moments go through both kinds of checkpoint."""
+    config, _, _ = train.parse([*options, *SHARDED, "--output", str(folder / "whole")])
+    run = build_run(config, torch.device("cpu"))
     for batch, labels in run.loader:
-        run.step(run.network, batch, labels, 1, sums)
+        training_step(run, batch, labels, 0.5, EpochMetrics(config.loss.weights, 3, run.device))
     for name in ("whole", "apart"):
-        run.config.model.shard_checkpoints = name == "apart"
-        run.checkpoints = folder / name
-        run.save(is_best=False)
+        run.config.model.shard_checkpoints, run.config.output = name == "apart", folder / name
+        save(run, is_best=False)
 
 
 def test_whole_and_sharded_checkpoints_hold_the_same(options, tmp_path):
-    on_ranks(3, tensors, tmp_path, [*options, "--data.identities", "3", "--loss.l2", "0"], folder=tmp_path)
-    whole, apart = (tmp_path / name / "last" for name in ("whole", "apart"))
-    assert not (tmp_path / "apart" / checkpoint.STAGED).exists()
-    assert [(first, end) for first, end, _ in checkpoint.find_rows(apart)] == [(0, 2), (2, 3), (3, 4)]
-    weights, training_state = checkpoint.load_weights(whole), checkpoint.load_training(whole)
-    assert weights["head.memory"].shape == (3, 4, 128)
-    moments = next(
-        state for state in training_state["optimizer"]["state"].values() if state["exp_avg"].shape == (4, 128)
-    )
-    for shard in (None, shard_of(4, 0, 2), shard_of(4, 1, 2)):
+    settings = ("--data.identities", "3", "--loss.metric_weight", "0", "--loss.center_weight", "0.01")
+    on_ranks(3, save_both, tmp_path, [*options, *settings], folder=tmp_path)
+    whole, apart = (tmp_path / name / "checkpoints" / "last" for name in ("whole", "apart"))
+    assert not (apart.parent / checkpoint.STAGED).exists()
+    assert len([*(apart / checkpoint.LOSS_FOLDER).glob("*.distcp")]) == 3
+    assert checkpoint.identities(whole) == checkpoint.identities(apart) == 4
+    loss, training = checkpoint.load_loss(whole), checkpoint.load_training(whole)
+    assert loss[checkpoint.MEMORY].shape == (3, 4, 128)
+    assert loss.keys() == {checkpoint.CLASSIFIER, checkpoint.MEMORY, "center.centers"}
+    moments = next(state for state in training["optimizer"]["state"].values() if state["exp_avg"].shape == (4, 128))
+    for shard in (None, ClassShard.of_rank(4, 0, 2), ClassShard.of_rank(4, 1, 2)):
         rows = shard.rows if shard else slice(None)
-        expected = weights | {name: weights[name].movedim(axis, 0)[rows] for name, axis in checkpoint.SHARDED.items()}
-        for folder in (whole, apart):
-            found = checkpoint.load_weights(folder, shard)
+        expected = loss | {
+            name: loss[name].movedim(checkpoint.AXES[name], 0)[rows] for name in loss.keys() & checkpoint.AXES.keys()
+        }
+        for folder, given in ((whole, moments), (apart, {})):
+            found = checkpoint.load_loss(folder, shard)
             assert found.keys() == expected.keys()
             for name in found:
-                assert found[name].movedim(checkpoint.SHARDED.get(name, 0), 0).equal(expected[name]), name
-        for folder, given in ((whole, moments), (apart, {})):
+                assert found[name].movedim(checkpoint.AXES.get(name, 0), 0).equal(expected[name]), name
             loaded = checkpoint.load_moments(folder, given, shard)
             assert all(loaded[name].equal(moments[name][rows]) for name in checkpoint.MOMENTS)
 
@@ -349,10 +309,9 @@ def resume_other_classes(rank, arguments):
         train_here(rank, arguments)
 
 
-def test_a_checkpoint_of_other_classes_is_an_error_on_every_rank(options, tmp_path, market):
-    train_here(0, options)
+def test_a_checkpoint_of_other_classes_is_an_error_on_every_rank(trained, market, tmp_path):
     for camera in (1, 2):
         copied = next((market / "bounding_box_train").glob("0001_*")).read_bytes()
         (market / "bounding_box_train" / f"0099_c{camera}s1_000000_01.png").write_bytes(copied)
-    resumed = ["--output", tmp_path / "run", "--resume", "--optim.epochs", 3, *SHARDED]
+    resumed = ["--output", trained, "--resume", "--optim.epochs", 3, *SHARDED]
     on_ranks(2, resume_other_classes, resumed, folder=tmp_path)

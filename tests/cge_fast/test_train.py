@@ -88,7 +88,7 @@ def test_two_runs_with_one_seed_are_equal_whatever_the_number_of_workers(options
 
 
 @pytest.mark.parametrize(("backend", "reference"), [("auto", 0), ("cpu", 0), ("reference", 6)])
-def test_the_backend_says_which_operators_train_and_evaluate(options, tmp_path, capsys, monkeypatch, backend, reference):
+def test_the_backend_says_which_operators_run(options, tmp_path, capsys, monkeypatch, backend, reference):
     assert backend in get_args(Backend)
     calls = Counter()
 

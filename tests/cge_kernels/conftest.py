@@ -1,7 +1,29 @@
-"""Poisons all memory that an operator leaves unwritten."""
+"""Backends that a test runs on, and poison in all memory that an operator leaves unwritten."""
 
 import pytest
 import torch
+
+import cge_kernels
+
+
+@pytest.fixture(params=["triton", "cpu"])
+def backend(request):
+    """Runs the test on each backend of our own, and says which."""
+    with cge_kernels.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["triton", "cpu", "reference"])
+def any_backend(request):
+    """Runs the test on every backend, and says which."""
+    with cge_kernels.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["256", "0"], ids=["kept", "in chunks"])
+def scratch(request, monkeypatch):
+    """The scratch budget: what the forward keeps for the backward, or classes in the smallest chunks."""
+    monkeypatch.setenv("CGE_SCRATCH_MB", request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Launches as data: the hook, the target, and addresses beyond 2^31."""
 
 import threading
+from math import prod
 from unittest import mock
 
 import numpy as np
@@ -11,8 +12,9 @@ from torch.nn.functional import normalize
 
 import cge_kernels
 from cge_kernels import Launch, Target
-from cge_kernels.common import tiles as configurations
+from cge_kernels.common import tiles
 from cge_kernels.common.launch import INTERPRETER, current_target, float32_precision
+from cge_kernels.tools.sample_calls import Shape, call_cross_entropy, call_pooling, call_revision, call_write
 
 H100 = Target("cuda", 90, 32, 132, 227 * 1024)
 A100 = Target("cuda", 80, 32, 108, 163 * 1024)
@@ -113,37 +115,38 @@ def test_float32_products_follow_torchs_setting_as_far_as_the_target_can(target,
 
 def test_scratch_stays_in_its_budget(monkeypatch):
     monkeypatch.setenv("CGE_SCRATCH_MB", "1")
-    chunk = configurations.chunk_of_classes(batch=64, stripes=3, classes=100_000)
+    chunk = tiles.chunk_of_classes(batch=64, stripes=3, classes=100_000)
     assert chunk % 16 == 0
     assert 64 * 3 * chunk * 4 <= 1 << 20 < 64 * 3 * (chunk + 16) * 4
-    assert configurations.chunk_of_classes(batch=64, stripes=3, classes=5) == 16
-    assert configurations.chunk_of_classes(batch=10**6, stripes=3, classes=10**6) == 16  # one tile at least
+    assert tiles.chunk_of_classes(batch=64, stripes=3, classes=5) == 16
+    assert tiles.chunk_of_classes(batch=10**6, stripes=3, classes=10**6) == 16  # one tile at least
 
 
-def highest_addresses(launch: Launch, program: int) -> dict[str, int]:
-    """Runs one program with loads that give zeros and stores that go nowhere.
+def highest_addresses(launch: Launch, integer: int = 0) -> dict[str, int]:
+    """Runs the last program with loads that give zeros (of integers the one given) and stores that go nowhere.
 
-    Returns the highest address of each access, in bytes above the base of the tensor argument whose line it is; tensors
-    are told apart by base addresses 2^50 bytes apart, which nothing dereferences.
+    Returns the highest address of each tensor argument that it touches, in bytes above the tensor's own; tensors are
+    told apart by base addresses 2^50 bytes apart, which nothing dereferences, so that they need no memory.
     """
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
-    bases, highest = {}, {}
-    args = dict(launch.args)
-    for number, (name, value) in enumerate(args.items(), start=1):
-        if isinstance(value, torch.Tensor):
-            bases[name] = number << 50
+    tensors = [name for name, value in launch.args.items() if isinstance(value, torch.Tensor)]
+    bases = {name: number << 50 for number, name in enumerate(tensors, start=1)}
+    highest = {}
 
     def note(pointers, mask):
-        for address in np.unique(np.asarray(pointers.data).reshape(-1)[np.asarray(mask.data).reshape(-1)]):
-            name = next(name for name, base in bases.items() if base == int(address) >> 50 << 50)
-            highest[name] = max(highest.get(name, 0), int(address) - bases[name])
+        addresses = np.asarray(pointers.data).reshape(-1)[np.asarray(mask.data).reshape(-1)]
+        if addresses.size:
+            number, offset = divmod(int(addresses.max()), 1 << 50)
+            name = tensors[number - 1]
+            highest[name] = max(highest.get(name, 0), offset)
 
     def load(self, pointers, mask, other, *_):
         note(pointers, mask)
-        dtype = pointers.get_element_ty()
-        return interpreter.TensorHandle(np.zeros(pointers.data.shape, interpreter._get_np_dtype(dtype)), dtype)
+        dtype = interpreter._get_np_dtype(pointers.get_element_ty())
+        fill = integer if np.issubdtype(dtype, np.integer) else 0
+        return interpreter.TensorHandle(np.full(pointers.data.shape, fill, dtype), pointers.get_element_ty())
 
     def store(self, pointers, value, mask, *_):
         note(pointers, mask)
@@ -152,16 +155,17 @@ def highest_addresses(launch: Launch, program: int) -> dict[str, int]:
 
     def with_base(value):
         converted = original(value)
-        for name, tensor in launch.args.items():
-            if isinstance(tensor, torch.Tensor) and value is args[name]:
+        for name in tensors:
+            if value is launch.args[name]:
                 converted.handle.data[...] = bases[name]
         return converted
 
+    last = prod(launch.grid) - 1
     with (
         np.errstate(all="ignore"),  # what is computed from the zeros does not matter
         mock.patch.object(builder, "create_masked_load", load),
         mock.patch.object(builder, "create_masked_store", store),
-        mock.patch.object(builder, "set_grid_idx", lambda self, *_: setattr(self, "grid_idx", (program, 0, 0))),
+        mock.patch.object(builder, "set_grid_idx", lambda self, *_: setattr(self, "grid_idx", (last, 0, 0))),
         mock.patch.object(interpreter.GridExecutor, "_init_args_hst", lambda self, a, kwargs: (list(a), kwargs)),
         mock.patch.object(interpreter.GridExecutor, "_restore_args_dev"),
         mock.patch.object(interpreter, "_implicit_cvt", with_base),
@@ -170,47 +174,38 @@ def highest_addresses(launch: Launch, program: int) -> dict[str, int]:
     return highest
 
 
-@pytest.mark.skipif(GPU, reason="addresses are seen in the interpreter")
-def test_rows_beyond_two_to_the_31_elements_have_64_bit_offsets():
-    # n * N * C = 3 * 400,000 * 2,048 = 2.5e9 elements; the tensors that stand for them are tiny, only numbers large.
-    batch, stripes, classes, channels = 2, 3, 400_000, 2048
-    revise, grad_local = (collect(step)[index] for index in (2, 4))
-    sizes = {"batch": batch, "classes": classes, "channels": channels, "memory_stride_i": classes * channels}
-    last = ((stripes - 1) * classes + classes - 1) * channels + channels - 1
-
-    revise.args.update(sizes, score_row=classes, operand_stride_b=stripes * channels, operand_stride_i=channels)
-    revise.constants.update(STRIPES=stripes, BLOCK_K=1024)
-    tiles = -(-classes // revise.constants["BLOCK_N"])
-    found = highest_addresses(revise, tiles - 1)
-    assert found["memory_pointer"] == 4 * last
-    assert found["scores_pointer"] == 4 * (((stripes - 1) * batch + batch - 1) * classes + classes - 1)
-
-    grad_local.args.update(sizes, score_row=classes, batch=1)
-    grad_local.constants.update(STRIPES=stripes, BLOCK_K=32768)
-    channel_tiles = -(-channels // grad_local.constants["BLOCK_C"])
-    found = highest_addresses(grad_local, channel_tiles * stripes - 1)
-    assert found["memory_pointer"] == 4 * last
-
-    write = collect(step)[6]
-    write.args.update(classes=classes, channels=channels)
-    write.constants.update(BLOCK_C=channels)
-    # every loaded label is 0, so the first program writes row 0 of stripe 0, and the last sample of a batch of one
-    write.args.update(batch=1)
-    write.constants.update(STRIPES=stripes)
-    found = highest_addresses(write, stripes - 1)
-    assert found["memory_pointer"] == 4 * ((stripes - 1) * classes * channels + channels - 1)
+CALLS = {
+    # a map of 6000 * 2048 * 24 * 8 = 2.4e9 elements
+    "stripe_pool": lambda: call_pooling(Shape(6000, 2048, 1), torch.float32, every_variant=False),
+    # a memory of 3 * 400,000 * 2,048 = 2.5e9 elements
+    "revise_logits": lambda: call_revision(Shape(2, 2048, 400_000), torch.float32, torch.float32, every_variant=False),
+    "revised_cross_entropy": lambda: call_cross_entropy(
+        Shape(2, 2048, 400_000), torch.float32, torch.float32, every_variant=False
+    ),
+    "write_memory_": lambda: call_write(Shape(1, 2048, 400_000), torch.float32),
+}
 
 
 @pytest.mark.skipif(GPU, reason="addresses are seen in the interpreter")
-def test_maps_beyond_two_to_the_31_elements_have_64_bit_offsets():
-    forward, backward = (collect(step)[index] for index in (0, 5))
-    batch, channels, plane = 6000, 2048, 10  # 1.2e8 elements a sample would be 2.5e9 in all with a plane of 200
-    strides = {"stride_b": channels * 200, "stride_c": 200, "stride_h": 2, "stride_w": 1}
-    tiles = -(-channels // forward.constants["BLOCK_C"])
-    forward.args.update(strides, channels=channels)
-    found = highest_addresses(forward, batch * tiles - 1)
-    assert found["map_pointer"] == 4 * (((batch - 1) * channels + channels - 1) * 200 + plane - 1)
-    backward.args.update(strides, channels=channels, **{f"gradient_{name}": value for name, value in strides.items()})
-    tiles = -(-channels // backward.constants["BLOCK_C"])
-    found = highest_addresses(backward, batch * tiles - 1)
-    assert found["grad_map_pointer"] == 4 * (((batch - 1) * channels + channels - 1) * 200 + plane - 1)
+@pytest.mark.parametrize("operator", CALLS)
+def test_what_lies_beyond_two_to_the_31_elements_has_64_bit_offsets(operator):
+    number = 0
+    for launch in collect(CALLS[operator]):
+        large = {
+            name: value
+            for name, value in launch.args.items()
+            if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() > 4 * 2**31
+        }
+        if not large or "launch_cooperative_grid" in launch.options:  # a barrier needs memory
+            continue
+        if "BLOCK_K" in launch.constants:  # fewer and longer steps
+            launch.constants["BLOCK_K"] = 1024 if "BLOCK_N" in launch.constants else 32768
+        found = highest_addresses(launch, integer=399_999)
+        touched = large.keys() & found.keys()  # average pooling's backward only writes
+        assert touched, launch.kernel.fn.__name__
+        number += 1
+        for name in touched:
+            tensor = large[name]
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            assert found[name] == last * tensor.element_size(), (launch.kernel.fn.__name__, name)
+    assert number

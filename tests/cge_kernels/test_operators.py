@@ -2,21 +2,11 @@
 
 import pytest
 import torch
-from support import KERNEL_DEVICE
-from torch.nn.functional import normalize
+from support import KERNEL_DEVICE, draw_sample
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import cge_kernels
-from cge_kernels.common.checks import valid_labels
-from cge_kernels.cross_entropy.backward import product_, revised_cross_entropy_backward_op
-from cge_kernels.cross_entropy.op import revised_cross_entropy_op
-from cge_kernels.cross_entropy.sharded import revised_statistics_op
-from cge_kernels.revise_logits.backward import revise_logits_backward_op
-from cge_kernels.revise_logits.one_pass import one_pass_op
-from cge_kernels.revise_logits.op import revise_logits_op
-from cge_kernels.stripe_pool.op import stripe_pool_backward_op, stripe_pool_op
-from cge_kernels.write_memory.op import write_memory_op
-
-BACKENDS = ["triton", "cpu"]
 
 
 def learnt(tensor):
@@ -24,133 +14,172 @@ def learnt(tensor):
     return tensor.clone().requires_grad_()
 
 
-def example(dtype=torch.float32):
-    random = torch.Generator().manual_seed(0)
-    feature_map = torch.rand(3, 4, 5, 2, generator=random).to(dtype)
-    memory = normalize(torch.randn(2, 7, 4, generator=random), dim=2)
-    logits = torch.randn(3, 7, generator=random)
-    return tuple(tensor.to(KERNEL_DEVICE) for tensor in (feature_map, memory, logits, torch.tensor([1, 6, 1])))
+def draw():
+    """A sample with a positive map, and an exponent."""
+    sample = draw_sample()
+    return sample._replace(feature_map=sample.feature_map.sigmoid()), torch.tensor(3.0, device=KERNEL_DEVICE)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend):
-    feature_map, memory, logits, labels = example()
-    p = torch.tensor(3.0, device=KERNEL_DEVICE)
-    local_features = torch.rand(3, 2, 4, device=KERNEL_DEVICE)
-    alpha = torch.tensor(0.5)
-    with cge_kernels.backend(backend):
-        calls = [
-            (stripe_pool_op, (learnt(feature_map), 2, learnt(p), 1e-6)),
-            (stripe_pool_op, (learnt(feature_map.to(memory_format=torch.channels_last)), 2, None, 1e-6)),
-            (stripe_pool_backward_op, (torch.rand(3, 4), None, feature_map, torch.rand(3, 4), local_features, p, 1e-6)),
-            (revise_logits_op, (learnt(logits), learnt(local_features), memory, True)),
-            (revise_logits_op, (learnt(logits.T.contiguous().T), local_features, memory.bfloat16(), False)),
-            (one_pass_op, (learnt(feature_map), learnt(logits), memory, learnt(p), 1e-6, True)),
-            (write_memory_op, (memory.clone(), local_features, labels, alpha, memory.bfloat16())),
-            (write_memory_op, (memory.clone(), local_features, labels, alpha, None)),
-            (valid_labels, (labels, 7)),
-        ]
-        _, scores, scale = revise_logits_op(logits, local_features, memory, True)
-        saved = (logits, local_features, memory, scores, scale)
-        calls += [(revise_logits_backward_op, (torch.rand(3, 7), *saved, flag)) for flag in (True, False)]
-        features, weight = torch.rand(3, 4, device=KERNEL_DEVICE), memory[0].clone()
-        for bias in (None, torch.rand(7, device=KERNEL_DEVICE)):
-            learnt_bias = bias if bias is None else learnt(bias)
-            leaves = learnt(features), learnt(weight), learnt(local_features), memory, labels, learnt_bias
-            calls.append((revised_cross_entropy_op, (*leaves, 0.1, True)))
-            arguments = features, weight, local_features, memory, labels, bias
-            calls.append((revised_statistics_op, (*arguments, 0)))
-            _, log_sum, _, _, kept, scale = revised_cross_entropy_op(*arguments, 0.1, True)
-            saved = *arguments, kept, scale, 0.1, 0, 7
-            calls += [
-                (revised_cross_entropy_backward_op, (torch.rand(3), log_sum, *saved, flag)) for flag in (True, False)
-            ]
-        half = torch.rand(2, 3, 4).bfloat16(), torch.rand(2, 4, 5).bfloat16()
-        calls += [(product_, (torch.zeros(2, 3, 5), *half, adds)) for adds in (True, False)]
-        for operator, arguments in calls:
-            torch.library.opcheck(
-                operator,
-                tuple(a.to(KERNEL_DEVICE) if isinstance(a, torch.Tensor) and a.dim() else a for a in arguments),
-            )
+class OperatorCalls(TorchDispatchMode):
+    """Every call of an operator of the package, below autograd: operators and copies of their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "cge_kernels":
+            return func(*args, **(kwargs or {}))
+        self.calls.append((func, tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), args)))
+        with self:
+            return func.redispatch(torch._C.DispatchKeySet(key_of_device()), *args, **(kwargs or {}))
+
+
+def key_of_device():
+    """The dispatch key of the operators' implementations."""
+    return getattr(torch._C.DispatchKey, KERNEL_DEVICE.upper())
+
+
+def run_everything():
+    """Every operator forward and backward, with and without what may be None."""
+    sample, p = draw()
+    memory, labels = sample.memory, sample.labels
+    bias = torch.rand(7, device=KERNEL_DEVICE)
+    results = [
+        *cge_kernels.stripe_pool(learnt(sample.feature_map), 2, learnt(p)),
+        *cge_kernels.stripe_pool(learnt(sample.feature_map.to(memory_format=torch.channels_last)), 2),
+        cge_kernels.stripe_pool(learnt(sample.feature_map), 2, p)[1],
+        cge_kernels.revise_logits(learnt(sample.logits), learnt(sample.local_features), memory),
+        cge_kernels.revise_logits(learnt(sample.logits.T.contiguous().T), sample.local_features, memory.bfloat16()),
+        *cge_kernels.revise_logits_one_pass(learnt(sample.feature_map), learnt(sample.logits), memory, learnt(p)),
+    ]
+    leaves = [learnt(tensor) for tensor in (sample.features, sample.weight, sample.local_features)]
+    results.append(cge_kernels.revised_cross_entropy(*leaves, memory, labels, bias=learnt(bias))[0])
+    results.append(cge_kernels.revised_cross_entropy(*leaves[:2], sample.local_features, memory.half(), labels)[0])
+    torch.autograd.backward(results, [torch.rand_like(result) for result in results])
+    for low_precision_memory in (None, memory.bfloat16()):
+        cge_kernels.write_memory_(memory.clone(), sample.local_features, labels, 0.5, low_precision_memory)
+
+
+@pytest.mark.slow
+def test_opcheck_of_every_operator(backend):
+    with OperatorCalls() as seen:
+        run_everything()
+    operators = {func.name().partition("::")[2] for func, _ in seen.calls}
+    assert {"stripe_pool", "revise_logits", "revised_cross_entropy", "write_memory_"} <= operators
+    assert any("backward" in name for name in operators)
+    for func, arguments in seen.calls:
+        torch.library.opcheck(func, arguments)
+
+
+@pytest.mark.slow
+def test_opcheck_of_gradients(backend):
+    sample, p = draw()
+    leaves = [learnt(tensor) for tensor in (sample.features, sample.weight, sample.local_features)]
+    feature_map, logits = learnt(sample.feature_map), learnt(sample.logits)
+    calls = {
+        "stripe_pool": (feature_map, 2, learnt(p), 1e-6),
+        "revise_logits": (logits, learnt(sample.local_features), sample.memory, True),
+        "revise_logits_one_pass": (
+            learnt(sample.feature_map),
+            learnt(sample.logits),
+            sample.memory,
+            learnt(p),
+            1e-6,
+            True,
+        ),
+        "revised_cross_entropy": (*leaves, sample.memory, sample.labels, learnt(sample.weight[:, 0]), 0.1, True),
+    }
+    for name, arguments in calls.items():
+        torch.library.opcheck(getattr(torch.ops.cge_kernels, name).default, arguments)
 
 
 def loss_of_all(feature_map, p, weight, memory, labels):
     """Every operator but the write, in one graph."""
     global_feature, local_features = cge_kernels.stripe_pool(feature_map, 2, p)
-    loss, hit, local_hit = cge_kernels.revised_cross_entropy(global_feature, weight, local_features, memory, labels)
+    loss, correct, stripe_correct = cge_kernels.revised_cross_entropy(
+        global_feature, weight, local_features, memory, labels
+    )
     revised = cge_kernels.revise_logits(global_feature @ weight.T, local_features, memory)
     one_pass, _ = cge_kernels.revise_logits_one_pass(feature_map, revised, memory, p)
-    return loss.sum() + one_pass.square().sum(), hit, local_hit
+    return loss.sum() + one_pass.square().sum(), correct, stripe_correct
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_torch_compile_traces_everything_in_one_graph_and_changes_nothing(backend):
-    feature_map, memory, _, labels = example()
+    sample, p = draw()
     results = []
     for function in (loss_of_all, torch.compile(loss_of_all, fullgraph=True, backend="aot_eager")):
-        x, weight = feature_map.clone().requires_grad_(), memory[0].clone().requires_grad_()
-        p = torch.tensor(3.0, device=KERNEL_DEVICE, requires_grad=True)
-        with cge_kernels.backend(backend):
-            loss, hit, local_hit = function(x, p, weight, memory, labels)
-            loss.backward()
-        results.append([loss, hit, local_hit, x.grad, weight.grad, p.grad])
+        x, weight, exponent = learnt(sample.feature_map), learnt(sample.weight), learnt(p)
+        loss, correct, stripe_correct = function(x, exponent, weight, sample.memory, sample.labels)
+        loss.backward()
+        results.append([loss, correct, stripe_correct, x.grad, weight.grad, exponent.grad])
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_torch_compile_traces_the_write(backend):
-    _, memory, _, labels = example()
-    local_features = torch.rand(3, 2, 4, device=KERNEL_DEVICE)
-    eager, compiled = memory.clone(), memory.clone()
+    sample, _ = draw()
+    eager, compiled = sample.memory.clone(), sample.memory.clone()
     write = torch.compile(cge_kernels.write_memory_, fullgraph=True, backend="aot_eager")
-    with cge_kernels.backend(backend):
-        cge_kernels.write_memory_(eager, local_features, labels, 0.5)
-        write(compiled, local_features, labels, 0.5)
-    assert not torch.equal(eager, memory)
+    cge_kernels.write_memory_(eager, sample.local_features, sample.labels, 0.5)
+    write(compiled, sample.local_features, sample.labels, 0.5)
+    assert not torch.equal(eager, sample.memory)
     assert torch.equal(compiled, eager)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_changes_nothing(backend):
-    feature_map, memory, logits, labels = example()
+def test_autocast_changes_nothing(any_backend):
+    sample, _ = draw()
+    memory = sample.memory
 
     def results():
-        global_feature, local_features = cge_kernels.stripe_pool(feature_map, 2, 3.0)
-        revised = cge_kernels.revise_logits(logits, local_features, memory)
-        one_pass, _ = cge_kernels.revise_logits_one_pass(feature_map, logits, memory)
-        loss, _, _ = cge_kernels.revised_cross_entropy(global_feature, memory[0], local_features, memory, labels)
+        global_feature, local_features = cge_kernels.stripe_pool(sample.feature_map, 2, 3.0)
+        revised = cge_kernels.revise_logits(sample.logits, local_features, memory)
+        one_pass, _ = cge_kernels.revise_logits_one_pass(sample.feature_map, sample.logits, memory)
+        loss, *_ = cge_kernels.revised_cross_entropy(
+            global_feature, sample.weight, local_features, memory, sample.labels
+        )
         return global_feature, local_features, revised, one_pass, loss
 
-    with cge_kernels.backend(backend):
-        outside = results()
-        with torch.autocast(KERNEL_DEVICE, torch.bfloat16):
-            inside = results()
+    outside = results()
+    with torch.autocast(KERNEL_DEVICE, torch.bfloat16):
+        inside = results()
     for first, second in zip(outside, inside, strict=True):
         assert first.dtype == second.dtype
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_second_derivative_is_an_error(backend):
-    feature_map, memory, logits, labels = example()
-    feature_map.requires_grad_()
-    with cge_kernels.backend(backend):
-        _, local_features = cge_kernels.stripe_pool(feature_map, 2, 3.0)
-        revised = cge_kernels.revise_logits(logits, local_features, memory)
-        (grad,) = torch.autograd.grad(revised.square().sum(), feature_map, create_graph=True)
-        with pytest.raises(RuntimeError, match="no autograd formula was registered"):
-            grad.sum().backward()
-        features = logits[:, :4].clone().requires_grad_()
-        loss, _, _ = cge_kernels.revised_cross_entropy(features, memory[0], local_features.detach(), memory, labels)
-        (grad,) = torch.autograd.grad(loss.sum(), features, create_graph=True)
-        with pytest.raises(RuntimeError, match="no autograd formula was registered"):
-            grad.sum().backward()
+    sample, _ = draw()
+    feature_map, features = learnt(sample.feature_map), learnt(sample.features)
+    _, local_features = cge_kernels.stripe_pool(feature_map, 2, 3.0)
+    revised = cge_kernels.revise_logits(sample.logits, local_features, sample.memory)
+    (grad,) = torch.autograd.grad(revised.square().sum(), feature_map, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        grad.sum().backward()
+    loss, *_ = cge_kernels.revised_cross_entropy(
+        features, sample.weight, sample.local_features, sample.memory, sample.labels
+    )
+    (grad,) = torch.autograd.grad(loss.sum(), features, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        grad.sum().backward()
 
 
-def test_exponent_and_alpha_may_be_numbers_or_tensors():
-    feature_map, memory, _, labels = example()
-    as_number = cge_kernels.stripe_pool(feature_map, 2, 3)[1]
-    assert torch.equal(cge_kernels.stripe_pool(feature_map, 2, torch.tensor(3.0, dtype=torch.float64))[1], as_number)
+def test_no_gradient_reaches_the_memory(any_backend):
+    sample, _ = draw()
+    memory = learnt(sample.memory)
+    revised = cge_kernels.revise_logits(learnt(sample.logits), sample.local_features, memory)
+    loss, *_ = cge_kernels.revised_cross_entropy(
+        learnt(sample.features), sample.weight, sample.local_features, memory, sample.labels
+    )
+    (revised.sum() + loss.sum()).backward()
+    assert memory.grad is None
+
+
+def test_exponent_and_momentum_may_be_numbers_or_tensors(any_backend):
+    sample, _ = draw()
+    as_number = cge_kernels.stripe_pool(sample.feature_map, 2, 3)[1]
+    as_tensor = cge_kernels.stripe_pool(sample.feature_map, 2, torch.tensor(3.0, dtype=torch.float64))[1]
+    assert torch.equal(as_tensor, as_number)
+    memory, labels = sample.memory, sample.labels
     first = cge_kernels.write_memory_(memory.clone(), as_number, labels, 0.25)
     assert torch.equal(cge_kernels.write_memory_(memory.clone(), as_number, labels, torch.tensor(0.25)), first)

@@ -26,7 +26,7 @@ def example(batch=4, classes=5, channels=3, stripes=2, dtype=torch.float64):
 @given(batch=st.integers(1, 4), classes=st.integers(1, 6), smoothing=st.sampled_from([0.0, 0.1, 1.0]))
 def test_the_loss_is_the_cross_entropy_of_the_smoothed_target(batch, classes, smoothing):
     features, weight, local_features, memory, labels = example(batch, classes)
-    loss, hit, _ = revised_cross_entropy(features, weight, local_features, memory, labels, smoothing)
+    loss, correct, _ = revised_cross_entropy(features, weight, local_features, memory, labels, smoothing)
     revised = revise_logits(features @ weight.T, local_features, memory).tolist()
     for b in range(batch):
         log_sum = math.log(sum(math.exp(p) for p in revised[b]))
@@ -35,22 +35,14 @@ def test_the_loss_is_the_cross_entropy_of_the_smoothed_target(batch, classes, sm
             target = (1 - smoothing) * (k == labels[b].item()) + smoothing / classes
             expected -= target * (revised[b][k] - log_sum)
         assert loss[b].item() == pytest.approx(expected, abs=1e-12)
-        assert hit[b].item() == (max(range(classes), key=lambda k, b=b: revised[b][k]) == labels[b].item())
+        assert correct[b].item() == (max(range(classes), key=lambda k, b=b: revised[b][k]) == labels[b].item())
 
 
-def test_local_hits_are_those_of_each_stripe_alone():
+def test_stripe_correct_is_those_of_each_stripe_alone():
     features, weight, _, memory, labels = example()
     local_features = torch.stack([memory[0, labels], memory[1, (labels + 1) % 5]], dim=1)
-    _, _, local_hit = revised_cross_entropy(features, weight, local_features, memory, labels)
-    assert local_hit.tolist() == [[True, False]] * 4
-
-
-def test_ties_go_to_the_lowest_index():
-    weight, memory = torch.ones(3, 2), torch.zeros(1, 3, 2)
-    labels = torch.tensor([0, 1])
-    _, hit, local_hit = revised_cross_entropy(torch.ones(2, 2), weight, torch.ones(2, 1, 2), memory, labels)
-    assert hit.tolist() == [True, False]
-    assert local_hit.tolist() == [[True], [False]]
+    _, _, stripe_correct = revised_cross_entropy(features, weight, local_features, memory, labels)
+    assert stripe_correct.tolist() == [[True, False]] * 4
 
 
 def test_gradients_with_an_uneven_upstream_gradient():
@@ -87,22 +79,10 @@ def test_the_loss_is_float32_for_small_dtypes_and_gradients_have_their_inputs_dt
 
 
 @pytest.mark.parametrize("wrong", [-1, 5])
-def test_a_label_out_of_range_is_an_error_on_the_cpu(wrong):
+def test_a_label_out_of_range_has_no_loss_and_nothing_correct(wrong):
     features, weight, local_features, memory, labels = example()
     labels[1] = wrong
-    with pytest.raises(ValueError, match=rf"labels must lie in \[0, 5\), got {wrong}"):
-        revised_cross_entropy(features, weight, local_features, memory, labels)
-
-
-def test_wrong_arguments_are_named():
-    features, weight, local_features, memory, labels = example()
-    with pytest.raises(ValueError, match=r"weight must have shape \(5, 3\) to fit memory and features"):
-        revised_cross_entropy(features, weight[:4], local_features, memory, labels)
-    with pytest.raises(TypeError, match="labels must have an integer dtype"):
-        revised_cross_entropy(features, weight, local_features, memory, labels.float())
-    with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 1\], got 1.5"):
-        revised_cross_entropy(features, weight, local_features, memory, labels, 1.5)
-    with pytest.raises(ValueError, match=r"labels must have shape \(4,\)"):
-        revised_cross_entropy(features, weight, local_features, memory, labels[:3])
-    with pytest.raises(ValueError, match=r"bias must have shape \(5,\) to fit weight, got \(4,\)"):
-        revised_cross_entropy(features, weight, local_features, memory, labels, bias=torch.zeros(4))
+    loss, correct, stripe_correct = revised_cross_entropy(features, weight, local_features, memory, labels)
+    assert loss.isnan().tolist() == [False, True, False, False]
+    assert not correct[1]
+    assert not stripe_correct[1].any()

@@ -1,4 +1,7 @@
-"""Triton's language, or stand-ins that let the package be imported, and run on ATen, where Triton is not installed."""
+"""Triton's language and device functions of several kernels; stand-ins where Triton is not installed.
+
+With the stand-ins the package can be imported, and runs on the CPU's implementation.
+"""
 
 try:
     import triton
@@ -7,8 +10,9 @@ try:
 
     # Triton looks at TRITON_INTERPRET when a kernel is decorated, so what counts is its value at import.
     INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+    NORM_EPS = tl.constexpr(1e-12)  # lower bound of a feature's length; below it a feature has no direction
 except ImportError:
-    triton, INTERPRETED = None, None
+    triton, INTERPRETED, NORM_EPS = None, None, None
 
     class tl:  # noqa: N801
         """What the kernels' signatures need."""
@@ -18,6 +22,26 @@ except ImportError:
     def jit(kernel):
         """Leaves the kernel a plain function that nobody calls."""
         return kernel
+
+
+def mend_interpreted_ranges() -> None:
+    """Lets interpreted kernels say range(tensor) with NumPy 2.5, which refuses int() of an array with one element.
+
+    Triton does it from 3.7 on: goes when that is the oldest supported.
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor, *scope):
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patch_and_mend
+
+
+if INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+    mend_interpreted_ranges()
 
 
 @jit
@@ -31,4 +55,56 @@ def product(a, b):
     return tl.fma(a, b, tl.zeros_like(a))
 
 
-__all__ = ["INTERPRETED", "jit", "product", "tl", "triton"]
+@jit
+def dot(a, b, accumulator, PRECISION: tl.constexpr):
+    """accumulator + a @ b in float32; the interpreter knows no bfloat16 product."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@jit
+def multiply(
+    rows_ptr, columns_ptr, row_mask, column_mask, depth, column_stride, accumulator,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """accumulator (rows, columns) + rows @ columns, over a common axis of length depth.
+
+    rows_ptr (rows, 1) and columns_ptr (1, columns) point to their first numbers; the numbers of a row are contiguous,
+    those of a column column_stride apart. Rows are converted to the columns' dtype.
+    """
+    block = tl.arange(0, BLOCK_K)
+    for start in range(0, depth, BLOCK_K):
+        channel = start + block
+        inside = channel < depth
+        rows = tl.load(rows_ptr + channel[None, :], mask=row_mask[:, None] & inside[None, :], other=0.0)
+        columns = tl.load(
+            columns_ptr + channel.to(tl.int64)[:, None] * column_stride,
+            mask=inside[:, None] & column_mask[None, :],
+            other=0.0,
+        )
+        accumulator = dot(rows.to(columns.dtype), columns, accumulator, PRECISION)
+    return accumulator
+
+
+@jit
+def sum_parts(parts_ptr, row, sample, sample_mask, stripe, parts, BLOCK_B: tl.constexpr, BLOCK_PARTS: tl.constexpr):
+    """(BLOCK_B,) sums over the middle axis of (n, parts, row) float32, in a fixed order."""
+    total = tl.zeros([BLOCK_PARTS, BLOCK_B], tl.float32)
+    for start in range(0, parts, BLOCK_PARTS):
+        part = start + tl.arange(0, BLOCK_PARTS)
+        offsets = (stripe * parts + part).to(tl.int64)[:, None] * row + sample[None, :]
+        mask = (part < parts)[:, None] & sample_mask[None, :]
+        total += tl.load(parts_ptr + offsets, mask=mask, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@jit
+def log_sigmoid(score):
+    """For scores in [-1, 1], where exp neither overflows nor vanishes."""
+    return -tl.log(1.0 + tl.exp(-score))
+
+
+__all__ = [
+    "INTERPRETED", "NORM_EPS", "dot", "jit", "log_sigmoid", "multiply", "product", "sum_parts", "tl", "triton",
+]  # fmt: skip

@@ -1,9 +1,8 @@
 """The one place that decides where an operator runs: Triton kernels, the CPU's implementation, or the reference."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,12 +81,6 @@ def runs_on_triton(*tensors: Tensor) -> bool:
     return True
 
 
-def implementation(on_triton: Callable, on_cpu: Callable, *tensors: Tensor) -> Callable:
-    """One of two functions, wrapped to run with autocast off: dtypes follow from the arguments alone."""
-    chosen = on_triton if runs_on_triton(*tensors) else on_cpu
-
-    def call(*arguments: Any) -> Any:
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            return chosen(*arguments)
-
-    return call
+def autocast_off(tensor: Tensor) -> torch.autocast:
+    """For the time inside: an operator's dtypes follow from its arguments alone."""
+    return torch.autocast(tensor.device.type, enabled=False)

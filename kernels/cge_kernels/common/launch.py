@@ -1,7 +1,7 @@
 """A kernel launch as data, so that whoever compiles, counts or simulates launches sees each one as it would run.
 
-Operators build a `Launch` and hand it to `launch`, which runs it; inside `with launching(function):` the function gets
-it instead. The hook is plain process-wide state, since on CUDA autograd runs the backward in a thread of its own.
+Operators call `launch`, which builds a `Launch` and runs it; inside `with launching(function):` the function gets it
+instead. The hook is plain process-wide state, since on CUDA autograd runs the backward in a thread of its own.
 Replaying a CUDA graph repeats the kernels without coming through here.
 """
 
@@ -46,11 +46,30 @@ INTERPRETER = Target("cuda", 80, 32, multiprocessors=1, shared_bytes=163 * 1024)
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """Block sizes, which are constants of the kernel, and launch options."""
+
+    blocks: dict[str, int]
+    num_warps: int
+    num_stages: int = 1
+    max_registers: int | None = None
+
+    def __getitem__(self, block: str) -> int:
+        return self.blocks[block]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton's launcher takes. FP fusion, a * b + c rounded once, is Triton's default up to 3.9."""
+        bound = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True, **bound}
+
+
+@dataclass(frozen=True)
 class Launch:
     """One kernel launch: `kernel[grid](**args, **constants, **options)`.
 
     args: run-time arguments by name, tensors as tensors. constants: tl.constexpr arguments by name.
-    options: num_warps, num_stages, maxnreg, launch_cooperative_grid.
+    options: num_warps, num_stages, enable_fp_fusion, maxnreg, launch_cooperative_grid.
     """
 
     kernel: Any
@@ -87,9 +106,51 @@ def launching(function: Callable[[Launch], None], target: Target | None = None) 
         _hook, _target = before
 
 
-def launch(kernel: Any, grid: tuple[int, ...], args: dict, constants: dict, options: dict) -> None:
-    """Runs a launch, or gives it to the hook."""
-    (_hook or Launch.run)(Launch(kernel, grid, args, constants, options))
+def bind(kernel: Any, tensors: dict[str, Tensor | None], /, **scalars: Any) -> dict[str, Any]:
+    """A kernel's arguments by name: x_ptr is tensor x, x_stride_1 its stride along dimension 1 (0 where x is None).
+
+    Raises:
+        TypeError: the kernel has no parameter for a tensor, or has one for a tensor that is not there.
+    """
+    arguments, pointers = dict(scalars), set()
+    for parameter in kernel.arg_names:
+        if parameter.endswith("_ptr"):
+            name, dimension = parameter.removesuffix("_ptr"), None
+            pointers.add(name)
+        elif "_stride_" in parameter:
+            name, _, dimension = parameter.rpartition("_stride_")
+        else:
+            continue
+        if name not in tensors:
+            raise TypeError(f"{kernel.fn.__name__} needs a tensor {name} for its parameter {parameter}")
+        tensor = tensors[name]
+        if dimension is None:
+            arguments[parameter] = tensor
+        else:
+            arguments[parameter] = 0 if tensor is None else tensor.stride(int(dimension))
+    if unknown := tensors.keys() - pointers:
+        raise TypeError(f"{kernel.fn.__name__} has no parameter {min(unknown)}_ptr")
+    return arguments
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    tiles: Tiles,
+    tensors: dict[str, Tensor | None],
+    options: dict[str, Any] | None = None,
+    /,
+    **scalars: Any,
+) -> None:
+    """Launches so many programs of a kernel, or gives the launch to the hook.
+
+    tensors, scalars: what `bind` takes; scalars in upper case are the kernel's tl.constexpr parameters.
+    options: launch options beside those of the tiles.
+    """
+    arguments = bind(kernel, tensors, **scalars, **tiles.blocks)
+    constants = {name: value for name, value in arguments.items() if name.isupper()}
+    args = {name: value for name, value in arguments.items() if name not in constants}
+    (_hook or Launch.run)(Launch(kernel, (programs,), args, constants, tiles.options | (options or {})))
 
 
 def kernels_can_run_on_cpu() -> bool:

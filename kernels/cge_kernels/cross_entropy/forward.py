@@ -1,8 +1,8 @@
-"""The forward kernels of revised_cross_entropy; revised_cross_entropy.py has the formulas.
+"""The forward kernels of revised_cross_entropy and their launches; op.py has the formulas.
 
 cross_entropy: matmuls of classifier and memory, and in their epilogue weights, revision and the softmax's statistics;
-a program owns BLOCK_N classes x BLOCK_B samples. combine: a program goes over the tiles' statistics of BLOCK_B samples
-for one classifier, the global one or that of a stripe.
+a program owns BLOCK_N classes x BLOCK_B samples. reduce_tiles: a program goes over the tiles' statistics of BLOCK_B
+samples for one classifier, the global one or that of a stripe.
 Logits and scores have classes as rows, so that a chunk of classes is contiguous, and a warp's lanes lie along samples.
 """
 
@@ -11,56 +11,57 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cge_kernels.common.device_functions import jit, product, tl
+from cge_kernels.common.budget import chunk_of_statistics, logits_are_kept, score_row
+from cge_kernels.common.device_functions import NORM_EPS, jit, log_sigmoid, multiply, product, sum_parts, tl
 from cge_kernels.common.launch import current_target, float32_precision, launch
-from cge_kernels.common.tiles import (
-    COMBINE,
-    cdiv,
-    chunk_of_statistics,
-    cross_entropy_configuration,
-    logits_are_kept,
-    next_power_of_2,
-    score_row,
-)
-from cge_kernels.revise_logits.forward import MAX_PARTS, NORM_EPS, log_sigmoid, multiply, prepare, sum_parts
+from cge_kernels.common.tiles import REDUCE_TILES, block_of_parts, cdiv, scores_tiles
+from cge_kernels.cross_entropy.inputs import Inputs, Loss, Statistics
+from cge_kernels.revise_logits.forward import Casts, cast_and_norm
 
 FAR = 2**31 - 1  # a class beyond all others
 
 
 @jit
 def store_best(
-    highest_pointer, winner_pointer, row, values, identity, class_mask, sample, sample_mask, FAR: tl.constexpr,
+    row_max_ptr, argmax_ptr, row, values, identity, class_mask, sample, sample_mask, FAR: tl.constexpr,
 ):  # fmt: skip
     """Stores each sample's highest value (classes, samples) and the lowest class that has it, in a row of results."""
     masked = tl.where(class_mask[:, None], values, -float("inf"))
-    highest = tl.max(masked, axis=0)
-    winner = tl.min(tl.where(masked == highest[None, :], identity[:, None], FAR), axis=0)
-    tl.store(highest_pointer + row + sample, highest, mask=sample_mask)
-    tl.store(winner_pointer + row + sample, winner, mask=sample_mask)
-    return highest
+    row_max = tl.max(masked, axis=0)
+    argmax = tl.min(tl.where(masked == row_max[None, :], identity[:, None], FAR), axis=0)
+    tl.store(row_max_ptr + row + sample, row_max, mask=sample_mask)
+    tl.store(argmax_ptr + row + sample, argmax, mask=sample_mask)
+    return row_max
 
 
 @jit
 def cross_entropy_kernel(
-    feature_operand_pointer, weight_pointer, bias_pointer, operand_pointer, squares_pointer, memory_pointer,
-    labels_pointer, kept_pointer, scale_pointer, highest_pointer, winner_pointer, sums_pointer, target_pointer,
-    batch, classes, channels, feature_channels, parts, first_class, weight_stride_k,
-    memory_stride_i, features_stride_b, features_stride_c, operand_stride_b, operand_stride_i, operand_stride_c,
-    squares_row, kept_rows, kept_row, partial_row,
+    features_cast_ptr, weight_ptr, bias_ptr, local_cast_ptr, partial_sq_norms_ptr, memory_ptr, labels_ptr,
+    saved_logits_ptr, inv_norm_ptr, row_max_ptr, argmax_ptr, sums_ptr, label_logit_ptr,
+    batch, classes, channels, feature_channels, parts, first_class, weight_stride_0, memory_stride_0,
+    features_cast_stride_0, features_cast_stride_1, local_cast_stride_0, local_cast_stride_1, local_cast_stride_2,
+    partial_sq_norms_stride_1, saved_logits_stride_0, saved_logits_stride_1, partial_row,
     STRIPES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_PARTS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """One program for BLOCK_N classes x BLOCK_B samples; tiles of the same classes are neighbours, so that L2 serves
     classifier and memory.
 
-    feature_operand (B, C) and operand (B, n, C'), any strides, and memory (n, N, C'), in one dtype; weight (N, C), C
-    contiguous, any dtype; bias (N,) or None; squares (n, parts, squares_row) float32; labels (B,), any integer.
-    Results. kept (n+1, kept_rows, kept_row) float32, unless None: logits, then each stripe's scores, of no
-    meaning beyond B. Unless highest is
-    None: scale (n, B) float32, 1 / max(||f_i||, 1e-12); target (B,) float32, the label's revised logit, where the label
-    is first_class and one of the N that follow; and for each tile of classes highest and winner (tiles, n+1,
-    partial_row), of the revised logits and of each stripe's scores, winner counted from first_class, int32; sums
-    (tiles, 2, partial_row) float32: sum of exp(revised - highest), sum of the revised logits.
+    features_cast_ptr: (B, C), any strides, in the memory's dtype
+    weight_ptr: (N, C), C contiguous, any dtype
+    bias_ptr: (N,) or None
+    local_cast_ptr: (B, n, C'), any strides, in the memory's dtype
+    partial_sq_norms_ptr: (n, parts, at least B) float32
+    memory_ptr: (n, N, C'), a class contiguous
+    labels_ptr: (B,), any integer
+    Result, unless None:
+    saved_logits_ptr: (n+1, N, at least B) float32, logits, then each stripe's scores; of no meaning beyond B
+    Results, all None or none:
+    inv_norm_ptr: (n, B) float32, 1 / max(||f_i||, 1e-12)
+    row_max_ptr: (class tiles, n+1, partial_row) float32, of the revised logits and of each stripe's scores
+    argmax_ptr: the same, int32, counted from first_class
+    sums_ptr: (class tiles, 2, partial_row) float32, sum of exp(revised - row_max), sum of the revised logits
+    label_logit_ptr: (B,) float32, the label's revised logit, stored where the label is one of these classes
     """
     batch_tiles = tl.cdiv(batch, BLOCK_B)
     class_tile = tl.program_id(0) // batch_tiles
@@ -70,304 +71,260 @@ def cross_entropy_kernel(
     class_mask = identity < classes
     identity_wide = identity.to(tl.int64)[:, None]
     mask = class_mask[:, None] & sample_mask[None, :]
-    kept_mask = class_mask[:, None] & (sample < kept_row)[None, :]
-    kept_offsets = identity_wide * kept_row + sample[None, :]
-    kept_stride = tl.cast(kept_rows, tl.int64) * kept_row
+    saved_mask = class_mask[:, None] & (sample < saved_logits_stride_1)[None, :]
+    saved_offsets = identity_wide * saved_logits_stride_1 + sample[None, :]
+    saved_stride = tl.cast(saved_logits_stride_0, tl.int64)
     partial = tl.cast(class_tile, tl.int64) * (STRIPES + 1) * partial_row
     log_weight = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
     for stripe in range(STRIPES):
         score = multiply(
-            memory_pointer + tl.cast(stripe, tl.int64) * memory_stride_i + identity_wide * channels,
-            operand_pointer + tl.cast(stripe, tl.int64) * operand_stride_i + sample[None, :] * operand_stride_b,
-            class_mask, sample_mask, channels, operand_stride_c, tl.zeros([BLOCK_N, BLOCK_B], tl.float32),
+            memory_ptr + tl.cast(stripe, tl.int64) * memory_stride_0 + identity_wide * channels,
+            local_cast_ptr + tl.cast(stripe, tl.int64) * local_cast_stride_1 + sample[None, :] * local_cast_stride_0,
+            class_mask, sample_mask, channels, local_cast_stride_2, tl.zeros([BLOCK_N, BLOCK_B], tl.float32),
             PRECISION, BLOCK_K,
         )  # fmt: skip
-        squares = sum_parts(squares_pointer, squares_row, sample, sample_mask, stripe, parts, BLOCK_B, BLOCK_PARTS)
-        scale = 1.0 / tl.maximum(tl.sqrt_rn(squares), NORM_EPS)
-        score *= scale[None, :]
-        if kept_pointer is not None:
-            tl.store(kept_pointer + (stripe + 1) * kept_stride + kept_offsets, score, mask=kept_mask)
-        if highest_pointer is not None:
-            tl.store(scale_pointer + stripe * batch + sample, scale, mask=sample_mask & (class_tile == 0))
+        sq_norms = sum_parts(
+            partial_sq_norms_ptr, partial_sq_norms_stride_1, sample, sample_mask, stripe, parts, BLOCK_B, BLOCK_PARTS
+        )
+        inv_norm = 1.0 / tl.maximum(tl.sqrt_rn(sq_norms), NORM_EPS)
+        score *= inv_norm[None, :]
+        if saved_logits_ptr is not None:
+            tl.store(saved_logits_ptr + (stripe + 1) * saved_stride + saved_offsets, score, mask=saved_mask)
+        if row_max_ptr is not None:
+            if class_tile == 0:
+                tl.store(inv_norm_ptr + stripe * batch + sample, inv_norm, mask=sample_mask)
             row = partial + (stripe + 1) * partial_row
-            store_best(highest_pointer, winner_pointer, row, score, identity, class_mask, sample, sample_mask, FAR)
+            store_best(row_max_ptr, argmax_ptr, row, score, identity, class_mask, sample, sample_mask, FAR)
         log_weight += log_sigmoid(score)
     logit = multiply(
-        weight_pointer + identity_wide * weight_stride_k, feature_operand_pointer + sample[None, :] * features_stride_b,
-        class_mask, sample_mask, feature_channels, features_stride_c,
+        weight_ptr + identity_wide * weight_stride_0, features_cast_ptr + sample[None, :] * features_cast_stride_0,
+        class_mask, sample_mask, feature_channels, features_cast_stride_1,
         tl.zeros([BLOCK_N, BLOCK_B], tl.float32), PRECISION, BLOCK_W,
     )  # fmt: skip
-    if bias_pointer is not None:
-        logit += tl.load(bias_pointer + identity, mask=class_mask, other=0.0).to(tl.float32)[:, None]
-    if kept_pointer is not None:
-        tl.store(kept_pointer + kept_offsets, logit, mask=kept_mask)
-    if highest_pointer is not None:
+    if bias_ptr is not None:
+        logit += tl.load(bias_ptr + identity, mask=class_mask, other=0.0).to(tl.float32)[:, None]
+    if saved_logits_ptr is not None:
+        tl.store(saved_logits_ptr + saved_offsets, logit, mask=saved_mask)
+    if row_max_ptr is not None:
         revised = product(logit, tl.exp(log_weight / STRIPES))
-        highest = store_best(
-            highest_pointer, winner_pointer, partial, revised, identity, class_mask, sample, sample_mask, FAR
-        )
-        exponential = tl.where(class_mask[:, None], tl.exp(revised - highest[None, :]), 0.0)
+        row_max = store_best(row_max_ptr, argmax_ptr, partial, revised, identity, class_mask, sample, sample_mask, FAR)
+        exponential = tl.where(class_mask[:, None], tl.exp(revised - row_max[None, :]), 0.0)
         row = tl.cast(class_tile, tl.int64) * 2 * partial_row
-        tl.store(sums_pointer + row + sample, tl.sum(exponential, axis=0), mask=sample_mask)
-        total = tl.sum(tl.where(class_mask[:, None], revised, 0.0), axis=0)
-        tl.store(sums_pointer + row + partial_row + sample, total, mask=sample_mask)
-        label = tl.load(labels_pointer + sample, mask=sample_mask, other=0).to(tl.int64) - first_class
+        tl.store(sums_ptr + row + sample, tl.sum(exponential, axis=0), mask=sample_mask)
+        sum_logits = tl.sum(tl.where(class_mask[:, None], revised, 0.0), axis=0)
+        tl.store(sums_ptr + row + partial_row + sample, sum_logits, mask=sample_mask)
+        label = tl.load(labels_ptr + sample, mask=sample_mask, other=0).to(tl.int64) - first_class
         is_label = mask & (identity_wide == label[None, :])
-        target = tl.broadcast_to(target_pointer + sample[None, :], [BLOCK_N, BLOCK_B])
-        tl.store(target, revised, mask=is_label)
+        label_logit = tl.broadcast_to(label_logit_ptr + sample[None, :], [BLOCK_N, BLOCK_B])
+        tl.store(label_logit, revised, mask=is_label)
 
 
 @jit
-def combine_kernel(
-    highest_pointer, winner_pointer, sums_pointer, target_pointer, labels_pointer,
-    all_highest_pointer, all_winner_pointer, all_sums_pointer, all_target_pointer,
-    loss_pointer, log_sum_pointer, correct_pointer, stripe_correct_pointer,
-    batch, classes, tiles, first_class, all_classes, partial_row, label_smoothing,
+def reduce_tiles_kernel(
+    row_max_ptr, argmax_ptr, sums_ptr, label_logit_ptr, labels_ptr,
+    all_row_max_ptr, all_argmax_ptr, all_sums_ptr, all_label_logit_ptr,
+    loss_ptr, lse_ptr, correct_ptr, stripe_correct_ptr,
+    batch, classes, tiles, first_class, all_classes, row_max_stride_1, label_smoothing,
     STRIPES: tl.constexpr, EARLIER: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """One program for BLOCK_B samples of one classifier: 0 is the global one, i + 1 that of stripe i.
 
-    Reads what cross_entropy_kernel stored for the tiles of `classes` classes from first_class on and, if EARLIER, what
-    this kernel stored for those before them.
-    With loss not None: loss and log_sum, the logarithm of the sum of exponentials (B,) float32; correct (B,) and
-    stripe_correct (B, n) bool; a label that is none of all_classes gives a NaN loss. Else all_highest (n+1, B) float32; all_winner
-    (n+1, B) int64, counted from class 0; all_sums (2, B); all_target (B,), 0 where the label is none of the classes
-    gone over.
+    row_max_ptr, argmax_ptr, sums_ptr, label_logit_ptr: what cross_entropy_kernel stored for the tiles of `classes`
+        classes from first_class on
+    labels_ptr: (B,), any integer
+    Results, and read for the classes before these if EARLIER; None if loss_ptr is not, and there are none before:
+    all_row_max_ptr: (n+1, B) float32
+    all_argmax_ptr: (n+1, B) int64, counted from class 0
+    all_sums_ptr: (2, B) float32
+    all_label_logit_ptr: (B,) float32, 0 where the label is none of the classes gone over
+    Results after the last classes, in place of the former, or None:
+    loss_ptr, lse_ptr: (B,) float32; the loss is NaN for a label that is none of all_classes
+    correct_ptr: (B,) bool
+    stripe_correct_ptr: (B, n) bool
     """
     classifier = tl.program_id(0) % (STRIPES + 1)
     sample = (tl.program_id(0) // (STRIPES + 1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     sample_mask = sample < batch
-    label = tl.load(labels_pointer + sample, mask=sample_mask, other=0).to(tl.int64)
+    label = tl.load(labels_ptr + sample, mask=sample_mask, other=0).to(tl.int64)
     is_here = sample_mask & (label >= first_class) & (label < first_class + classes)
-    target = tl.load(target_pointer + sample, mask=is_here, other=0.0)
-    highest = tl.full([BLOCK_B], -float("inf"), tl.float32)
-    winner = tl.full([BLOCK_B], FAR, tl.int64)
-    exponentials = tl.zeros([BLOCK_B], tl.float32)
-    total = tl.zeros([BLOCK_B], tl.float32)
+    label_logit = tl.load(label_logit_ptr + sample, mask=is_here, other=0.0)
+    row_max = tl.full([BLOCK_B], -float("inf"), tl.float32)
+    argmax = tl.full([BLOCK_B], FAR, tl.int64)
+    sum_exp = tl.zeros([BLOCK_B], tl.float32)
+    sum_logits = tl.zeros([BLOCK_B], tl.float32)
     if EARLIER:
-        highest = tl.load(all_highest_pointer + classifier * batch + sample, mask=sample_mask, other=0.0)
-        winner = tl.load(all_winner_pointer + classifier * batch + sample, mask=sample_mask, other=0)
-        # the global classifier's program stores these, meanwhile: no other may read them
-        is_mine = sample_mask & (classifier == 0)
-        exponentials = tl.load(all_sums_pointer + sample, mask=is_mine, other=0.0)
-        total = tl.load(all_sums_pointer + batch + sample, mask=is_mine, other=0.0)
-        target = tl.load(all_target_pointer + sample, mask=is_mine & (is_here == 0), other=0.0) + target
+        row_max = tl.load(all_row_max_ptr + classifier * batch + sample, mask=sample_mask, other=0.0)
+        argmax = tl.load(all_argmax_ptr + classifier * batch + sample, mask=sample_mask, other=0)
+        if classifier == 0:  # the global classifier's program stores these, meanwhile: no other may read them
+            sum_exp = tl.load(all_sums_ptr + sample, mask=sample_mask, other=0.0)
+            sum_logits = tl.load(all_sums_ptr + batch + sample, mask=sample_mask, other=0.0)
+            before = tl.load(all_label_logit_ptr + sample, mask=sample_mask & (is_here == 0), other=0.0)
+            label_logit = before + label_logit
     for start in range(0, tiles, BLOCK_T):
         tile = (start + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
         mask = (tile < tiles) & sample_mask[None, :]
-        offsets = (tile * (STRIPES + 1) + classifier) * partial_row + sample[None, :]
-        tile_highest = tl.load(highest_pointer + offsets, mask=mask, other=-float("inf"))
-        tile_highest = tl.where(sample_mask[None, :], tile_highest, 0.0)  # so that nothing beyond the batch is NaN
-        tile_winner = tl.load(winner_pointer + offsets, mask=mask, other=FAR)
-        most = tl.max(tile_highest, axis=0)
-        best = tl.min(tl.where(tile_highest == most[None, :], tile_winner, FAR), axis=0)
+        offsets = (tile * (STRIPES + 1) + classifier) * row_max_stride_1 + sample[None, :]
+        tile_max = tl.load(row_max_ptr + offsets, mask=mask, other=-float("inf"))
+        tile_max = tl.where(sample_mask[None, :], tile_max, 0.0)  # so that nothing beyond the batch is NaN
+        tile_argmax = tl.load(argmax_ptr + offsets, mask=mask, other=FAR)
+        most = tl.max(tile_max, axis=0)
+        best = tl.min(tl.where(tile_max == most[None, :], tile_argmax, FAR), axis=0)
         # the earlier one where they are equal: it is the lower
-        winner = tl.where(most > highest, best.to(tl.int64) + first_class, winner)
-        new_highest = tl.maximum(most, highest)
+        argmax = tl.where(most > row_max, best.to(tl.int64) + first_class, argmax)
+        new_max = tl.maximum(most, row_max)
         if classifier == 0:
-            offsets = tile * 2 * partial_row + sample[None, :]
-            parts = tl.load(sums_pointer + offsets, mask=mask, other=0.0)
-            scaled = product(parts, tl.exp(tile_highest - new_highest[None, :]))
-            exponentials = exponentials * tl.exp(highest - new_highest) + tl.sum(scaled, axis=0)
-            total += tl.sum(tl.load(sums_pointer + partial_row + offsets, mask=mask, other=0.0), axis=0)
-        highest = new_highest
-    if loss_pointer is not None:
+            offsets = tile * 2 * row_max_stride_1 + sample[None, :]
+            parts = tl.load(sums_ptr + offsets, mask=mask, other=0.0)
+            scaled = product(parts, tl.exp(tile_max - new_max[None, :]))
+            sum_exp = sum_exp * tl.exp(row_max - new_max) + tl.sum(scaled, axis=0)
+            sum_logits += tl.sum(tl.load(sums_ptr + row_max_stride_1 + offsets, mask=mask, other=0.0), axis=0)
+        row_max = new_max
+    if loss_ptr is not None:
         is_valid = (label >= 0) & (label < all_classes)
-        correct = is_valid & (winner == label)
+        correct = is_valid & (argmax == label)
         if classifier == 0:
-            log_sum = highest + tl.log(tl.where(sample_mask, exponentials, 1.0))
-            loss = log_sum - (1.0 - label_smoothing) * target - label_smoothing * (total / all_classes)
-            tl.store(loss_pointer + sample, tl.where(is_valid, loss, float("nan")), mask=sample_mask)
-            tl.store(log_sum_pointer + sample, log_sum, mask=sample_mask)
-            tl.store(correct_pointer + sample, correct, mask=sample_mask)
+            lse = row_max + tl.log(tl.where(sample_mask, sum_exp, 1.0))
+            loss = lse - (1.0 - label_smoothing) * label_logit - label_smoothing * (sum_logits / all_classes)
+            tl.store(loss_ptr + sample, tl.where(is_valid, loss, float("nan")), mask=sample_mask)
+            tl.store(lse_ptr + sample, lse, mask=sample_mask)
+            tl.store(correct_ptr + sample, correct, mask=sample_mask)
         else:
-            tl.store(stripe_correct_pointer + sample * STRIPES + (classifier - 1), correct, mask=sample_mask)
+            tl.store(stripe_correct_ptr + sample * STRIPES + (classifier - 1), correct, mask=sample_mask)
     else:
         row = classifier * batch + sample
-        tl.store(all_highest_pointer + row, highest, mask=sample_mask)
-        tl.store(all_winner_pointer + row, winner, mask=sample_mask)
+        tl.store(all_row_max_ptr + row, row_max, mask=sample_mask)
+        tl.store(all_argmax_ptr + row, argmax, mask=sample_mask)
         if classifier == 0:
-            tl.store(all_sums_pointer + sample, exponentials, mask=sample_mask)
-            tl.store(all_sums_pointer + batch + sample, total, mask=sample_mask)
-            tl.store(all_target_pointer + sample, target, mask=sample_mask)
+            tl.store(all_sums_ptr + sample, sum_exp, mask=sample_mask)
+            tl.store(all_sums_ptr + batch + sample, sum_logits, mask=sample_mask)
+            tl.store(all_label_logit_ptr + sample, label_logit, mask=sample_mask)
 
 
 class Partials(NamedTuple):
     """Each tile's statistics, as cross_entropy_kernel stores them."""
 
-    highest: Tensor  # (tiles, n+1, at least B) float32
-    winner: Tensor  # the same, int32
+    row_max: Tensor  # (tiles, n+1, at least B) float32
+    argmax: Tensor  # the same, int32
     sums: Tensor  # (tiles, 2, at least B) float32
-    target: Tensor  # (B,) float32, only where the label is here
+    label_logit: Tensor  # (B,) float32, only where the label is here
 
 
 def launch_cross_entropy(
-    feature_operand: Tensor, weight: Tensor, bias: Tensor | None, operand: Tensor, squares: Tensor, memory: Tensor,
-    labels: Tensor, first_class: int, kept: Tensor | None, scale: Tensor | None,
-) -> Partials | None:  # fmt: skip
-    """Fills kept (n+1, N, at least B) unless None; with scale (n, B), fills that too and returns the statistics."""
-    batch, stripes, channels = operand.shape
-    classes, parts = memory.shape[1], squares.shape[1]
-    target = current_target(operand)
-    chosen = cross_entropy_configuration(target, memory.dtype, batch, classes)
-    tiles, row = cdiv(classes, chosen.blocks["BLOCK_N"]), score_row(batch)
+    inputs: Inputs, casts: Casts, saved_logits: Tensor | None, inv_norm: Tensor | None
+) -> Partials | None:
+    """Fills saved_logits (n+1, rows, at least B) unless None; with inv_norm (n, B), fills it and returns statistics."""
+    batch, stripes, classes = inputs.sizes
+    weight, memory = inputs.weight, inputs.memory
+    parts, row = casts.partial_sq_norms.shape[1], score_row(batch)
+    target = current_target(memory)
+    tiles = scores_tiles(target, memory.dtype, batch, classes)
+    class_tiles = cdiv(classes, tiles["BLOCK_N"])
     partials = None
-    if scale is not None:
-        highest = operand.new_empty(tiles, stripes + 1, row, dtype=torch.float32)
-        sums = operand.new_empty(tiles, 2, row, dtype=torch.float32)
-        target_logit = operand.new_empty(batch, dtype=torch.float32)
-        partials = Partials(highest, torch.empty_like(highest, dtype=torch.int32), sums, target_logit)
-    args = {
-        "feature_operand_pointer": feature_operand,
-        "weight_pointer": weight,
-        "bias_pointer": bias,
-        "operand_pointer": operand,
-        "squares_pointer": squares,
-        "memory_pointer": memory,
-        "labels_pointer": labels,
-        "kept_pointer": kept,
-        "scale_pointer": scale,
-        "highest_pointer": partials and partials.highest,
-        "winner_pointer": partials and partials.winner,
-        "sums_pointer": partials and partials.sums,
-        "target_pointer": partials and partials.target,
-        "batch": batch,
-        "classes": classes,
-        "channels": channels,
-        "feature_channels": weight.shape[1],
-        "parts": parts,
-        "first_class": first_class,
-        "weight_stride_k": weight.stride(0),
-        "memory_stride_i": memory.stride(0),
-        "features_stride_b": feature_operand.stride(0),
-        "features_stride_c": feature_operand.stride(1),
-        "operand_stride_b": operand.stride(0),
-        "operand_stride_i": operand.stride(1),
-        "operand_stride_c": operand.stride(2),
-        "squares_row": squares.shape[2],
-        "kept_rows": 0 if kept is None else kept.shape[1],
-        "kept_row": 0 if kept is None else kept.shape[2],
-        "partial_row": row,
-    }
-    constants = {
-        "STRIPES": stripes,
-        "PRECISION": float32_precision(target),
-        "BLOCK_PARTS": min(MAX_PARTS, next_power_of_2(parts)),
-        **chosen.blocks,
+    if inv_norm is not None:
+        row_max = inv_norm.new_empty(class_tiles, stripes + 1, row)
+        sums, label_logit = inv_norm.new_empty(class_tiles, 2, row), inv_norm.new_empty(batch)
+        partials = Partials(row_max, torch.empty_like(row_max, dtype=torch.int32), sums, label_logit)
+    launch(
+        cross_entropy_kernel,
+        cdiv(batch, tiles["BLOCK_B"]) * class_tiles,
+        tiles,
+        {
+            "features_cast": casts.features,
+            "weight": weight,
+            "bias": inputs.bias,
+            "local_cast": casts.local,
+            "partial_sq_norms": casts.partial_sq_norms,
+            "memory": memory,
+            "labels": inputs.labels,
+            "saved_logits": saved_logits,
+            "inv_norm": inv_norm,
+            **(partials._asdict() if partials else dict.fromkeys(Partials._fields)),
+        },
+        batch=batch,
+        classes=classes,
+        channels=memory.shape[2],
+        feature_channels=weight.shape[1],
+        parts=parts,
+        first_class=inputs.first_class,
+        partial_row=row,
+        STRIPES=stripes,
+        PRECISION=float32_precision(target),
+        BLOCK_PARTS=block_of_parts(parts),
         # Float32 tiles of the shape of 16-bit ones would be loaded like these, eight numbers for each lane, and then
         # each request uses half of its sectors.
-        "BLOCK_W": chosen.blocks["BLOCK_K"] // (2 if weight.itemsize > memory.itemsize else 1),
-        "FAR": FAR,
-    }
-    grid = (cdiv(batch, chosen.blocks["BLOCK_B"]) * tiles,)
-    launch(cross_entropy_kernel, grid, args, constants, chosen.options)
+        BLOCK_W=tiles["BLOCK_K"] // (2 if weight.itemsize > memory.itemsize else 1),
+        FAR=FAR,
+    )
     return partials
 
 
-def launch_combine(
-    partials: Partials, labels: Tensor, first_class: int, classes: int, all_classes: int, earlier: bool,
-    results: dict[str, Tensor | float],
+def launch_reduce_tiles(
+    partials: Partials, inputs: Inputs, statistics: Statistics | None, loss: Loss | None, is_first: bool,
+    label_smoothing: float,
 ) -> None:  # fmt: skip
-    """Fills the results that are given, by the names of combine_kernel's arguments."""
-    tiles, classifiers, row = partials.highest.shape
-    names = (
-        *("all_highest_pointer", "all_winner_pointer", "all_sums_pointer", "all_target_pointer"),
-        *("loss_pointer", "log_sum_pointer", "correct_pointer", "stripe_correct_pointer"),
+    """Fills the loss or, if that is None, the statistics, which have those of the classes before unless it is_first."""
+    batch, stripes, classes = inputs.sizes
+    known = statistics._asdict() if statistics else dict.fromkeys(Statistics._fields)
+    launch(
+        reduce_tiles_kernel,
+        cdiv(batch, REDUCE_TILES["BLOCK_B"]) * (stripes + 1),
+        REDUCE_TILES,
+        {
+            **partials._asdict(),
+            "labels": inputs.labels,
+            **{f"all_{name}": tensor for name, tensor in known.items()},
+            **(loss._asdict() if loss else dict.fromkeys(Loss._fields)),
+        },
+        batch=batch,
+        classes=classes,
+        tiles=len(partials.row_max),
+        first_class=inputs.first_class,
+        all_classes=inputs.all_classes,
+        label_smoothing=label_smoothing,
+        STRIPES=stripes,
+        EARLIER=not is_first,
+        FAR=FAR,
     )
-    args = {
-        **{f"{name}_pointer": tensor for name, tensor in partials._asdict().items()},
-        "labels_pointer": labels,
-        **dict.fromkeys(names),
-        "batch": len(labels),
-        "classes": classes,
-        "tiles": tiles,
-        "first_class": first_class,
-        "all_classes": all_classes,
-        "partial_row": row,
-        "label_smoothing": 0.0,
-        **results,
-    }
-    constants = {"STRIPES": classifiers - 1, "EARLIER": earlier, **COMBINE.blocks, "FAR": FAR}
-    grid = (cdiv(len(labels), COMBINE.blocks["BLOCK_B"]) * classifiers,)
-    launch(combine_kernel, grid, args, constants, COMBINE.options)
+
+
+def empty_statistics(features: Tensor, stripes: int) -> Statistics:
+    """Where reduce_tiles_kernel stores statistics."""
+    row_max = features.new_empty(stripes + 1, len(features), dtype=torch.float32)
+    argmax = torch.empty_like(row_max, dtype=torch.int64)
+    return Statistics(row_max, argmax, torch.empty_like(row_max[:2]), torch.empty_like(row_max[0]))
 
 
 def launch_chunks(
-    features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor, labels: Tensor, bias: Tensor | None,
-    first_class: int, statistics: dict[str, Tensor], results: dict[str, Tensor | float],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Goes over the classes, all at once if their logits are kept, and fills the results, with names as for
-    launch_combine; `statistics` takes what is known before the last chunk.
+    inputs: Inputs, loss: Loss | None, label_smoothing: float
+) -> tuple[Statistics | None, Tensor, Tensor]:
+    """Goes over the classes, all at once if their logits are kept, and fills the loss unless it is None.
 
-    Returns kept (n+1, N, at least B), or (n+1, 0, ...) if it is not kept, and scale (n, B).
+    Returns the statistics of all classes, if there is no loss, saved_logits and inv_norm as in `Saved`.
     """
-    stripes, classes, _ = memory.shape
-    batch = len(features)
-    labels, weight = labels.contiguous(), weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    operand, squares, feature_operand = prepare(local_features, memory, features)
+    batch, stripes, classes = inputs.sizes
+    inputs = inputs.contiguous()
+    casts = cast_and_norm(inputs.local_features, inputs.memory, inputs.features)
     rows = classes if logits_are_kept(batch, stripes, classes) else 0
-    kept = features.new_empty(stripes + 1, rows, score_row(batch), dtype=torch.float32)
-    scale = features.new_empty(stripes, batch, dtype=torch.float32)
+    saved_logits = inputs.features.new_empty(stripes + 1, rows, score_row(batch), dtype=torch.float32)
+    inv_norm = inputs.features.new_empty(stripes, batch, dtype=torch.float32)
     chunk = classes if rows else chunk_of_statistics(batch, stripes, classes)
+    statistics = None if loss and chunk >= classes else empty_statistics(inputs.features, stripes)
     for start in range(0, classes, chunk):
-        part = slice(start, min(start + chunk, classes))
-        first, is_last = first_class + start, part.stop == classes
-        partials = launch_cross_entropy(
-            feature_operand,
-            weight[part],
-            None if bias is None else bias[part],
-            operand,
-            squares,
-            memory[:, part],
-            labels,
-            first,
-            kept if rows else None,
-            scale,
-        )
-        known = results if is_last and chunk >= classes else statistics | (results if is_last else {})
-        launch_combine(partials, labels, first, part.stop - start, classes, start > 0, known)
-    return kept, scale
+        end = min(start + chunk, classes)
+        part = inputs.rows(slice(start, end))
+        partials = launch_cross_entropy(part, casts, saved_logits if rows else None, inv_norm)
+        launch_reduce_tiles(partials, part, statistics, loss if end == classes else None, start == 0, label_smoothing)
+    return statistics, saved_logits, inv_norm
 
 
-def empty_statistics(features: Tensor, stripes: int) -> dict[str, Tensor]:
-    """Where combine_kernel stores statistics."""
-    highest = features.new_empty(stripes + 1, len(features), dtype=torch.float32)
-    return {
-        "all_highest_pointer": highest,
-        "all_winner_pointer": torch.empty_like(highest, dtype=torch.int64),
-        "all_sums_pointer": torch.empty_like(highest[:2]),
-        "all_target_pointer": torch.empty_like(highest[0]),
-    }
+def launch_forward(inputs: Inputs, label_smoothing: float) -> tuple[Loss, Tensor, Tensor]:
+    """The loss of all classes, saved_logits and inv_norm as in `Saved`."""
+    loss = inputs.features.new_empty(len(inputs.features), dtype=torch.float32)
+    correct = torch.empty_like(loss, dtype=torch.bool)
+    results = Loss(loss, torch.empty_like(loss), correct, correct.new_empty(inputs.local_features.shape[:2]))
+    return results, *launch_chunks(inputs, results, label_smoothing)[1:]
 
 
-def launch_forward(
-    features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor, labels: Tensor, bias: Tensor | None,
-    label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """loss and log_sum (B,), correct (B,) and stripe_correct (B, n) bool, kept and scale as launch_chunks has them."""
-    loss = features.new_empty(len(features), dtype=torch.float32)
-    log_sum, correct = torch.empty_like(loss), torch.empty_like(loss, dtype=torch.bool)
-    stripe_correct = correct.new_empty(local_features.shape[:2])
-    results = {
-        "loss_pointer": loss,
-        "log_sum_pointer": log_sum,
-        "correct_pointer": correct,
-        "stripe_correct_pointer": stripe_correct,
-        "label_smoothing": label_smoothing,
-    }
-    statistics = empty_statistics(features, len(memory))
-    kept, scale = launch_chunks(features, weight, local_features, memory, labels, bias, 0, statistics, results)
-    return loss, log_sum, correct, stripe_correct, kept, scale
-
-
-def launch_statistics(
-    features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor, labels: Tensor, bias: Tensor | None,
-    first_class: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """highest and winner (n+1, B), sums (2, B), target (B,), kept and scale as launch_chunks has them."""
-    statistics = empty_statistics(features, len(memory))
-    kept, scale = launch_chunks(
-        features, weight, local_features, memory, labels, bias, first_class, statistics, statistics
-    )
-    return *statistics.values(), kept, scale
+def launch_statistics(inputs: Inputs) -> tuple[Statistics, Tensor, Tensor]:
+    """The statistics of the rows' classes, saved_logits and inv_norm as in `Saved`."""
+    return launch_chunks(inputs, None, 0.0)

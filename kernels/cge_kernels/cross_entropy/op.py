@@ -1,18 +1,19 @@
 """Cross entropy of the revised logits, straight from features and classifier: no (B, N) tensor.
 
-Forward   p = f W^T + b;  s_i, w and p^ = p * w as in revise_logits.py, in tiles of classes whose statistics alone are
-          stored: max, sum of exp(p^ - max), sum of p^, arg max, and each stripe's arg max; log_sum = max + log sum.
-          loss = log_sum - (1 - e) p^[label] - e/N sum_k p^[k].
-Backward  dp^ = g (exp(p^ - log_sum) - e/N - (1 - e) onehot);  dp = dp^ w;  ds_i = dp^ p^ (1 - sigmoid(s_i)) / n;
+Forward   p = f W^T + b;  s_i, w and p^ = p * w as in revise_logits/op.py, in tiles of classes whose statistics alone
+          are stored: max, sum of exp(p^ - max), sum of p^, arg max, and each stripe's arg max; lse = max + log sum.
+          loss = lse - (1 - e) p^[label] - e/N sum_k p^[k].
+Backward  dp^ = g (exp(p^ - lse) - e/N - (1 - e) onehot);  dp = dp^ w;  ds_i = dp^ p^ (1 - sigmoid(s_i)) / n;
           dW = dp^T f, df = dp W, db = sum of dp, du_i = ds_i M_i, df_i = (du_i - u_i <u_i, du_i>) / ||f_i||.
-Kernels: prepare (see revise_logits.py), cross_entropy, combine, and backwards grad_logits and project, beside library
-matmuls. Half of CGE_SCRATCH_MB is for p and s_i: the forward keeps them if they fit, else the backward computes them
-again, chunk of classes by chunk. The other half is for the gradients of a chunk.
+Kernels: cast_and_norm (see revise_logits), cross_entropy, reduce_tiles, and for the backward grad_logits and
+normalize_backward, beside library matmuls. Half of CGE_SCRATCH_MB is for p and s_i: the forward keeps them if they fit,
+else the backward computes them again, chunk of classes by chunk. The other half is for the gradients of a chunk.
 """
 
 import torch
 from torch import Tensor
 
+from cge_kernels.common.budget import logits_are_kept, score_row
 from cge_kernels.common.checks import (
     accumulation_dtype,
     check_local,
@@ -21,22 +22,13 @@ from cge_kernels.common.checks import (
     require_tensor,
     valid_labels,
 )
-from cge_kernels.common.dispatch import implementation, runs_on_reference
+from cge_kernels.common.dispatch import autocast_off, runs_on_reference, runs_on_triton
 from cge_kernels.common.sharding import ClassShard, has_all_classes, require_equal_lengths
-from cge_kernels.common.tiles import logits_are_kept, score_row
 from cge_kernels.cross_entropy import cpu
 from cge_kernels.cross_entropy.backward import revised_cross_entropy_backward_op
 from cge_kernels.cross_entropy.forward import launch_forward
+from cge_kernels.cross_entropy.inputs import Inputs
 from cge_kernels.cross_entropy.sharded import ShardedCrossEntropy
-
-
-def cpu_forward(
-    features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor, labels: Tensor, bias: Tensor | None,
-    label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """launch_forward on the CPU."""
-    *statistics, kept, scale = cpu.revised_statistics(features, weight, local_features, memory, labels, bias, 0)
-    return *cpu.loss_of_statistics(*statistics, labels, memory.shape[1], label_smoothing), kept, scale
 
 
 @torch.library.custom_op("cge_kernels::revised_cross_entropy", mutates_args=())
@@ -44,10 +36,15 @@ def revised_cross_entropy_op(
     features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor, labels: Tensor, bias: Tensor | None,
     label_smoothing: float, local_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    classes = memory.shape[1]
     if labels.device.type == "cpu":
-        valid_labels(labels, memory.shape[1])
-    run = implementation(launch_forward, cpu_forward, features, weight, local_features, memory)
-    return run(features, weight, local_features, memory, labels, bias, label_smoothing)
+        valid_labels(labels, classes)
+    inputs = Inputs(features, weight, local_features, memory, labels, bias, 0, classes)
+    on_triton = runs_on_triton(features, weight, local_features, memory)
+    run = launch_forward if on_triton else cpu.revised_cross_entropy
+    with autocast_off(features):
+        loss, *saved = run(inputs, label_smoothing)
+    return *loss, *saved
 
 
 @revised_cross_entropy_op.register_fake
@@ -67,10 +64,10 @@ def _(features, weight, local_features, memory, labels, bias, label_smoothing, l
 
 def setup_context(ctx, inputs, output) -> None:
     features, weight, local_features, memory, labels, bias, ctx.label_smoothing, ctx.local_gradient = inputs
-    _, log_sum, correct, stripe_correct, kept, scale = output
+    _, lse, correct, stripe_correct, saved_logits, inv_norm = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(correct, stripe_correct)
-    ctx.save_for_backward(log_sum, features, weight, local_features, memory, labels, bias, kept, scale)
+    ctx.save_for_backward(lse, features, weight, local_features, memory, labels, bias, saved_logits, inv_norm)
 
 
 def backward(ctx, grad, *_):
@@ -101,7 +98,7 @@ def revised_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Label-smoothed cross entropy of (features @ weight.T + bias) * w, with w as in `revise_logits`.
 
-    The target is (1 - e) * onehot + e / N (the paper's equation 5). The operands of both products are cast to the
+    The target is (1 - e) * onehot + e / N (the paper's equation 5). The factors of both products are cast to the
     memory's dtype, and so are the logits' and scores' gradients for the backward's products (a float16 memory wants the
     usual loss scaling); sums and the loss are float32 (float64 if an argument is).
 

@@ -1,42 +1,44 @@
 """revised_cross_entropy where each rank has some of the classes.
 
 Features, local features and labels of all ranks are gathered, each rank goes over its own classes, and what is reduced
-over the ranks are the statistics of each sample's softmax: the highest logit, the sum of exponentials, the sum of
-logits and the label's logit. The backward makes the gradients of the gathered batch from this rank's classes, and
-reduce-scatters them to the ranks whose samples they are.
+over the ranks are the statistics of each sample's softmax: the highest logit and its class, the sum of exponentials,
+the sum of logits and the label's logit. The backward makes the gradients of the gathered batch from this rank's
+classes, and reduce-scatters them to the ranks whose samples they are.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cge_kernels.common.budget import logits_are_kept, score_row
 from cge_kernels.common.checks import accumulation_dtype, valid_labels
-from cge_kernels.common.dispatch import implementation
+from cge_kernels.common.dispatch import autocast_off, runs_on_triton
 from cge_kernels.common.sharding import ClassShard, gather_equal, reduce_to_own
-from cge_kernels.common.tiles import logits_are_kept, score_row
 from cge_kernels.cross_entropy import cpu
 from cge_kernels.cross_entropy.backward import revised_cross_entropy_backward_op
-from cge_kernels.cross_entropy.cpu import loss_of_statistics
 from cge_kernels.cross_entropy.forward import launch_statistics
+from cge_kernels.cross_entropy.inputs import Inputs, Statistics
 
 
 @torch.library.custom_op("cge_kernels::revised_statistics", mutates_args=())
 def revised_statistics_op(
     features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor, labels: Tensor, bias: Tensor | None,
-    first_class: int,
+    first_class: int, all_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """What the ranks of a run reduce where each has some classes, from first_class on; labels are of all classes.
+    """`Statistics` of this rank's classes, which are those from first_class on, and what `Saved` has beside lse.
 
-    Returns highest (n+1, B), of the revised logits and of each stripe's scores; winner (n+1, B) int64, the lowest class
-    that has it; sums (2, B), of exp(revised - highest) and of the revised logits; target (B,), the label's revised
-    logit, 0 where another rank has it; kept and scale, for `revised_cross_entropy_backward_op`. No gradient.
+    No gradient.
     """
-    run = implementation(launch_statistics, cpu.revised_statistics, features, weight, local_features, memory)
-    return run(features, weight, local_features, memory, labels, bias, first_class)
+    inputs = Inputs(features, weight, local_features, memory, labels, bias, first_class, all_classes)
+    on_triton = runs_on_triton(features, weight, local_features, memory)
+    run = launch_statistics if on_triton else cpu.revised_statistics
+    with autocast_off(features):
+        statistics, *saved = run(inputs)
+    return *statistics, *saved
 
 
 @revised_statistics_op.register_fake
-def _(features, weight, local_features, memory, labels, bias, first_class):
+def _(features, weight, local_features, memory, labels, bias, first_class, all_classes):
     batch, stripes, _ = local_features.shape
     dtype = accumulation_dtype(features, weight, local_features, memory)
     rows = memory.shape[1] if logits_are_kept(batch, stripes, memory.shape[1]) else 0
@@ -59,13 +61,13 @@ class ShardedCrossEntropy(torch.autograd.Function):
     ):
         features, local_features, labels = (gather_equal(x, shard.group) for x in (features, local_features, labels))
         valid_labels(labels, shard.classes)
-        *statistics, kept, scale = revised_statistics_op(
-            features, weight, local_features, memory, labels, bias, shard.first
+        *own, saved_logits, inv_norm = revised_statistics_op(
+            features, weight, local_features, memory, labels, bias, shard.first, shard.classes
         )
-        reduced = reduce_statistics(*statistics, shard)
-        loss, log_sum, correct, stripe_correct = loss_of_statistics(*reduced, labels, shard.classes, label_smoothing)
+        statistics = reduce_statistics(Statistics(*own), shard)
+        loss, lse, correct, stripe_correct = cpu.loss_of_statistics(statistics, labels, shard.classes, label_smoothing)
         ctx.settings = label_smoothing, local_gradient, shard
-        ctx.save_for_backward(log_sum, features, weight, local_features, memory, labels, bias, kept, scale)
+        ctx.save_for_backward(lse, features, weight, local_features, memory, labels, bias, saved_logits, inv_norm)
         ctx.mark_non_differentiable(correct, stripe_correct)
         return loss, correct, stripe_correct
 
@@ -83,16 +85,13 @@ class ShardedCrossEntropy(torch.autograd.Function):
         return grad_features, grad_weight, grad_local, None, None, None, None, grad_bias, None
 
 
-def reduce_statistics(
-    highest: Tensor, winner: Tensor, sums: Tensor, target: Tensor, shard: ClassShard
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Statistics over all classes, on every rank, from those of each rank's (`revised_statistics_op`)."""
-    own_highest = highest
-    highest = highest.clone()
-    dist.all_reduce(highest, dist.ReduceOp.MAX, group=shard.group)
-    winner = torch.where(own_highest == highest, winner, shard.classes)  # of ranks that tie the lowest class wins
-    dist.all_reduce(winner, dist.ReduceOp.MIN, group=shard.group)
-    exponentials = sums[0] * (own_highest[0] - highest[0]).exp()
-    summed = torch.stack([exponentials, sums[1], target])
+def reduce_statistics(own: Statistics, shard: ClassShard) -> Statistics:
+    """Statistics over all classes, on every rank, from those of each rank's classes."""
+    row_max = own.row_max.clone()
+    dist.all_reduce(row_max, dist.ReduceOp.MAX, group=shard.group)
+    argmax = torch.where(own.row_max == row_max, own.argmax, shard.classes)  # of ranks that tie the lowest class wins
+    dist.all_reduce(argmax, dist.ReduceOp.MIN, group=shard.group)
+    sum_exp = own.sums[0] * (own.row_max[0] - row_max[0]).exp()
+    summed = torch.stack([sum_exp, own.sums[1], own.label_logit])
     dist.all_reduce(summed, group=shard.group)
-    return highest, winner, summed[:2], summed[2]
+    return Statistics(row_max, argmax, summed[:2], summed[2])

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from cge_kernels.common.budget import scratch_bytes
 from cge_kernels.common.checks import (
     accumulation_dtype,
     check_local,
@@ -10,7 +11,6 @@ from cge_kernels.common.checks import (
     require_shape,
     require_tensor,
 )
-from cge_kernels.common.tiles import scratch_bytes
 
 
 @torch.no_grad()
@@ -38,15 +38,15 @@ def stripe_correct(local_features: Tensor, memory: Tensor, labels: Tensor) -> Te
     stripes, classes, _ = memory.shape
     batch = len(labels)
     dtype = accumulation_dtype(local_features, memory)
-    operand = local_features.to(memory.dtype).to(dtype).transpose(0, 1)
-    best = operand.new_full((stripes, batch), -torch.inf)
-    winner = labels.new_zeros((stripes, batch), dtype=torch.int64)
+    local = local_features.to(memory.dtype).to(dtype).transpose(0, 1)
+    best = local.new_full((stripes, batch), -torch.inf)
+    argmax = labels.new_zeros((stripes, batch), dtype=torch.int64)
     chunk = max(1, scratch_bytes() // (stripes * batch * 4))
     for start in range(0, classes, chunk):
         rows = memory[:, start : start + chunk].to(dtype)
         with torch.autocast(rows.device.type, enabled=False):
-            products = torch.bmm(operand, rows.transpose(1, 2))
-        highest, where = products.max(dim=2)
-        winner = torch.where(highest > best, where + start, winner)
-        best = torch.maximum(best, highest)
-    return labels.unsqueeze(1) == winner.T
+            products = torch.bmm(local, rows.transpose(1, 2))
+        row_max, where = products.max(dim=2)
+        argmax = torch.where(row_max > best, where + start, argmax)
+        best = torch.maximum(best, row_max)
+    return labels.unsqueeze(1) == argmax.T

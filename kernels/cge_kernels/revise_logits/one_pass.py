@@ -1,7 +1,7 @@
 """Pooling, local classification and revision in one launch, from feature map to revised logits.
 
 A persistent grid of at most one program per multiprocessor: its programs pool the map tile by tile (stripe_pool's
-pool_tile), meet at a grid-wide barrier, and revise the logits tile by tile (revise_forward's revise_tile). Between them
+pool_tile), meet at a grid-wide barrier, and revise the logits tile by tile (forward.py's revise_tile). Between them
 lie only the local features and their squared lengths, which the L2 cache holds.
 
 It pays where the logits do not depend on this map's pooling: scoring against given logits, distillation, a classifier
@@ -17,6 +17,7 @@ aborted launch left. The launch is cooperative: the driver refuses a grid that w
 import torch
 from torch import Tensor
 
+from cge_kernels.common.budget import score_row, scores_are_kept
 from cge_kernels.common.checks import (
     accumulation_dtype,
     require_memory,
@@ -25,64 +26,59 @@ from cge_kernels.common.checks import (
     require_tensor,
 )
 from cge_kernels.common.device_functions import jit, tl
-from cge_kernels.common.dispatch import implementation, runs_on_reference
+from cge_kernels.common.dispatch import autocast_off, runs_on_reference, runs_on_triton
 from cge_kernels.common.launch import current_target, float32_precision, launch
-from cge_kernels.common.tiles import (
-    POOL,
-    cdiv,
-    contiguous_axis,
-    next_power_of_2,
-    one_pass_configuration,
-    score_row,
-    scores_are_kept,
-)
+from cge_kernels.common.tiles import POOL, block_of_parts, cdiv, contiguous_axis, one_pass_tiles
 from cge_kernels.revise_logits import cpu
 from cge_kernels.revise_logits.backward import revise_logits_backward_op
-from cge_kernels.revise_logits.forward import MAX_PARTS, revise_tile
+from cge_kernels.revise_logits.forward import revise_tile
 from cge_kernels.stripe_pool import cpu as pool_cpu
 from cge_kernels.stripe_pool.op import check_pooling, stripe_pool_backward_op
-from cge_kernels.stripe_pool.triton import is_flat, pool_tile, strides
+from cge_kernels.stripe_pool.triton import map_constants, pool_tile
 
 
 @jit
-def grid_barrier(counter_pointer):
+def grid_barrier(counter_ptr):
     """Returns when every program of the grid has arrived; what they stored before can then be loaded."""
     tl.debug_barrier()
-    arrived = tl.atomic_add(counter_pointer, 1, sem="acq_rel", scope="gpu") + 1
+    arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") + 1
     while arrived < tl.num_programs(0):
-        arrived = tl.atomic_add(counter_pointer, 0, sem="acquire", scope="gpu")
+        arrived = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
     tl.debug_barrier()
 
 
 @jit
 def one_pass_kernel(
-    map_pointer, p_pointer, eps, local_pointer, converted_pointer, operand_pointer, squares_pointer, counter_pointer,
-    logits_pointer, memory_pointer, revised_pointer, scores_pointer, scale_pointer,
-    batch, channels, stride_b, stride_c, stride_h, stride_w, classes, logits_stride_b, logits_stride_k,
-    squares_row, score_row,
+    map_ptr, p_ptr, eps, local_ptr, converted_ptr, local_cast_ptr, partial_sq_norms_ptr, counter_ptr, logits_ptr,
+    memory_ptr, revised_ptr, scores_ptr, inv_norm_ptr,
+    batch, channels, map_stride_0, map_stride_1, map_stride_2, map_stride_3, classes, logits_stride_0, logits_stride_1,
+    partial_sq_norms_stride_1, scores_stride_1,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIPES: tl.constexpr, FLAT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr, BLOCK_PARTS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Arguments as in pool_tile and revise_tile; converted (B, n, C), the local features in the memory's dtype, is None
-    where that is float32; operand is the one of the two that the matmul reads."""
+    """A persistent grid; pointers as in pool_tile and revise_tile, and
+
+    converted_ptr: (B, n, C), the local features in the memory's dtype; None where that is float32
+    local_cast_ptr: whichever of local_ptr and converted_ptr the matmul reads
+    counter_ptr: (1,) int32, 0
+    """
     channel_tiles = tl.cdiv(channels, BLOCK_C)
     for tile in range(tl.program_id(0), batch * channel_tiles, tl.num_programs(0)):
         pool_tile(
-            map_pointer, p_pointer, eps, None, local_pointer, converted_pointer, squares_pointer,
-            tile // channel_tiles, tile % channel_tiles, channels, channel_tiles, squares_row,
-            stride_b, stride_c, stride_h, stride_w,
+            map_ptr, p_ptr, eps, None, local_ptr, converted_ptr, partial_sq_norms_ptr,
+            tile // channel_tiles, tile % channel_tiles, channels, channel_tiles, partial_sq_norms_stride_1,
+            map_stride_0, map_stride_1, map_stride_2, map_stride_3,
             HEIGHT, WIDTH, STRIPES, FLAT, BLOCK_C, BLOCK_S,
         )  # fmt: skip
-    grid_barrier(counter_pointer)
+    grid_barrier(counter_ptr)
     batch_tiles = tl.cdiv(batch, BLOCK_B)
     for tile in range(tl.program_id(0), batch_tiles * tl.cdiv(classes, BLOCK_N), tl.num_programs(0)):
         revise_tile(
-            logits_pointer, operand_pointer, squares_pointer, memory_pointer,
-            revised_pointer, scores_pointer, scale_pointer,
+            logits_ptr, local_cast_ptr, partial_sq_norms_ptr, memory_ptr, revised_ptr, scores_ptr, inv_norm_ptr,
             tile % batch_tiles, tile // batch_tiles, batch, classes, channels, channel_tiles,
-            logits_stride_b, logits_stride_k, tl.cast(classes, tl.int64) * channels,
-            STRIPES * channels, channels, 1, squares_row, score_row,
+            logits_stride_0, logits_stride_1, tl.cast(classes, tl.int64) * channels,
+            STRIPES * channels, channels, 1, partial_sq_norms_stride_1, scores_stride_1,
             STRIPES, PRECISION, BLOCK_PARTS, BLOCK_B, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
@@ -90,71 +86,66 @@ def one_pass_kernel(
 def launch_forward(
     feature_map: Tensor, logits: Tensor, memory: Tensor, p: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Revised logits (B, N), local features (B, n, C), scores and scale as revise_logits has them."""
-    batch, channels, height, width = feature_map.shape
+    """Revised logits (B, N), local features (B, n, C), scores and inv_norm as revise_logits has them."""
+    batch, channels = feature_map.shape[:2]
     stripes, classes, _ = memory.shape
     target = current_target(feature_map)
-    pool, matmul = POOL[contiguous_axis(feature_map)], one_pass_configuration(target, memory.dtype, batch, classes)
-    channel_tiles = cdiv(channels, pool.blocks["BLOCK_C"])
-    tiles = cdiv(batch, matmul.blocks["BLOCK_B"]) * cdiv(classes, matmul.blocks["BLOCK_N"])
+    pool, matmul = POOL[contiguous_axis(feature_map)], one_pass_tiles(target, memory.dtype, batch, classes)
+    channel_tiles = cdiv(channels, pool["BLOCK_C"])
+    class_tiles = cdiv(batch, matmul["BLOCK_B"]) * cdiv(classes, matmul["BLOCK_N"])
     local_features = feature_map.new_empty(batch, stripes, channels, dtype=torch.float32)
     converted = None if memory.dtype == torch.float32 else torch.empty_like(local_features, dtype=memory.dtype)
-    squares = feature_map.new_empty(stripes, channel_tiles, score_row(batch), dtype=torch.float32)
     revised = torch.empty_like(logits, memory_format=torch.contiguous_format)
     row = score_row(classes) if scores_are_kept(local_features, memory) else 0
     scores = logits.new_empty(stripes, batch, row, dtype=torch.float32)
-    scale = logits.new_empty(stripes, batch, dtype=torch.float32)
-    args = {
-        "map_pointer": feature_map,
-        "p_pointer": p,
-        "eps": eps,
-        "local_pointer": local_features,
-        "converted_pointer": converted,
-        "operand_pointer": local_features if converted is None else converted,
-        "squares_pointer": squares,
-        "counter_pointer": feature_map.new_zeros(1, dtype=torch.int32),
-        "logits_pointer": logits,
-        "memory_pointer": memory,
-        "revised_pointer": revised,
-        "scores_pointer": scores if row else None,
-        "scale_pointer": scale,
-        "batch": batch,
-        "channels": channels,
-        **strides("", feature_map),
-        "classes": classes,
-        "logits_stride_b": logits.stride(0),
-        "logits_stride_k": logits.stride(1),
-        "squares_row": squares.shape[2],
-        "score_row": row,
-    }
-    constants = {
-        **{"HEIGHT": height, "WIDTH": width, "STRIPES": stripes, "FLAT": is_flat(feature_map), **pool.blocks},
-        "PRECISION": float32_precision(target),
-        "BLOCK_PARTS": min(MAX_PARTS, next_power_of_2(channel_tiles)),
-        **matmul.blocks,
-    }
-    programs = min(target.multiprocessors, max(batch * channel_tiles, tiles))
-    options = {**matmul.options, "launch_cooperative_grid": True}
-    launch(one_pass_kernel, (programs,), args, constants, options)
-    return revised, local_features, scores, scale
+    inv_norm = logits.new_empty(stripes, batch, dtype=torch.float32)
+    launch(
+        one_pass_kernel,
+        min(target.multiprocessors, max(batch * channel_tiles, class_tiles)),
+        matmul,
+        {
+            "map": feature_map,
+            "p": p,
+            "local": local_features,
+            "converted": converted,
+            "local_cast": local_features if converted is None else converted,
+            "partial_sq_norms": feature_map.new_empty(stripes, channel_tiles, score_row(batch), dtype=torch.float32),
+            "counter": feature_map.new_zeros(1, dtype=torch.int32),
+            "logits": logits,
+            "memory": memory,
+            "revised": revised,
+            "scores": scores if row else None,
+            "inv_norm": inv_norm,
+        },
+        {"launch_cooperative_grid": True},
+        eps=eps,
+        batch=batch,
+        channels=channels,
+        classes=classes,
+        **map_constants(stripes, feature_map),
+        **pool.blocks,
+        PRECISION=float32_precision(target),
+        BLOCK_PARTS=block_of_parts(channel_tiles),
+    )
+    return revised, local_features, scores, inv_norm
 
 
-def aten_forward(
+def cpu_forward(
     feature_map: Tensor, logits: Tensor, memory: Tensor, p: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same on ATen, where one pass has nothing to gain."""
+    """The same on the CPU, where one pass has nothing to gain."""
     _, local_features = pool_cpu.stripe_pool(feature_map, memory.shape[0], p, eps)
-    revised, scores, scale = cpu.revise_logits(logits, local_features, memory)
-    return revised, local_features, scores, scale
+    revised, scores, inv_norm = cpu.revise_logits(logits, local_features, memory)
+    return revised, local_features, scores, inv_norm
 
 
 @torch.library.custom_op("cge_kernels::revise_logits_one_pass", mutates_args=())
 def one_pass_op(
     feature_map: Tensor, logits: Tensor, memory: Tensor, p: Tensor | None, eps: float, local_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return implementation(launch_forward, aten_forward, feature_map, logits, memory)(
-        feature_map, logits, memory, p, eps
-    )
+    run = launch_forward if runs_on_triton(feature_map, logits, memory) else cpu_forward
+    with autocast_off(feature_map):
+        return run(feature_map, logits, memory, p, eps)
 
 
 @one_pass_op.register_fake
@@ -174,17 +165,17 @@ def _(feature_map, logits, memory, p, eps, local_gradient):
 
 def setup_context(ctx, inputs, output) -> None:
     feature_map, logits, memory, p, ctx.eps, ctx.local_gradient = inputs
-    _, local_features, scores, scale = output
+    _, local_features, scores, inv_norm = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(feature_map, logits, memory, p, local_features, scores, scale)
+    ctx.save_for_backward(feature_map, logits, memory, p, local_features, scores, inv_norm)
 
 
 def backward(ctx, grad, grad_local, _grad_scores, _grad_scale):
-    feature_map, logits, memory, p, local_features, scores, scale = ctx.saved_tensors
+    feature_map, logits, memory, p, local_features, scores, inv_norm = ctx.saved_tensors
     grad_logits, grad_map, grad_p = None, None, None
     if grad is not None:
         grad_logits, grad_revision = revise_logits_backward_op(
-            grad, logits, local_features, memory, scores, scale, ctx.local_gradient
+            grad, logits, local_features, memory, scores, inv_norm, ctx.local_gradient
         )
         if ctx.local_gradient:
             grad_local = grad_revision if grad_local is None else grad_local + grad_revision
@@ -207,7 +198,7 @@ def revise_logits_one_pass(
     """Revised logits straight from the feature map, in one launch: stripe_pool with n = memory.shape[0], revise_logits.
 
     Args:
-        feature_map: (B, C, H, W), float16, bfloat16, float32 or (on ATen) float64, any strides, never copied.
+        feature_map: (B, C, H, W), float16, bfloat16, float32 or, but for Triton, float64; any strides, never copied.
         logits: (B, N), floating.
         memory: (n, N, C), floating, contiguous; only read, and no gradient reaches it.
         p, eps: as in `stripe_pool`.

@@ -4,10 +4,9 @@ Forward   s_i = <f_i, M_i> / max(||f_i||, 1e-12);  log w = mean_i log sigmoid(s_
 Backward  dp = g * w;  ds_i = g * p * w * (1 - sigmoid(s_i)) / n;
           df_i = (ds_i M_i - u_i * <ds_i, s_i>) / ||f_i||, u_i = f_i / ||f_i||: since s_i = <u_i, M_i>, the projection
           <u_i, ds_i M_i> is a sum over classes of numbers that are at hand.
-Kernels: prepare (squared lengths, and the local features in the memory's dtype), revise (matmul, and in its epilogue
-sigmoid, n-th root and revision; a program owns BLOCK_B samples x BLOCK_N classes of all stripes), and backwards
-grad_scores (elementwise) and grad_local (matmul; a program owns BLOCK_B samples x BLOCK_C channels of one stripe).
-The length is not summed beside the dot: the operand would be needed in registers too and leave its swizzled layout.
+Kernels: cast_and_norm (squared lengths, and the local features in the memory's dtype), revise (matmul, and in its
+epilogue sigmoid, n-th root and revision), and for the backward grad_scores (elementwise) and grad_local (matmul).
+The length is not summed beside the dot: the features would be needed in registers too and leave their swizzled layout.
 Saved for the backward: the inputs, 1 / ||f_i|| and, if CGE_SCRATCH_MB has room for them, the scores; else the
 backward computes them again, chunk of classes by chunk, in that room.
 """
@@ -15,15 +14,15 @@ backward computes them again, chunk of classes by chunk, in that room.
 import torch
 from torch import Tensor
 
+from cge_kernels.common.budget import score_row, scores_are_kept
 from cge_kernels.common.checks import (
     accumulation_dtype,
-    require_memory,
+    check_local,
     require_same_device,
     require_shape,
     require_tensor,
 )
-from cge_kernels.common.dispatch import implementation, runs_on_reference
-from cge_kernels.common.tiles import score_row, scores_are_kept
+from cge_kernels.common.dispatch import autocast_off, runs_on_reference, runs_on_triton
 from cge_kernels.revise_logits import cpu
 from cge_kernels.revise_logits.backward import revise_logits_backward_op
 from cge_kernels.revise_logits.forward import launch_forward
@@ -33,9 +32,9 @@ from cge_kernels.revise_logits.forward import launch_forward
 def revise_logits_op(
     logits: Tensor, local_features: Tensor, memory: Tensor, local_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return implementation(launch_forward, cpu.revise_logits, logits, local_features, memory)(
-        logits, local_features, memory
-    )
+    run = launch_forward if runs_on_triton(logits, local_features, memory) else cpu.revise_logits
+    with autocast_off(logits):
+        return run(logits, local_features, memory)
 
 
 @revise_logits_op.register_fake
@@ -52,9 +51,9 @@ def _(logits, local_features, memory, local_gradient):
 
 def setup_context(ctx, inputs, output) -> None:
     logits, local_features, memory, ctx.local_gradient = inputs
-    _, scores, scale = output
+    _, scores, inv_norm = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, local_features, memory, scores, scale)
+    ctx.save_for_backward(logits, local_features, memory, scores, inv_norm)
 
 
 def backward(ctx, grad, _grad_scores, _grad_scale):
@@ -68,23 +67,11 @@ def backward(ctx, grad, _grad_scores, _grad_scale):
 revise_logits_op.register_autograd(backward, setup_context=setup_context)
 
 
-def check_revision(logits: Tensor, local_features: Tensor, memory: Tensor) -> None:
-    """Raises as `revise_logits` says."""
-    require_tensor("logits", logits, "(B, N)")
-    require_tensor("local_features", local_features, "(B, n, C)")
-    require_memory("memory", memory)
-    require_same_device(logits=logits, local_features=local_features, memory=memory)
-    batch, stripes, channels = local_features.shape
-    classes = memory.shape[1]
-    require_shape("memory", memory, (stripes, classes, channels), f"local_features {(batch, stripes, channels)}")
-    require_shape("logits", logits, (batch, classes), f"local_features and memory {tuple(memory.shape)}")
-
-
 def revise_logits(logits: Tensor, local_features: Tensor, memory: Tensor, local_gradient: bool = True) -> Tensor:
     """Multiplies the global logits by what the local classifiers think of each class (the paper's module GLR).
 
     s_i[k] = <f_i, M[i,k]> / max(||f_i||, 1e-12);  w = (prod_i sigmoid(s_i))^(1/n);  revised = logits * w.
-    The operands of the product are cast to the memory's dtype; sums are float32 (float64 if an argument is). float32
+    Both factors of the product are cast to the memory's dtype; sums are float32 (float64 if an argument is). float32
     products follow torch.get_float32_matmul_precision().
 
     Args:
@@ -100,7 +87,11 @@ def revise_logits(logits: Tensor, local_features: Tensor, memory: Tensor, local_
         TypeError: an argument is not a floating tensor.
         ValueError: ranks, shapes or devices do not fit, or the memory is not contiguous.
     """
-    check_revision(logits, local_features, memory)
+    require_tensor("logits", logits, "(B, N)")
+    check_local(local_features, memory)
+    require_same_device(logits=logits, memory=memory)
+    fitting = f"local_features and memory {tuple(memory.shape)}"
+    require_shape("logits", logits, (len(local_features), memory.shape[1]), fitting)
     if runs_on_reference():
         import cge_reference
 

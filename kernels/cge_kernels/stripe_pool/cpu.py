@@ -1,4 +1,4 @@
-"""stripe_pool on ATen.
+"""stripe_pool for the CPU, in cache-sized blocks.
 
 A block of samples and channels goes through all operations before the next one is read, so that only its first read
 and its last write leave the cache. Scratch is allocated once for all blocks.

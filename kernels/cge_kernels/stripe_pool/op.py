@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from cge_kernels.common.checks import accumulation_dtype, require_tensor
-from cge_kernels.common.dispatch import implementation, runs_on_reference
+from cge_kernels.common.dispatch import autocast_off, runs_on_reference, runs_on_triton
 from cge_kernels.stripe_pool import cpu, triton
 
 
 @torch.library.custom_op("cge_kernels::stripe_pool", mutates_args=())
 def stripe_pool_op(feature_map: Tensor, stripes: int, p: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    return implementation(triton.launch_forward, cpu.stripe_pool, feature_map)(feature_map, stripes, p, eps)
+    run = triton.launch_forward if runs_on_triton(feature_map) else cpu.stripe_pool
+    with autocast_off(feature_map):
+        return run(feature_map, stripes, p, eps)
 
 
 @stripe_pool_op.register_fake
@@ -40,9 +42,9 @@ def stripe_pool_backward_op(
     p: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    return implementation(triton.launch_backward, cpu.stripe_pool_backward, feature_map)(
-        grad_global, grad_local, feature_map, global_feature, local_features, p, eps
-    )
+    run = triton.launch_backward if runs_on_triton(feature_map) else cpu.stripe_pool_backward
+    with autocast_off(feature_map):
+        return run(grad_global, grad_local, feature_map, global_feature, local_features, p, eps)
 
 
 @stripe_pool_backward_op.register_fake
@@ -92,7 +94,7 @@ def stripe_pool(
     The local features f_i are the input of the paper's module NLC.
 
     Args:
-        feature_map: (B, C, H, W), float16, bfloat16, float32 or (on ATen) float64, any strides, never copied.
+        feature_map: (B, C, H, W), float16, bfloat16, float32 or, but for Triton, float64; any strides, never copied.
         stripes: n, 1 <= n <= H.
         p: GeM's exponent, a number or a 0-d tensor (which may be learnt); None for average pooling.
         eps: GeM's lower bound of the activations.

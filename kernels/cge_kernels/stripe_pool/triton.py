@@ -1,4 +1,4 @@
-"""The kernels of stripe_pool, and their launches; op.py has the formulas.
+"""The kernels of stripe_pool and their launches; op.py has the formulas.
 
 A program owns one sample and BLOCK_C channels. It walks down the rows: those of one stripe alone, then the row that the
 stripe shares with the next one (where n does not divide H), so that each element is loaded, and its gradient stored,
@@ -60,24 +60,28 @@ def root_of_mean(total, count, p):
 
 @jit
 def pool_tile(
-    map_pointer, p_pointer, eps, global_pointer, local_pointer, operand_pointer, squares_pointer,
-    sample, tile, channels, tiles, squares_row, stride_b, stride_c, stride_h, stride_w,
+    map_ptr, p_ptr, eps, global_ptr, local_ptr, local_cast_ptr, partial_sq_norms_ptr,
+    sample, tile, channels, tiles, partial_row, stride_b, stride_c, stride_h, stride_w,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIPES: tl.constexpr, FLAT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Pools BLOCK_C channels of one sample.
 
-    map (B, C, H, W), any strides; p 0-d float32 or None. Results, each where its pointer is not None: global (B, C),
-    local (B, n, C) float32; operand (B, n, C), the local features in the matmul's dtype; squares (n, tiles,
-    squares_row) float32, this tile's share of each local feature's squared length.
+    map_ptr: (B, C, H, W), any strides
+    p_ptr: 0-d float32; None for average pooling
+    Results; global_ptr, local_cast_ptr and partial_sq_norms_ptr may be None:
+    global_ptr: (B, C) float32
+    local_ptr: (B, n, C) float32
+    local_cast_ptr: (B, n, C), the local features in the matmul's dtype
+    partial_sq_norms_ptr: (n, tiles, partial_row) float32, this tile's share of each local feature's squared length
     """
     p = None
-    if p_pointer is not None:
-        p = tl.load(p_pointer)
+    if p_ptr is not None:
+        p = tl.load(p_ptr)
     channel = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_mask = channel < channels
-    plane = map_pointer + tl.cast(sample, tl.int64) * stride_b + channel.to(tl.int64)[:, None] * stride_c
-    everything = tl.zeros([BLOCK_C], tl.float32)
+    plane = map_ptr + tl.cast(sample, tl.int64) * stride_b + channel.to(tl.int64)[:, None] * stride_c
+    whole_sum = tl.zeros([BLOCK_C], tl.float32)
     shared_with_previous = tl.zeros([BLOCK_C], tl.float32)
     first = 0
     for stripe in range(STRIPES):
@@ -85,77 +89,78 @@ def pool_tile(
         next_top = (stripe + 1) * HEIGHT // STRIPES
         bottom = ((stripe + 1) * HEIGHT + STRIPES - 1) // STRIPES
         own = sum_rows(plane, p, eps, channel_mask, first, next_top, stride_h, stride_w, WIDTH, FLAT, BLOCK_C, BLOCK_S)
-        everything += own
+        whole_sum += own
         own += shared_with_previous
         if HEIGHT % STRIPES != 0:
             shared_with_previous = sum_rows(
                 plane, p, eps, channel_mask, next_top, bottom, stride_h, stride_w, WIDTH, FLAT, BLOCK_C, BLOCK_S
             )
-            everything += shared_with_previous
+            whole_sum += shared_with_previous
             own += shared_with_previous
         feature = root_of_mean(own, (bottom - top) * WIDTH, p)
         row = tl.cast(sample, tl.int64) * STRIPES + stripe
-        tl.store(local_pointer + row * channels + channel, feature, mask=channel_mask)
-        if operand_pointer is not None:
-            tl.store(operand_pointer + row * channels + channel, feature, mask=channel_mask)
-        if squares_pointer is not None:
-            square = tl.sum(tl.where(channel_mask, product(feature, feature), 0.0), axis=0)
-            tl.store(squares_pointer + tl.cast(stripe * tiles + tile, tl.int64) * squares_row + sample, square)
+        tl.store(local_ptr + row * channels + channel, feature, mask=channel_mask)
+        if local_cast_ptr is not None:
+            tl.store(local_cast_ptr + row * channels + channel, feature, mask=channel_mask)
+        if partial_sq_norms_ptr is not None:
+            sq_norm = tl.sum(tl.where(channel_mask, product(feature, feature), 0.0), axis=0)
+            tl.store(partial_sq_norms_ptr + tl.cast(stripe * tiles + tile, tl.int64) * partial_row + sample, sq_norm)
         first = bottom
-    if global_pointer is not None:
-        feature = root_of_mean(everything, HEIGHT * WIDTH, p)
-        tl.store(global_pointer + tl.cast(sample, tl.int64) * channels + channel, feature, mask=channel_mask)
+    if global_ptr is not None:
+        feature = root_of_mean(whole_sum, HEIGHT * WIDTH, p)
+        tl.store(global_ptr + tl.cast(sample, tl.int64) * channels + channel, feature, mask=channel_mask)
 
 
 @jit
 def stripe_pool_kernel(
-    map_pointer, p_pointer, eps, global_pointer, local_pointer,
-    channels, stride_b, stride_c, stride_h, stride_w,
+    map_ptr, p_ptr, eps, global_ptr, local_ptr,
+    channels, map_stride_0, map_stride_1, map_stride_2, map_stride_3,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIPES: tl.constexpr, FLAT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Forward: one program for each sample and BLOCK_C channels; arguments as in pool_tile."""
+    """Forward: one program for each sample and BLOCK_C channels; pointers as in pool_tile."""
     tiles = tl.cdiv(channels, BLOCK_C)
     pool_tile(
-        map_pointer, p_pointer, eps, global_pointer, local_pointer, None, None,
-        tl.program_id(0) // tiles, tl.program_id(0) % tiles, channels, tiles, 0, stride_b, stride_c, stride_h, stride_w,
+        map_ptr, p_ptr, eps, global_ptr, local_ptr, None, None,
+        tl.program_id(0) // tiles, tl.program_id(0) % tiles, channels, tiles, 0,
+        map_stride_0, map_stride_1, map_stride_2, map_stride_3,
         HEIGHT, WIDTH, STRIPES, FLAT, BLOCK_C, BLOCK_S,
     )  # fmt: skip
 
 
 @jit
-def load_feature(gradient_pointer, feature_pointer, offsets, mask, count, p):
+def load_feature(grad_ptr, feature_ptr, offsets, mask, count, p):
     """(BLOCK_C, 1) gradient / count, 0 where the forward clamped the mean, and log2 of the feature (0 for average)."""
-    gradient = tl.zeros_like(offsets).to(tl.float32)
-    log_feature = gradient
-    if gradient_pointer is not None:
-        gradient = tl.load(gradient_pointer + offsets, mask=mask, other=0.0) / count
+    grad = tl.zeros_like(offsets).to(tl.float32)
+    log_feature = grad
+    if grad_ptr is not None:
+        grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0) / count
         if p is not None:
-            log_feature = tl.log2(tl.load(feature_pointer + offsets, mask=mask, other=1.0))
-            gradient = tl.where(p * log_feature <= LOG2_CLAMPED, 0.0, gradient)
-    return gradient[:, None], log_feature[:, None]
+            log_feature = tl.log2(tl.load(feature_ptr + offsets, mask=mask, other=1.0))
+            grad = tl.where(p * log_feature <= LOG2_CLAMPED, 0.0, grad)
+    return grad[:, None], log_feature[:, None]
 
 
 @jit
-def feature_share(gradient, log_feature, log_x, p):
+def feature_share(grad, log_feature, log_x, p):
     """A feature's share of dx, and the same times log2(x / f), for GeM."""
     log_ratio = log_x - log_feature
-    share = gradient * tl.exp2((p - 1.0) * log_ratio)
+    share = grad * tl.exp2((p - 1.0) * log_ratio)
     # 0 * inf where a feature takes no gradient
-    share = tl.where(gradient == 0.0, 0.0, share)
-    return share, tl.where(gradient == 0.0, 0.0, share * log_ratio)
+    share = tl.where(grad == 0.0, 0.0, share)
+    return share, tl.where(grad == 0.0, 0.0, share * log_ratio)
 
 
 @jit
 def write_rows(
-    plane, gradient_plane, p, eps, grad_p, channel_mask, first, end,
-    everything, log_everything, stripe, log_stripe, following, log_following,
-    stride_h, stride_w, gradient_stride_h, gradient_stride_w,
+    plane, grad_plane, p, eps, grad_p, channel_mask, first, end,
+    grad_global, log_global, grad_stripe, log_stripe, grad_next_stripe, log_next_stripe,
+    stride_h, stride_w, grad_stride_h, grad_stride_w,
     WIDTH: tl.constexpr, FLAT: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Stores dx of the rows first..end-1; returns the growing sum of p * dp / ln 2.
 
-    everything, stripe, following: what load_feature gives for the global feature, the rows' stripe and, for a row that
+    global, stripe, next_stripe: what load_feature gives for the global feature, the rows' stripe and, for a row that
     two stripes share, the next stripe (else None).
     """
     for start in range(first * WIDTH, end * WIDTH, BLOCK_S):
@@ -166,40 +171,42 @@ def write_rows(
             x = tl.load(plane + offsets[None, :], mask=mask, other=0.0).to(tl.float32)
             positive = clamped(x, eps)
             log_x = tl.log2(positive)
-            gradient, weighted = feature_share(everything, log_everything, log_x, p)
-            share, weighted_share = feature_share(stripe, log_stripe, log_x, p)
-            gradient += share
+            grad, weighted = feature_share(grad_global, log_global, log_x, p)
+            share, weighted_share = feature_share(grad_stripe, log_stripe, log_x, p)
+            grad += share
             weighted += weighted_share
-            if following is not None:
-                share, weighted_share = feature_share(following, log_following, log_x, p)
-                gradient += share
+            if grad_next_stripe is not None:
+                share, weighted_share = feature_share(grad_next_stripe, log_next_stripe, log_x, p)
+                grad += share
                 weighted += weighted_share
             grad_p += tl.where(mask, positive * weighted, 0.0)
-            gradient = tl.where(x >= eps, gradient, 0.0)
+            grad = tl.where(x >= eps, grad, 0.0)
         else:
-            gradient = everything + stripe
-            if following is not None:
-                gradient += following
-            gradient = tl.broadcast_to(gradient, mask.shape)
-        offsets = position_offsets(position, gradient_stride_h, gradient_stride_w, WIDTH, FLAT)
-        tl.store(gradient_plane + offsets[None, :], gradient, mask=mask)
+            grad = grad_global + grad_stripe
+            if grad_next_stripe is not None:
+                grad += grad_next_stripe
+            grad = tl.broadcast_to(grad, mask.shape)
+        offsets = position_offsets(position, grad_stride_h, grad_stride_w, WIDTH, FLAT)
+        tl.store(grad_plane + offsets[None, :], grad, mask=mask)
     return grad_p
 
 
 @jit
 def stripe_pool_backward_kernel(
-    grad_global_pointer, grad_local_pointer, map_pointer, global_pointer, local_pointer, p_pointer, eps,
-    grad_map_pointer, grad_p_pointer,
-    channels, stride_b, stride_c, stride_h, stride_w,
-    gradient_stride_b, gradient_stride_c, gradient_stride_h, gradient_stride_w,
+    grad_global_ptr, grad_local_ptr, map_ptr, global_ptr, local_ptr, p_ptr, eps, grad_map_ptr, grad_p_ptr,
+    channels, map_stride_0, map_stride_1, map_stride_2, map_stride_3,
+    grad_map_stride_0, grad_map_stride_1, grad_map_stride_2, grad_map_stride_3,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIPES: tl.constexpr, FLAT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Backward: one program for each sample and BLOCK_C channels, rows in the order of the forward.
 
-    grad_global, global (B, C), grad_local, local (B, n, C), float32, contiguous, the gradients None if no loss needs
-    them; map, grad_map (B, C, H, W), any strides. For GeM only: p 0-d; grad_p (programs,) float32, each program's share
-    of dp. For average pooling the map is not read.
+    grad_global_ptr, global_ptr: (B, C) float32, contiguous; the gradient is None if no loss needs it
+    grad_local_ptr, local_ptr: (B, n, C) float32, contiguous; the same
+    map_ptr: (B, C, H, W), any strides; not read for average pooling
+    p_ptr: 0-d float32; None for average pooling
+    grad_map_ptr: (B, C, H, W), any strides, the result
+    grad_p_ptr: (programs,) float32, each program's share of dp; None for average pooling
     """
     tiles = tl.cdiv(channels, BLOCK_C)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
@@ -207,75 +214,68 @@ def stripe_pool_backward_kernel(
     channel_mask = channel < channels
     channel = channel.to(tl.int64)
     p = None
-    if p_pointer is not None:
-        p = tl.load(p_pointer)
-    plane = map_pointer + sample * stride_b + channel[:, None] * stride_c
-    gradient_plane = grad_map_pointer + sample * gradient_stride_b + channel[:, None] * gradient_stride_c
+    if p_ptr is not None:
+        p = tl.load(p_ptr)
+    plane = map_ptr + sample * map_stride_0 + channel[:, None] * map_stride_1
+    grad_plane = grad_map_ptr + sample * grad_map_stride_0 + channel[:, None] * grad_map_stride_1
     grad_p = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
-    everything, log_everything = load_feature(
-        grad_global_pointer, global_pointer, sample * channels + channel, channel_mask, HEIGHT * WIDTH, p
+    grad_global, log_global = load_feature(
+        grad_global_ptr, global_ptr, sample * channels + channel, channel_mask, HEIGHT * WIDTH, p
     )
-    stripe, log_stripe = load_feature(
-        grad_local_pointer, local_pointer, sample * STRIPES * channels + channel, channel_mask,
+    grad_stripe, log_stripe = load_feature(
+        grad_local_ptr, local_ptr, sample * STRIPES * channels + channel, channel_mask,
         tl.cdiv(HEIGHT, STRIPES) * WIDTH, p,
     )  # fmt: skip
     first = 0
-    for index in range(STRIPES):
-        following_index = tl.minimum(index + 1, STRIPES - 1)
-        next_top = (index + 1) * HEIGHT // STRIPES
-        bottom = ((index + 1) * HEIGHT + STRIPES - 1) // STRIPES
-        following_bottom = ((following_index + 1) * HEIGHT + STRIPES - 1) // STRIPES
-        following_top = following_index * HEIGHT // STRIPES
-        following, log_following = load_feature(
-            grad_local_pointer, local_pointer, (sample * STRIPES + following_index) * channels + channel, channel_mask,
-            (following_bottom - following_top) * WIDTH, p,
+    for stripe in range(STRIPES):
+        next_stripe = tl.minimum(stripe + 1, STRIPES - 1)
+        next_top = (stripe + 1) * HEIGHT // STRIPES
+        bottom = ((stripe + 1) * HEIGHT + STRIPES - 1) // STRIPES
+        next_rows = ((next_stripe + 1) * HEIGHT + STRIPES - 1) // STRIPES - next_stripe * HEIGHT // STRIPES
+        grad_next_stripe, log_next_stripe = load_feature(
+            grad_local_ptr, local_ptr, (sample * STRIPES + next_stripe) * channels + channel, channel_mask,
+            next_rows * WIDTH, p,
         )  # fmt: skip
         grad_p = write_rows(
-            plane, gradient_plane, p, eps, grad_p, channel_mask, first, next_top,
-            everything, log_everything, stripe, log_stripe, None, None,
-            stride_h, stride_w, gradient_stride_h, gradient_stride_w, WIDTH, FLAT, BLOCK_S,
+            plane, grad_plane, p, eps, grad_p, channel_mask, first, next_top,
+            grad_global, log_global, grad_stripe, log_stripe, None, None,
+            map_stride_2, map_stride_3, grad_map_stride_2, grad_map_stride_3, WIDTH, FLAT, BLOCK_S,
         )  # fmt: skip
         if HEIGHT % STRIPES != 0:
             grad_p = write_rows(
-                plane, gradient_plane, p, eps, grad_p, channel_mask, next_top, bottom,
-                everything, log_everything, stripe, log_stripe, following, log_following,
-                stride_h, stride_w, gradient_stride_h, gradient_stride_w, WIDTH, FLAT, BLOCK_S,
+                plane, grad_plane, p, eps, grad_p, channel_mask, next_top, bottom,
+                grad_global, log_global, grad_stripe, log_stripe, grad_next_stripe, log_next_stripe,
+                map_stride_2, map_stride_3, grad_map_stride_2, grad_map_stride_3, WIDTH, FLAT, BLOCK_S,
             )  # fmt: skip
-        stripe, log_stripe = following, log_following
+        grad_stripe, log_stripe = grad_next_stripe, log_next_stripe
         first = bottom
     if p is not None:
         ln_2 = 0.6931471805599453
-        tl.store(grad_p_pointer + tl.program_id(0), tl.sum(tl.sum(grad_p, axis=1), axis=0) * ln_2 / p)
+        tl.store(grad_p_ptr + tl.program_id(0), tl.sum(tl.sum(grad_p, axis=1), axis=0) * ln_2 / p)
 
 
-def is_flat(*tensors: Tensor) -> bool:
-    """Whether in each map (B, C, H, W) a row follows the row above it at the distance of its positions."""
-    return all(tensor.stride(2) == tensor.shape[3] * tensor.stride(3) for tensor in tensors)
-
-
-def strides(prefix: str, feature_map: Tensor) -> dict[str, int]:
-    """The map's strides as the kernels name them."""
-    return {f"{prefix}stride_{axis}": stride for axis, stride in zip("bchw", feature_map.stride(), strict=True)}
+def map_constants(stripes: int, *maps: Tensor) -> dict[str, int | bool]:
+    """HEIGHT, WIDTH, STRIPES, and FLAT: whether in each map (B, C, H, W) a row follows the row above it."""
+    height, width = maps[0].shape[2:]
+    flat = all(x.stride(2) == width * x.stride(3) for x in maps)
+    return {"HEIGHT": height, "WIDTH": width, "STRIPES": stripes, "FLAT": flat}
 
 
 def launch_forward(feature_map: Tensor, stripes: int, p: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """Global (B, C) and local (B, n, C) features, float32."""
-    batch, channels, height, width = feature_map.shape
+    batch, channels = feature_map.shape[:2]
     global_feature = feature_map.new_empty(batch, channels, dtype=torch.float32)
     local_features = feature_map.new_empty(batch, stripes, channels, dtype=torch.float32)
-    chosen = POOL[contiguous_axis(feature_map)]
-    args = {
-        "map_pointer": feature_map,
-        "p_pointer": p,
-        "eps": eps,
-        "global_pointer": global_feature,
-        "local_pointer": local_features,
-        "channels": channels,
-        **strides("", feature_map),
-    }
-    constants = {"HEIGHT": height, "WIDTH": width, "STRIPES": stripes, "FLAT": is_flat(feature_map), **chosen.blocks}
-    grid = (batch * cdiv(channels, chosen.blocks["BLOCK_C"]),)
-    launch(stripe_pool_kernel, grid, args, constants, chosen.options)
+    tiles = POOL[contiguous_axis(feature_map)]
+    launch(
+        stripe_pool_kernel,
+        batch * cdiv(channels, tiles["BLOCK_C"]),
+        tiles,
+        {"map": feature_map, "p": p, "global": global_feature, "local": local_features},
+        eps=eps,
+        channels=channels,
+        **map_constants(stripes, feature_map),
+    )
     return global_feature, local_features
 
 
@@ -289,27 +289,21 @@ def launch_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the map, and of p (0-d float32; 0 for average pooling)."""
-    batch, channels, height, width = feature_map.shape
-    stripes = local_features.shape[1]
+    batch, channels = feature_map.shape[:2]
     grad_map = torch.empty_like(feature_map)
-    chosen = POOL_BACKWARD[contiguous_axis(feature_map)]
-    programs = batch * cdiv(channels, chosen.blocks["BLOCK_C"])
+    tiles = POOL_BACKWARD[contiguous_axis(feature_map)]
+    programs = batch * cdiv(channels, tiles["BLOCK_C"])
     grad_p = None if p is None else feature_map.new_empty(programs, dtype=torch.float32)
-    args = {
-        "grad_global_pointer": None if grad_global is None else grad_global.contiguous(),
-        "grad_local_pointer": None if grad_local is None else grad_local.contiguous(),
-        "map_pointer": feature_map,
-        "global_pointer": global_feature,
-        "local_pointer": local_features,
-        "p_pointer": p,
-        "eps": eps,
-        "grad_map_pointer": grad_map,
-        "grad_p_pointer": grad_p,
-        "channels": channels,
-        **strides("", feature_map),
-        **strides("gradient_", grad_map),
+    tensors = {
+        "grad_global": None if grad_global is None else grad_global.contiguous(),
+        "grad_local": None if grad_local is None else grad_local.contiguous(),
+        "map": feature_map,
+        "global": global_feature,
+        "local": local_features,
+        "p": p,
+        "grad_map": grad_map,
+        "grad_p": grad_p,
     }
-    flat = is_flat(feature_map, grad_map)
-    constants = {"HEIGHT": height, "WIDTH": width, "STRIPES": stripes, "FLAT": flat, **chosen.blocks}
-    launch(stripe_pool_backward_kernel, (programs,), args, constants, chosen.options)
+    constants = map_constants(local_features.shape[1], feature_map, grad_map)
+    launch(stripe_pool_backward_kernel, programs, tiles, tensors, eps=eps, channels=channels, **constants)
     return grad_map, feature_map.new_zeros((), dtype=torch.float32) if grad_p is None else grad_p.sum()

@@ -9,16 +9,17 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cge_kernels.common.checks import (
-    check_local,
     require_memory,
     require_same_device,
     require_shape,
     require_tensor,
     valid_labels,
 )
-from cge_kernels.common.dispatch import implementation, runs_on_reference
+from cge_kernels.common.dispatch import autocast_off, runs_on_reference, runs_on_triton
 from cge_kernels.common.sharding import ClassShard, gather, has_all_classes
-from cge_kernels.write_memory.triton import NORM_EPS, launch_write
+from cge_kernels.write_memory.triton import launch_write
+
+NORM_EPS = 1e-12  # a mean feature below this norm counts as zero: it has no direction
 
 
 def write_on_cpu(
@@ -58,8 +59,9 @@ def write_memory_op(
 
         cge_reference.write_memory_(memory, local_features, labels, momentum, low_precision_memory)
         return
-    write = implementation(launch_write, write_on_cpu, memory, local_features)
-    write(memory, local_features, labels, momentum, low_precision_memory)
+    write = launch_write if runs_on_triton(memory, local_features) else write_on_cpu
+    with autocast_off(memory):
+        write(memory, local_features, labels, momentum, low_precision_memory)
 
 
 @write_memory_op.register_fake

@@ -7,16 +7,15 @@ atomic and no look from the host. A row is held whole in registers, so that it i
 
 from torch import Tensor
 
-from cge_kernels.common.device_functions import jit, product, tl
+from cge_kernels.common.device_functions import NORM_EPS, jit, product, tl
 from cge_kernels.common.launch import current_target, launch
-from cge_kernels.common.tiles import write_configuration
+from cge_kernels.common.tiles import write_tiles
 
 MAX_CHANNELS = 8_192  # a row of more does not fit a program's registers
-NORM_EPS = 1e-12  # a mean feature below this norm counts as zero: it has no direction
 
 
 @jit
-def unit_or_zero(row, NORM_EPS: tl.constexpr):
+def unit_or_zero(row):
     """row / max(||row||, NORM_EPS), and the norm."""
     norm = tl.sqrt_rn(tl.sum(product(row, row), axis=0))
     return row / tl.maximum(norm, NORM_EPS), norm
@@ -24,42 +23,48 @@ def unit_or_zero(row, NORM_EPS: tl.constexpr):
 
 @jit
 def write_memory_kernel(
-    memory_pointer, low_precision_memory_pointer, local_pointer, labels_pointer, momentum_pointer,
-    batch, classes, channels, local_stride_b, local_stride_i, local_stride_c, labels_stride,
-    STRIPES: tl.constexpr, NORM_EPS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+    memory_ptr, low_precision_memory_ptr, local_ptr, labels_ptr, momentum_ptr,
+    batch, classes, channels, local_stride_0, local_stride_1, local_stride_2, labels_stride_0,
+    STRIPES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """memory (n, N, C) float32, low_precision_memory (n, N, C) or None, local (B, n, C), labels (B,) integer, momentum
-    0-d float32."""
+    """One program for one stripe of one sample.
+
+    memory_ptr: (n, N, C) float32, contiguous, written in place
+    low_precision_memory_ptr: (n, N, C), contiguous, of any dtype, written in place; or None
+    local_ptr: (B, n, C), any strides
+    labels_ptr: (B,), any integer, any stride
+    momentum_ptr: 0-d float32
+    """
     sample = tl.program_id(0) // STRIPES
     stripe = tl.program_id(0) % STRIPES
-    label = tl.load(labels_pointer + tl.cast(sample, tl.int64) * labels_stride).to(tl.int64)
+    label = tl.load(labels_ptr + tl.cast(sample, tl.int64) * labels_stride_0).to(tl.int64)
     leads = (label >= 0) & (label < classes)
     for start in range(0, sample, BLOCK_B):
         earlier = start + tl.arange(0, BLOCK_B)
-        labels = tl.load(labels_pointer + earlier.to(tl.int64) * labels_stride, mask=earlier < sample, other=-1)
+        labels = tl.load(labels_ptr + earlier.to(tl.int64) * labels_stride_0, mask=earlier < sample, other=-1)
         leads = leads & (tl.sum((labels.to(tl.int64) == label).to(tl.int32), axis=0) == 0)
     if leads:
         channel = tl.arange(0, BLOCK_C)
         channel_mask = channel < channels
-        local_row = local_pointer + tl.cast(stripe, tl.int64) * local_stride_i + channel.to(tl.int64) * local_stride_c
+        local_row = local_ptr + tl.cast(stripe, tl.int64) * local_stride_1 + channel.to(tl.int64) * local_stride_2
         total = tl.zeros([BLOCK_C], tl.float32)
         instances = 0
         for other in range(sample, batch):
-            is_instance = tl.load(labels_pointer + tl.cast(other, tl.int64) * labels_stride).to(tl.int64) == label
+            is_instance = tl.load(labels_ptr + tl.cast(other, tl.int64) * labels_stride_0).to(tl.int64) == label
             if is_instance:
-                feature = tl.load(local_row + tl.cast(other, tl.int64) * local_stride_b, mask=channel_mask, other=0.0)
+                feature = tl.load(local_row + tl.cast(other, tl.int64) * local_stride_0, mask=channel_mask, other=0.0)
                 total += feature.to(tl.float32)
                 instances += 1
-        update, norm = unit_or_zero(total / instances, NORM_EPS)
+        update, norm = unit_or_zero(total / instances)
         row = (tl.cast(stripe, tl.int64) * classes + label) * channels + channel
-        old = tl.load(memory_pointer + row, mask=channel_mask, other=0.0)
+        old = tl.load(memory_ptr + row, mask=channel_mask, other=0.0)
         never_seen = tl.max((old != 0.0).to(tl.int32), axis=0) == 0
-        momentum = tl.load(momentum_pointer)
-        blended, _ = unit_or_zero(momentum * old + (1.0 - momentum) * update, NORM_EPS)
+        momentum = tl.load(momentum_ptr)
+        blended, _ = unit_or_zero(momentum * old + (1.0 - momentum) * update)
         new = tl.where(norm < NORM_EPS, old, tl.where(never_seen, update, blended))
-        tl.store(memory_pointer + row, new, mask=channel_mask)
-        if low_precision_memory_pointer is not None:
-            tl.store(low_precision_memory_pointer + row, new, mask=channel_mask)
+        tl.store(memory_ptr + row, new, mask=channel_mask)
+        if low_precision_memory_ptr is not None:
+            tl.store(low_precision_memory_ptr + row, new, mask=channel_mask)
 
 
 def launch_write(
@@ -70,20 +75,19 @@ def launch_write(
     if channels > MAX_CHANNELS:
         raise ValueError(f"memory must have at most {MAX_CHANNELS} channels, got {channels}")
     batch = len(labels)
-    chosen = write_configuration(current_target(memory), batch, channels)
-    args = {
-        "memory_pointer": memory,
-        "low_precision_memory_pointer": low_precision_memory,
-        "local_pointer": local_features,
-        "labels_pointer": labels,
-        "momentum_pointer": momentum,
-        "batch": batch,
-        "classes": classes,
-        "channels": channels,
-        "local_stride_b": local_features.stride(0),
-        "local_stride_i": local_features.stride(1),
-        "local_stride_c": local_features.stride(2),
-        "labels_stride": labels.stride(0),
-    }
-    constants = {"STRIPES": stripes, "NORM_EPS": NORM_EPS, **chosen.blocks}
-    launch(write_memory_kernel, (batch * stripes,), args, constants, chosen.options)
+    launch(
+        write_memory_kernel,
+        batch * stripes,
+        write_tiles(current_target(memory), batch, channels),
+        {
+            "memory": memory,
+            "low_precision_memory": low_precision_memory,
+            "local": local_features,
+            "labels": labels,
+            "momentum": momentum,
+        },
+        batch=batch,
+        classes=classes,
+        channels=channels,
+        STRIPES=stripes,
+    )

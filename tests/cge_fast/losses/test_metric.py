@@ -220,6 +220,6 @@ def test_the_criterion_is_the_weighted_sum_and_learns_through_each_part():
     torch.testing.assert_close(out.loss, 0.5 * parts[0] + 2 * parts[1] + 0.25 * parts[2])
     assert not out.parts.requires_grad
     assert not criterion.has_memory
-    found, = torch.autograd.grad(out.loss, features, retain_graph=True)
-    expected, = torch.autograd.grad(0.5 * parts[0] + 2 * parts[1] + 0.25 * parts[2], features)
+    (found,) = torch.autograd.grad(out.loss, features, retain_graph=True)
+    (expected,) = torch.autograd.grad(0.5 * parts[0] + 2 * parts[1] + 0.25 * parts[2], features)
     torch.testing.assert_close(found, expected)

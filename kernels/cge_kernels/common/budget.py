@@ -1,0 +1,61 @@
+"""The scratch budget: what an operator may keep or allocate beyond its results, and the chunks of classes it allows."""
+
+import os
+
+from torch import Tensor
+
+from cge_kernels.common.tiles import cdiv
+
+SCRATCH_MB = 256  # default of CGE_SCRATCH_MB
+SCORE_ROW = 16  # rows of scores are padded to a multiple of this: each starts on a 32-byte boundary in any dtype
+
+
+def scratch_bytes() -> int:
+    """The scratch budget of one operator call, bytes: CGE_SCRATCH_MB (mebibytes) if set, else 256 MiB."""
+    text = os.environ.get("CGE_SCRATCH_MB", str(SCRATCH_MB))
+    if not text.isdecimal():
+        raise ValueError(f"CGE_SCRATCH_MB must be a whole number of mebibytes, got {text!r}")
+    return int(text) << 20
+
+
+def score_row(length: int) -> int:
+    """Length of a row in memory for so many scores: rounded up to a multiple of 16."""
+    return cdiv(length, SCORE_ROW) * SCORE_ROW
+
+
+def scores_are_kept(local_features: Tensor, memory: Tensor) -> bool:
+    """Whether the scores of revise_logits' forward, float32, fit in the scratch budget until its backward."""
+    return local_features.shape[0] * memory.shape[0] * score_row(memory.shape[1]) * 4 <= scratch_bytes()
+
+
+def chunk_of_classes(batch: int, stripes: int, classes: int) -> int:
+    """How many classes a backward without kept scores takes at a time: those whose scores fit in the budget."""
+    fitting = scratch_bytes() // (batch * stripes * 4 * SCORE_ROW) * SCORE_ROW
+    return min(score_row(classes), max(SCORE_ROW, fitting))
+
+
+def logits_are_kept(batch: int, stripes: int, classes: int) -> bool:
+    """Whether revised_cross_entropy keeps logits and scores, float32, for its backward: in half of the budget.
+
+    The other half is for their gradients, which the backward makes chunk by chunk.
+    """
+    return (stripes + 1) * classes * score_row(batch) * 4 <= scratch_bytes() // 2
+
+
+def chunk_of_logits(batch: int, stripes: int, classes: int) -> int:
+    """How many classes revised_cross_entropy takes at a time: those whose logits and scores fit in half of the budget.
+
+    At least 16, which the budget may be too small for.
+    """
+    fitting = scratch_bytes() // 2 // ((stripes + 1) * score_row(batch) * 4)
+    return min(classes, max(SCORE_ROW, fitting // SCORE_ROW * SCORE_ROW))
+
+
+def chunk_of_statistics(batch: int, stripes: int, classes: int) -> int:
+    """How many classes the forward of revised_cross_entropy takes at a time: half of the budget is for statistics.
+
+    At least 64, the widest tile. A tile of 16 classes, the narrowest, stores for each sample the highest value and its
+    class of n + 1 classifiers, and two sums.
+    """
+    fitting = scratch_bytes() // 2 * 16 // ((8 * (stripes + 1) + 8) * score_row(batch))
+    return min(classes, max(64, fitting // 64 * 64))

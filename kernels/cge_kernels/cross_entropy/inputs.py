@@ -1,0 +1,62 @@
+"""What the functions of revised_cross_entropy hand to each other."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors that the loss is made from, with the rows of all N classes or of a run of them."""
+
+    features: Tensor  # (B, C)
+    weight: Tensor  # (rows, C)
+    local_features: Tensor  # (B, n, C')
+    memory: Tensor  # (n, rows, C')
+    labels: Tensor  # (B,), of all classes
+    bias: Tensor | None  # (rows,)
+    first_class: int  # the class of the first row
+    all_classes: int  # N
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """B, n and the number of rows."""
+        return len(self.features), *self.memory.shape[:2]
+
+    def rows(self, part: slice) -> Self:
+        """The same of some of the rows."""
+        bias = None if self.bias is None else self.bias[part]
+        weight, memory = self.weight[part], self.memory[:, part]
+        return replace(self, weight=weight, memory=memory, bias=bias, first_class=self.first_class + part.start)
+
+    def contiguous(self) -> Self:
+        """The same with those tensors contiguous of which the kernels expect it."""
+        bias = None if self.bias is None else self.bias.contiguous()
+        return replace(self, weight=self.weight.contiguous(), labels=self.labels.contiguous(), bias=bias)
+
+
+class Statistics(NamedTuple):
+    """Of the revised logits of each sample and, for the arg max, of each stripe's scores; over some classes or all."""
+
+    row_max: Tensor  # (n+1, B): of the revised logits, then of each stripe's scores
+    argmax: Tensor  # (n+1, B) int64: the lowest class that has it
+    sums: Tensor  # (2, B): sum of exp(revised - row_max), sum of the revised logits
+    label_logit: Tensor  # (B,): the label's revised logit, 0 where the label is none of these classes
+
+
+class Loss(NamedTuple):
+    """The results, and lse, the logarithm of the sum of the revised logits' exponentials."""
+
+    loss: Tensor  # (B,)
+    lse: Tensor  # (B,)
+    correct: Tensor  # (B,) bool
+    stripe_correct: Tensor  # (B, n) bool
+
+
+class Saved(NamedTuple):
+    """What the backward takes beside the inputs."""
+
+    lse: Tensor  # (B,)
+    saved_logits: Tensor  # (n+1, rows or 0, at least B): logits, then each stripe's scores; 0 rows if there is no room
+    inv_norm: Tensor  # (n, B): 1 / max(||f_i||, 1e-12)
