@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 import cge_kernels
 from cge_kernels import Launch, Target
-from cge_kernels.common import tiles
+from cge_kernels.common import budget
 from cge_kernels.common.launch import INTERPRETER, current_target, float32_precision
 from cge_kernels.tools.sample_calls import Shape, call_cross_entropy, call_pooling, call_revision, call_write
 
@@ -43,7 +43,7 @@ def test_the_hook_sees_every_launch_with_its_arguments_and_runs_none():
     launches = collect(step)
     assert [launch.kernel.fn.__name__ for launch in launches] == [
         "stripe_pool_kernel",
-        "prepare_kernel",
+        "cast_and_norm_kernel",
         "revise_kernel",
         "grad_scores_kernel",
         "grad_local_kernel",
@@ -52,9 +52,9 @@ def test_the_hook_sees_every_launch_with_its_arguments_and_runs_none():
     ]
     first = launches[0]
     assert isinstance(first, Launch)
-    assert first.args["map_pointer"].shape == (3, 4, 5, 2)
+    assert first.args["map_ptr"].shape == (3, 4, 5, 2)
     assert first.constants["STRIPES"] == 2
-    assert set(first.options) == {"num_warps", "num_stages"}
+    assert set(first.options) == {"num_warps", "num_stages", "enable_fp_fusion"}
     assert len(first.grid) == 1
 
 
@@ -115,11 +115,11 @@ def test_float32_products_follow_torchs_setting_as_far_as_the_target_can(target,
 
 def test_scratch_stays_in_its_budget(monkeypatch):
     monkeypatch.setenv("CGE_SCRATCH_MB", "1")
-    chunk = tiles.chunk_of_classes(batch=64, stripes=3, classes=100_000)
+    chunk = budget.chunk_of_classes(batch=64, stripes=3, classes=100_000)
     assert chunk % 16 == 0
     assert 64 * 3 * chunk * 4 <= 1 << 20 < 64 * 3 * (chunk + 16) * 4
-    assert tiles.chunk_of_classes(batch=64, stripes=3, classes=5) == 16
-    assert tiles.chunk_of_classes(batch=10**6, stripes=3, classes=10**6) == 16  # one tile at least
+    assert budget.chunk_of_classes(batch=64, stripes=3, classes=5) == 16
+    assert budget.chunk_of_classes(batch=10**6, stripes=3, classes=10**6) == 16  # one tile at least
 
 
 def highest_addresses(launch: Launch, integer: int = 0) -> dict[str, int]:
