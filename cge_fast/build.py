@@ -41,6 +41,7 @@ class Run:
     reid_set: data.ReidSet
     sampler: PKSampler
     loader: DataLoader
+    num_classes: int  # N: identities in training
     model: ReidModel
     criterion: ReidCriterion
     ddp_model: nn.Module  # in DistributedDataParallel where there are several ranks, and so is the next
@@ -80,6 +81,7 @@ def build_run(config: TrainConfig, device: torch.device, variants: Variants = NO
     torch.manual_seed(config.seed)
     reid_set = data.read(config.data)
     labels = train_labels(reid_set.train)
+    num_classes = max(labels) + 1
     sampler = PKSampler(labels, config.data.identities, config.data.instances, config.seed, rank(), world_size())
     check_batch(config)
     loader = train_loader(reid_set.train, sampler, config.data, pin_memory=device.type == "cuda")
@@ -89,7 +91,7 @@ def build_run(config: TrainConfig, device: torch.device, variants: Variants = NO
     model = build_model(config, config.data, precision, loss_class(config, variants))
     if world_size() > 1 and device.type == "cuda":  # SyncBatchNorm exists on GPUs only
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    criterion = build_criterion(config, model.neck.num_features, max(labels) + 1, variants)
+    criterion = build_criterion(config, model.neck.num_features, num_classes, variants)
     model, criterion = model.to(device), criterion.to(device)
     optimizer = torch.optim.Adam(
         [*model.parameters(), *criterion.parameters()],
@@ -103,6 +105,7 @@ def build_run(config: TrainConfig, device: torch.device, variants: Variants = NO
         reid_set=reid_set,
         sampler=sampler,
         loader=loader,
+        num_classes=num_classes,
         model=model,
         criterion=criterion,
         ddp_model=model,
@@ -208,51 +211,42 @@ def loss_class(config: TrainConfig, variants: Variants = NO_VARIANTS) -> type[nn
     return variants[name]
 
 
-def build_classification_loss(
+def build_criterion(
     config: TrainConfig, channels: int, num_classes: int, variants: Variants = NO_VARIANTS
-) -> nn.Module:
-    """The classification loss that the settings describe, on the CPU, with this rank's rows of its classes.
+) -> ReidCriterion:
+    """The training loss that the settings describe, on the CPU, with this rank's rows of its classes.
 
     Raises:
-        UserError: the arguments do not fit the class, or there are fewer classes than ranks.
+        UserError: the arguments do not fit the classification loss, or there are fewer classes than ranks.
     """
-    built = loss_class(config, variants)
+    model, loss, classification = config.model, config.loss, loss_class(config, variants)
     # e' of the form that spreads e' over all classes: e over the others is e N/(N-1) over all.
-    spread = num_classes / max(1, num_classes - 1) if config.loss.smoothed == "others" else 1.0
+    spread = num_classes / max(1, num_classes - 1) if loss.smoothed == "others" else 1.0
     arguments: dict[str, Any] = {
-        "label_smoothing": config.loss.label_smoothing * spread,
-        "classifier_std": config.model.classifier_std,
+        "label_smoothing": loss.label_smoothing * spread,
+        "classifier_std": model.classifier_std,
+        **({"stripes": model.stripes} if model.cge else {}),
     }
-    if config.model.cge:
-        arguments["stripes"] = config.model.stripes
     try:
-        if config.model.shard_classes and built is not CGELoss:
-            raise ValueError(f"shard_classes needs cge and the loss CGELoss, got {built.__name__}")
-        if config.model.shard_classes and world_size() > 1:
+        if model.shard_classes and classification is not CGELoss:
+            raise ValueError(f"shard_classes needs cge and the loss CGELoss, got {classification.__name__}")
+        if model.shard_classes and world_size() > 1:
             arguments["shard"] = ClassShard.of_rank(num_classes, rank(), world_size())
-        return built(channels, num_classes, **arguments, **config.loss.variant_args)
+        made = classification(channels, num_classes, **arguments, **loss.variant_args)
     except ValueError as error:
         raise UserError(f"model: {error}") from error
     except TypeError as error:
         raise UserError(f"loss.variant_args: {error}") from error
-
-
-def build_criterion(
-    config: TrainConfig, channels: int, num_classes: int, variants: Variants = NO_VARIANTS
-) -> ReidCriterion:
-    """The training loss that the settings describe, on the CPU.
-
-    Raises:
-        UserError: see `build_classification_loss`.
-    """
-    loss = config.loss
-    classification = build_classification_loss(config, channels, num_classes, variants)
     center = CenterLoss(num_classes, channels, loss.center_lr) if loss.center_weight else None
-    return ReidCriterion(classification, MetricLoss(loss.metric, loss.margin), center, loss.weights)
+    return ReidCriterion(made, MetricLoss(loss.metric, loss.margin), center, loss.weights)
 
 
-def load_model(folder: Path, trained: TrainConfig, data: DataConfig, device: torch.device) -> ReidModel:
+def load_model(
+    folder: Path, trained: TrainConfig, data: DataConfig, device: torch.device, variants: Variants = NO_VARIANTS
+) -> ReidModel:
     """The network of a checkpoint that was trained with the settings `trained`, for images as `data` sizes them.
+
+    With `variants` it is the model that the variant's loss is computed of; without, the one to use.
 
     Raises:
         UserError: the folder is no checkpoint, its weights do not fit its settings, or the device cannot compute so.
@@ -262,7 +256,7 @@ def load_model(folder: Path, trained: TrainConfig, data: DataConfig, device: tor
     precision = compute_precision("auto" if only_on_gpu else trained.optim.precision, device)
     # The checkpoint's weights follow.
     without_pretrained = replace(trained, model=replace(trained.model, pretrained=False, weights=None))
-    model = build_model(without_pretrained, data, precision)
+    model = build_model(without_pretrained, data, precision, loss_class(trained, variants) if variants else CGELoss)
     checkpoint.fit_model(model, weights, folder)
     return model.to(device)
 
@@ -277,7 +271,7 @@ def load_criterion(
     """
     tensors = checkpoint.load_loss(folder)
     whole = replace(trained, model=replace(trained.model, shard_classes=False))
-    num_classes, channels = tensors[checkpoint.CLASSIFIER].shape
-    criterion = build_criterion(whole, channels, num_classes, variants)
+    channels = len(checkpoint.load_model(folder)["neck.weight"])
+    criterion = build_criterion(whole, channels, checkpoint.identities(folder), variants)
     checkpoint.fit_loss(criterion, tensors, folder)
     return criterion.to(device)

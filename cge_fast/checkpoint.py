@@ -27,6 +27,7 @@ from cge_kernels import ClassShard
 UNFINISHED = ".unfinished-"  # prefix of what is being written, pointed elsewhere or removed
 MODEL, LOSS, TRAINING, CONFIG = "model.safetensors", "loss.safetensors", "training.pt", "config.yaml"
 LOSS_FOLDER = "loss"
+IDENTITIES = "identities"  # in the metadata of the .safetensors
 CLASSIFIER, MEMORY = "classification.weight", "classification.memory"  # names among the criterion's tensors
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, of the classifier
 AXES = {CLASSIFIER: 0, MEMORY: 1} | dict.fromkeys(MOMENTS, 0)  # what has a row for each class, and along which axis
@@ -36,6 +37,7 @@ STAGED = ".unfinished-loss"  # where the ranks' rows wait for the checkpoint tha
 class Contents(NamedTuple):
     """What a checkpoint holds."""
 
+    identities: int  # of the training set: the classes of the loss
     model: dict[str, Tensor]  # parameters and buffers of ReidModel
     loss: dict[str, Tensor] | None  # and of the criterion; None if `stage_rows` wrote them just before
     training: dict[str, Any]  # what else a training needs to go on: tensors and plain values only
@@ -68,7 +70,7 @@ def save(folder: Path, contents: Contents, config: str, epoch: int, best: bool) 
     for name, tensors in ((MODEL, contents.model), (LOSS, contents.loss)):
         if tensors is not None:
             on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-            _write(unfinished / name, safetensors.torch.save(on_cpu))
+            _write(unfinished / name, safetensors.torch.save(on_cpu, {IDENTITIES: str(contents.identities)}))
     _write(unfinished / TRAINING, buffer.getvalue())
     _write(unfinished / CONFIG, config.encode())
     _sync_folder(unfinished)
@@ -127,7 +129,7 @@ def load_loss(checkpoint: Path, shard: ClassShard | None = None) -> dict[str, Te
         UserError: a file is damaged or missing, or the checkpoint has not as many classes as the shard is of.
     """
     config_file(checkpoint)
-    if shard and (count := classes(checkpoint)) != shard.classes:
+    if shard and (count := identities(checkpoint)) != shard.classes:
         raise UserError(f"data: checkpoint {checkpoint} has {count} classes, the data set {shard.classes}")
     if (folder := checkpoint / LOSS_FOLDER).is_dir():
         tensors = sharded_checkpoint.read(folder, AXES, shard)
@@ -141,18 +143,16 @@ def load_loss(checkpoint: Path, shard: ClassShard | None = None) -> dict[str, Te
     return tensors if centers is None else tensors | {"center.centers": centers}
 
 
-def classes(checkpoint: Path) -> int:
-    """Of how many classes a checkpoint's loss is.
+def identities(checkpoint: Path) -> int:
+    """How many identities a checkpoint's network was trained on.
 
     Raises:
         UserError: a file is damaged or missing, or of another kind of network.
     """
-    if (folder := checkpoint / LOSS_FOLDER).is_dir():
-        return sharded_checkpoint.classes(folder, AXES)
-    if (checkpoint / LOSS).exists():
-        with _readable(checkpoint / LOSS), safe_open(checkpoint / LOSS, "pt") as file:
-            return file.get_slice(CLASSIFIER).get_shape()[0]
-    with _readable(checkpoint / MODEL):
+    with _readable(checkpoint / MODEL), safe_open(checkpoint / MODEL, "pt") as file:
+        metadata = file.metadata() or {}
+        if IDENTITIES in metadata:
+            return int(metadata[IDENTITIES])
         return first_edition.rows_files(checkpoint, checkpoint / MODEL)[-1][1]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -170,12 +171,19 @@ def read_settings(file: Path) -> TrainConfig:
     Raises:
         ArgumentError, UserError: the file is not such settings.
     """
-    parser = program_parser("", "")
-    parser.add_class_arguments(TrainConfig)
     try:
         values = yaml.safe_load(file.read_text())
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"config: {file} is not YAML in UTF-8 ({error})") from error
     if not isinstance(values, dict):
         raise UserError(f"config: {file} must hold settings, got {type(values).__name__}")
+    parser = settings_parser()
     return as_dataclass(parser, parser.parse_object(translated(values)), TrainConfig)
+
+
+@cache
+def settings_parser() -> ArgumentParser:
+    """The parser of settings files; made once, since that takes longer than to read one."""
+    parser = program_parser("", "")
+    parser.add_class_arguments(TrainConfig)
+    return parser

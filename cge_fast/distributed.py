@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cge_kernels import ClassShard
+from cge_kernels.common import sharding
 
 
 def rank() -> int:
@@ -23,17 +24,7 @@ def world_size() -> int:
 
 def gather(tensor: Tensor) -> Tensor:
     """Concatenates the ranks' tensors along dimension 0, in rank order; their lengths may differ. No gradient."""
-    if world_size() == 1:
-        return tensor
-    length = torch.tensor([len(tensor)], device=tensor.device)
-    lengths = [torch.empty_like(length) for _ in range(world_size())]
-    dist.all_gather(lengths, length)
-    lengths = torch.cat(lengths).tolist()
-    padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
-    padded[: len(tensor)] = tensor
-    parts = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+    return tensor if world_size() == 1 else sharding.gather(tensor)
 
 
 class _GatherWithGradient(torch.autograd.Function):

@@ -93,7 +93,7 @@ def load(folder: Path) -> tuple[Embedding, TrainConfig, dict[str, str]]:
         "metric": trained.evaluation.metric,
         "neck": trained.evaluation.neck,
         "flip_test": str(trained.evaluation.flip_test).lower(),
-        "training_identities": str(checkpoint.classes(folder)),
+        "training_identities": str(checkpoint.identities(folder)),
     }
     return embedding, trained, metadata
 

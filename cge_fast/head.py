@@ -41,7 +41,7 @@ class CGEHead(nn.Module):
         pooled, stripes = self.pool(feature_map)
         embedding = self.neck(pooled)
         out = self.loss(Embeddings(pooled, stripes, embedding), labels)
-        return HeadOutput(*out, pooled, embedding, stripes.detach())
+        return HeadOutput(out.loss, out.correct, out.stripe_correct, pooled, embedding, stripes.detach())
 
     def write_memory(self, stripes: Tensor, labels: Tensor, momentum: float) -> None:
         """See CGELoss.write_memory; call it after `optimizer.step()`."""

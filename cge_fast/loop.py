@@ -163,7 +163,7 @@ def save(run: Run, is_best: bool) -> None:
         "untrained": run.untrained,
         "result": run.result,
     }
-    contents = checkpoint.Contents(run.model.state_dict(), loss, training)
+    contents = checkpoint.Contents(run.num_classes, run.model.state_dict(), loss, training)
     checkpoint.save(run.checkpoints, contents, to_yaml(run.config), run.epochs_done, is_best)
 
 

@@ -88,7 +88,8 @@ class StepProfile:
 
     def seconds(self) -> dict[str, float]:
         """Seconds in each part of the recorded steps."""
-        starts, spent = defaultdict(list), defaultdict(float)
+        starts: dict[str, list[float]] = defaultdict(list)
+        spent: dict[str, float] = defaultdict(float)
         for event in sorted(self.profiler.events(), key=lambda event: event.time_range.start):
             if event.device_type == torch.autograd.DeviceType.CPU:
                 starts[event.name].append(event.time_range.start)

@@ -2,7 +2,8 @@
 
 torch.distributed.checkpoint writes and reads it, whatever the number of ranks then and now. The planners below say
 which part of a whole tensor a rank has. A DTensor would say the same, but for torch.chunk's shares only, which may
-leave the last ranks without a class where ClassShard shares N out evenly.
+leave the last ranks without a class where ClassShard shares N out evenly. The file .metadata is a pickle, as PyTorch
+has it: whoever may write to the folder can run code in the process that reads it.
 """
 
 import warnings
@@ -96,7 +97,7 @@ def read(folder: Path, axes: Axes, shard: ClassShard | None) -> dict[str, Tensor
             if shard and name in axes:
                 size[axes[name]] = shard.count
             tensors[name] = torch.empty(size, dtype=stored.properties.dtype)
-        shard = shard or ClassShard(0, classes(folder, axes), classes(folder, axes))
+        shard = shard or ClassShard(0, 0, 0)  # nothing lies before its rows
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # that this process reads by itself
             dcp.load(tensors, storage_reader=reader, planner=RowsLoadPlanner(axes, shard), no_dist=True)
     except UserError:
@@ -109,25 +110,13 @@ def read(folder: Path, axes: Axes, shard: ClassShard | None) -> dict[str, Tensor
     return tensors
 
 
-def classes(folder: Path, axes: Axes) -> int:
-    """Of how many classes the folder has rows."""
-    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    name = next(name for name in axes if name in stored)
-    return stored[name].size[axes[name]]
-
-
 def require_files(folder: Path, metadata: Metadata, axes: Axes) -> None:
     """Raises UserError, which names the file or its classes, if one is missing or cut short."""
     for index, place in metadata.storage_data.items():
-        file, axis = folder / place.relative_path, axes.get(index.fqn)
+        file, axis = folder / place.relative_path, axes.get(index.fqn, 0)
         if not file.exists():
             chunks = metadata.state_dict_metadata[index.fqn].chunks
-            sizes = next(chunk.sizes for chunk in chunks if chunk.offsets == index.offset)
-            rows = (
-                ""
-                if axis is None
-                else (f" with the rows of classes {index.offset[axis]} to {index.offset[axis] + sizes[axis] - 1}")
-            )
-            raise UserError(f"checkpoint {folder} has no file{rows} ({file.name})")
+            first, count = next((c.offsets[axis], c.sizes[axis]) for c in chunks if c.offsets == index.offset)
+            raise UserError(f"checkpoint {folder} has no file with the rows of classes {first} to {first + count - 1}")
         if file.stat().st_size < place.offset + place.length:
             raise UserError(f"checkpoint {file} cannot be read (it is cut short)")

@@ -100,7 +100,7 @@ def description(run: Run) -> str:
     reid_set, config, model = run.reid_set, run.config, run.model
     kind = f"CGE, {model.pool.stripes} stripes" if config.model.cge else "without CGE"
     return (
-        f"{config.data.name}: {len(reid_set.train)} images of {run.criterion.classification.num_classes} identities to "
+        f"{config.data.name}: {len(reid_set.train)} images of {run.num_classes} identities to "
         f"train on, {len(reid_set.query)} queries, {len(reid_set.gallery)} gallery images\n"
         f"{config.model.backbone}, {kind}; {run.device}, {str(model.precision).removeprefix('torch.')}; "
         f"epochs {run.epochs_done + 1} to {config.optim.epochs}, {config.output}"

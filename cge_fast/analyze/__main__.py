@@ -16,22 +16,15 @@ from cge_fast.analyze.ranked import ranked
 from cge_fast.analyze.saliency import saliency
 from cge_fast.analyze.trained import open_checkpoint
 from cge_fast.analyze.weights import weights
+from cge_fast.cli import as_dataclass, parse_settings, program_parser, read_settings, set_defaults
 from cge_fast.errors import UserError
-from cge_fast.evaluate import take_defaults
-from cge_fast.options import (
-    DataConfig,
-    EvaluationConfig,
-    as_dataclass,
-    parse_settings,
-    program_parser,
-    read_settings,
-)
+from cge_fast.options import DataConfig, EvaluationConfig
 
 PROGRAM = "cge_fast.analyze"
 
 ANALYSES = {
-    "levels": (levels, "how many stripes classify each training image rightly, from easiest to hardest (CGE only)"),
-    "precision": (precision, "how many training images each stripe's memory classifies rightly (CGE only)"),
+    "levels": (levels, "how many stripes classify each training image correctly, from easiest to hardest (CGE only)"),
+    "precision": (precision, "how many training images each stripe's memory classifies correctly (CGE only)"),
     "loss-cdf": (loss_cdf, "how the loss of the training images is distributed, relative to the largest"),
     "saliency": (saliency, "where the networks look in some test images"),
     "weights": (weights, "the revision's weights of true and false classes over the training images (CGE only)"),
@@ -68,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"labels: {len(labels)} for {len(folders)} checkpoints, give one for each")
     opened = []
     for folder, label in zip(folders, labels, strict=True):
-        take_defaults(subparsers[name], read_settings(checkpoint.config_file(folder)))
+        set_defaults(subparsers[name], read_settings(checkpoint.config_file(folder)), "data", "evaluation")
         look = as_dataclass(subparsers[name], parse_settings(parser, arguments)[name], LookConfig)
         opened.append(open_checkpoint(folder, label, look.data, look.evaluation))
     options.output.mkdir(parents=True, exist_ok=True)  # before the work, which may take long

@@ -1,4 +1,4 @@
-"""How often each stripe's memory alone classifies the training images rightly (the paper's Tables 1b and 2)."""
+"""How often each stripe's memory alone classifies the training images correctly (the paper's Tables 1b and 2)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,22 +7,22 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from cge_fast.analyze.trained import Trained, require_cge, require_labels_differ, train_batches
-from cge_fast.analyze.written import COLOURS, HATCHES, Written, write
-from cge_fast.operators import local_hits
+from cge_fast.analyze.trained import Trained, require_cge, train_batches
+from cge_fast.analyze.written import Row, Written, styles, told, write_comparison
+from cge_kernels import stripe_correct
 
 
-def stripe_hits(trained: Trained) -> Tensor:
+def train_stripe_correct(trained: Trained) -> Tensor:
     """(training images, n) bool: whether argmax_k s_i[k] is the image's label, ties to the lowest k.
 
     Raises:
         UserError: data and checkpoint do not fit, or an image cannot be read.
     """
-    head, hits = trained.network.head, []
-    for images, labels in train_batches(trained):
-        _, local_features = head.pool(trained.network.feature_map(images))
-        hits.append(local_hits(local_features, head.memory, labels).cpu())
-    return torch.cat(hits)
+    batches = train_batches(trained)
+    memory = trained.loss.memory
+    return torch.cat(
+        [stripe_correct(trained.model(images).stripes, memory, labels).cpu() for images, labels in batches]
+    )
 
 
 def precision(checkpoints: Sequence[Trained], output: Path) -> Written:
@@ -31,45 +31,38 @@ def precision(checkpoints: Sequence[Trained], output: Path) -> Written:
     Raises:
         UserError: a checkpoint has no CGE, does not fit the data, or has the label of another.
     """
-    require_labels_differ(checkpoints)
     require_cge(checkpoints, "precision")
-    hits = [stripe_hits(trained) for trained in checkpoints]
-    rows = [
-        {
-            "checkpoint": trained.label,
-            "stripe": stripe,
-            "precision": right.double().mean().item(),
-            "right": right.sum().item(),
-            "images": len(right),
-        }
-        for trained, found in zip(checkpoints, hits, strict=True)
-        for stripe, right in enumerate(found.unbind(dim=1), start=1)
-    ]
-    shares = [
-        f"{trained.label}: "
-        + ", ".join(f"{row['precision']:.1%}" for row in rows if row["checkpoint"] == trained.label)
+    tables = [
+        [
+            {
+                "stripe": stripe,
+                "precision": correct.double().mean().item(),
+                "correct": correct.sum().item(),
+                "images": len(correct),
+            }
+            for stripe, correct in enumerate(train_stripe_correct(trained).unbind(dim=1), start=1)
+        ]
         for trained in checkpoints
     ]
-    return write(
-        output, "precision", drawn(rows, checkpoints), rows, "precision of M_1, M_2, ...: " + "; ".join(shares)
-    )
+    texts = (", ".join(f"{row['precision']:.1%}" for row in rows) for rows in tables)
+    summary = "precision of M_1, M_2, ...: " + told(checkpoints, texts)
+    return write_comparison(output, "precision", drawn(checkpoints, tables), checkpoints, tables, summary)
 
 
-def drawn(rows: Sequence[dict], checkpoints: Sequence[Trained]) -> Figure:
+def drawn(checkpoints: Sequence[Trained], tables: Sequence[Sequence[Row]]) -> Figure:
     """Bars by stripe, one of each checkpoint beside another."""
-    stripes = max(row["stripe"] for row in rows)
+    stripes = max(map(len, tables))
     figure = Figure(figsize=(max(6, 2 + 0.75 * stripes * len(checkpoints)), 4.8), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(checkpoints)
-    for index, trained in enumerate(checkpoints):
-        mine = [row for row in rows if row["checkpoint"] == trained.label]
+    for index, (trained, rows, (colour, _, hatch)) in enumerate(zip(checkpoints, tables, styles(), strict=False)):
         bars = axes.bar(
-            [row["stripe"] + (index - (len(checkpoints) - 1) / 2) * width for row in mine],
-            [100 * row["precision"] for row in mine],
+            [row["stripe"] + (index - (len(checkpoints) - 1) / 2) * width for row in rows],
+            [100 * row["precision"] for row in rows],
             width,
             label=trained.title,
-            color=COLOURS[index % len(COLOURS)],
-            hatch=HATCHES[index % len(HATCHES)],
+            color=colour,
+            hatch=hatch,
             edgecolor="white",
         )
         axes.bar_label(bars, fmt="%.1f", padding=2)

@@ -6,23 +6,25 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 from tqdm import tqdm
 
-from cge_fast import data, model
+from cge_fast import data
 from cge_fast.analyze.trained import Trained
-from cge_fast.analyze.written import Written, write
+from cge_fast.analyze.written import Sheet, Written, write
 from cge_fast.data import Image
 from cge_fast.data.images import open_rgb
 from cge_fast.errors import UserError
 from cge_fast.evaluation import ranking
+from cge_fast.evaluation.features import embed
 from cge_fast.evaluation.reranking import reranked_distances
 
 DistancesOf = Callable[[slice], Tensor]
 SHOWN = 10  # gallery images of a query
-MARKS = {True: ("✓", "#1a7f37", "-"), False: ("✗", "#d1242f", "--")}  # right and wrong: sign, frame's colour and line
+WIDTH = 1.0  # inches of an image
+MARKS = {True: ("✓", "#1a7f37", "-"), False: ("✗", "#d1242f", "--")}  # match or not: sign, frame's colour and line
 
 
 class Features(NamedTuple):
@@ -54,31 +56,34 @@ def ranked(trained: Trained, output: Path, queries: int = 8) -> Written:
     if not has_match.any():
         raise UserError("data: no query has a match of another camera in the gallery, so there is nothing to rank")
     worst = precisions.argsort(stable=True)[: min(queries, has_match.sum().item())]  # NaN, no match, stands last
-    lists = [first_images(query, gallery, distances_of, index) for index in worst.tolist()]
+    lists = [
+        (
+            reid_set.query[index],
+            precisions[index].item(),
+            [reid_set.gallery[place] for place in first_images(query, gallery, distances_of, index)],
+        )
+        for index in worst.tolist()
+    ]
     rows = [
         {
-            "query": str(reid_set.query[index].path),
-            "query_identity": reid_set.query[index].identity,
-            "query_camera": reid_set.query[index].camera,
-            "average_precision": precisions[index].item(),
+            "query": str(of.path),
+            "query_identity": of.identity,
+            "query_camera": of.camera,
+            "average_precision": average_precision,
             "rank": rank,
-            "image": str(reid_set.gallery[place].path),
-            "identity": reid_set.gallery[place].identity,
-            "camera": reid_set.gallery[place].camera,
-            "right": reid_set.gallery[place].identity == reid_set.query[index].identity,
+            "image": str(image.path),
+            "identity": image.identity,
+            "camera": image.camera,
+            "correct": image.identity == of.identity,
         }
-        for index, places in zip(worst.tolist(), lists, strict=True)
-        for rank, place in enumerate(places, start=1)
-    ]
-    pictures = [
-        (reid_set.query[index], precisions[index].item(), [reid_set.gallery[place] for place in places])
-        for index, places in zip(worst.tolist(), lists, strict=True)
+        for of, average_precision, images in lists
+        for rank, image in enumerate(images, start=1)
     ]
     summary = (
         f"{trained.label}: mAP {precisions[has_match].mean():.1%} of {has_match.sum()} queries, the worst "
         f"{len(worst)} have AP {precisions[worst[0]]:.1%} to {precisions[worst[-1]]:.1%}"
     )
-    return write(output, "ranked", drawn(trained, pictures), rows, summary)
+    return write(output, "ranked", drawn(trained, lists), rows, summary)
 
 
 def features(trained: Trained, name: str, images: list[Image]) -> Features:
@@ -87,11 +92,11 @@ def features(trained: Trained, name: str, images: list[Image]) -> Features:
     Raises:
         UserError: a feature is not finite, or an image cannot be read.
     """
-    found = model.embed(trained.network, images, trained.config.data, trained.config.evaluation, name)
-    if not found.isfinite().all():
+    compared = embed(trained.model, images, trained.config.data, trained.config.evaluation, name)
+    if not compared.isfinite().all():
         raise UserError(f"checkpoint {trained.folder}: the feature of a {name} image is not finite")
-    identities = torch.tensor([image.identity for image in images], device=found.device)
-    return Features(found, identities, torch.tensor([image.camera for image in images], device=found.device))
+    labels = torch.tensor([(image.identity, image.camera) for image in images], device=compared.device)
+    return Features(compared, *labels.unbind(dim=1))
 
 
 def plain_distances(query: Features, gallery: Features, metric: Literal["cosine", "euclidean"]) -> DistancesOf:
@@ -132,43 +137,30 @@ def match_ranks(
 
 
 def drawn(trained: Trained, lists: Sequence[tuple[Image, float, Sequence[Image]]]) -> Figure:
-    """A row for each query: the query with its AP, then the gallery images, framed and marked as right or wrong."""
+    """A row for each query: the query with its AP, then the gallery images, framed and marked as matches or not."""
     config = trained.config.data
-    width = 1.0  # of an image, inches
-    height = width * config.height / config.width
-    # Margins are given, since a layout that matplotlib finds takes seconds for so many panels.
-    figure = Figure(figsize=((SHOWN + 1) * width * 1.08 + 0.5, len(lists) * (height + 0.3) + 0.5))
-    figure.suptitle(
+    size = width, height = WIDTH, WIDTH * config.height / config.width
+    sheet = Sheet(
+        (SHOWN + 1) * width * 1.08 + 0.5,
+        len(lists) * (height + 0.3) + 0.5,
         f"{trained.title}: queries of least average precision, and the first {SHOWN} of the gallery",
-        y=1 - 0.1 / figure.get_figheight(),
-        va="top",
     )
-    panels = figure.subplots(len(lists), 1 + SHOWN, squeeze=False)
-    figure.subplots_adjust(
-        left=0.4 / figure.get_figwidth(),
-        right=1 - 0.1 / figure.get_figwidth(),
-        bottom=0.1 / figure.get_figheight(),
-        top=1 - 0.7 / figure.get_figheight(),
-        wspace=0.08,
-        hspace=0.3 / height,
-    )
-    for (query, precision, images), (first, *others) in zip(lists, panels, strict=True):
-        show(first, query, (config.height, config.width))
-        first.set_title("query", fontsize=9)
-        first.set_ylabel(f"AP {precision:.1%}", fontsize=11)
-        for rank, (axes, image) in enumerate(zip(others, images, strict=False), start=1):
+    for number, (query, precision, images) in enumerate(lists):
+        top = 0.7 + number * (height + 0.3)
+        sheet.axes.text(0.3, top + height / 2, f"AP {precision:.1%}", rotation=90, ha="right", va="center", fontsize=11)
+        for rank, image in enumerate((query, *images)):
+            left = 0.4 + rank * width * 1.08
             mark, colour, line = MARKS[image.identity == query.identity]
-            show(axes, image, (config.height, config.width))
-            axes.set_title(f"{rank} {mark}", fontsize=10, color=colour)
-            for spine in axes.spines.values():
-                spine.set(color=colour, linewidth=3, linestyle=line)
-        for axes in others[len(images) :]:
-            axes.set_axis_off()
-    return figure
-
-
-def show(axes: Axes, image: Image, size: tuple[int, int]) -> None:
-    """Draws an image as height x width without ticks."""
-    axes.imshow(np.asarray(open_rgb(image.path).resize(size[::-1])))
-    axes.set_xticks([])
-    axes.set_yticks([])
+            pixels = open_rgb(image.path).resize((config.width, config.height))
+            sheet.picture(np.asarray(pixels), left, top, size)
+            if rank:
+                sheet.axes.add_patch(Rectangle((left, top), *size, fill=False, ec=colour, lw=3, linestyle=line))
+            sheet.axes.text(
+                left + width / 2,
+                top - 0.06,
+                f"{rank} {mark}" if rank else "query",
+                ha="center",
+                fontsize=10,
+                color=colour if rank else "black",
+            )
+    return sheet.figure

@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
@@ -15,12 +13,13 @@ from tqdm import tqdm
 
 from cge_fast import data
 from cge_fast.analyze.trained import Trained, require_labels_differ
-from cge_fast.analyze.written import Written, write
+from cge_fast.analyze.written import Row, Sheet, Written, told, write
 from cge_fast.data import Image
 from cge_fast.data.batches import test_loader
 from cge_fast.data.images import open_rgb
 
 GROUPS = 4  # images, each beside its maps, in a row of the picture
+PANEL = 1.15  # inches of a panel's width
 COLOUR_MAP = "inferno"  # its lightness ascends, so that it can be read in grey
 
 
@@ -40,26 +39,25 @@ def saliency(checkpoints: Sequence[Trained], output: Path, images: int = 8) -> W
     chosen = [queries[number * len(queries) // count] for number in range(count)]
     maps = [saliency_maps(trained, chosen) for trained in checkpoints]
     stripes = max(trained.config.model.stripes for trained in checkpoints)  # the baselines' settings have them too
+    tables = [[described(saliency_map, stripes) for saliency_map in of_all] for of_all in maps]
     rows = [
-        {"image": str(image.path), "checkpoint": trained.label} | described(of_image, stripes)
+        {"image": str(image.path), "checkpoint": trained.label, **table[number]}
         for number, image in enumerate(chosen)
-        for trained, found in zip(checkpoints, maps, strict=True)
-        for of_image in [found[number]]
+        for trained, table in zip(checkpoints, tables, strict=True)
     ]
-    summaries = []
-    for trained in checkpoints:
-        mine = [row for row in rows if row["checkpoint"] == trained.label]
-        means = [sum(row[f"stripe_{i}"] for row in mine) / count for i in range(1, stripes + 1)]
-        summaries.append(f"{trained.label}: " + ", ".join(f"{mean:.1%}" for mean in means))
-    summary = f"saliency of the stripes from the top, mean of {count} images: " + "; ".join(summaries)
-    return write(output, "saliency", drawn(chosen, maps, rows, checkpoints), rows, summary)
+    texts = [
+        ", ".join(f"{sum(row[f'stripe_{i}'] for row in table) / count:.1%}" for i in range(1, stripes + 1))
+        for table in tables
+    ]
+    summary = f"saliency of the stripes from the top, mean of {count} images: {told(checkpoints, texts)}"
+    return write(output, "saliency", drawn(checkpoints, chosen, maps, tables), rows, summary)
 
 
 def saliency_maps(trained: Trained, images: Sequence[Image]) -> Tensor:
     """(images, H', W') float32 on the CPU: the maximum over the channels of the feature maps."""
     loader = test_loader(images, trained.config.evaluation.batch, trained.config.data)
     bar = tqdm(loader, desc=f"saliency, {trained.label}", unit=" batch", leave=False)
-    maps = [trained.network.feature_map(batch.to(trained.device)).amax(dim=1) for batch in bar]
+    maps = [trained.model.feature_map(batch.to(trained.device)).amax(dim=1) for batch in bar]
     return torch.cat(maps).float().cpu()
 
 
@@ -77,52 +75,32 @@ def described(saliency_map: Tensor, stripes: int) -> dict[str, float]:
 
 
 def drawn(
-    images: Sequence[Image], maps: Sequence[Tensor], rows: Sequence[dict], checkpoints: Sequence[Trained]
+    checkpoints: Sequence[Trained], images: Sequence[Image], maps: Sequence[Tensor], tables: Sequence[Sequence[Row]]
 ) -> Figure:
     """Groups of image and maps; each map is scaled to its own range, a cross marks its maximum."""
     config = checkpoints[0].config.data
-    height, width = config.height, config.width
-    columns, across = 1 + len(checkpoints), min(GROUPS, len(images))
-    down = math.ceil(len(images) / across)
-    cell = 1.15  # a panel's width, inches
-    # Margins are given, since a layout that matplotlib finds takes seconds for so many panels.
-    inches = across * (columns * cell + 0.3), down * (cell * height / width + 0.3) + 0.7
-    figure = Figure(figsize=inches)
+    size = width, height = PANEL, PANEL * config.height / config.width
+    across, step = min(GROUPS, len(images)), 1.05 * width
+    group_width, group_height = (1 + len(checkpoints)) * step + 0.25, height + 0.3
     names = ", ".join(trained.label for trained in checkpoints)
-    figure.suptitle(
+    sheet = Sheet(
+        max(across * group_width, 4.5),
+        math.ceil(len(images) / across) * group_height + 0.7,
         f"Saliency, {config.name}, test images: {names}\n"
         "each map from its least (dark) to its largest value (bright, +)",
-        y=1 - 0.1 / inches[1],
-        va="top",
     )
-    grid = figure.add_gridspec(
-        *(down, across),
-        left=0.1 / inches[0],
-        right=1 - 0.1 / inches[0],
-        bottom=0.1 / inches[1],
-        top=1 - 0.9 / inches[1],
-        wspace=0.3 / (columns * cell),
-        hspace=0.3 / (cell * height / width),
-    )
-    for number, (group, image) in enumerate(zip(grid, images, strict=False)):
-        panels = group.subgridspec(1, columns, wspace=0.05).subplots()
-        picture = open_rgb(image.path).resize((width, height))
-        panels[0].imshow(np.asarray(picture))
-        panels[0].set_title("image", fontsize=9)
-        described_maps = rows[number * len(checkpoints) : (number + 1) * len(checkpoints)]
-        for axes, of_all, row in zip(panels[1:], maps, described_maps, strict=True):
-            draw_map(axes, picture, of_all[number], row)
-            axes.set_title(row["checkpoint"], fontsize=9)
-        for axes in panels:
-            axes.set_axis_off()
-    return figure
-
-
-def draw_map(axes: Axes, picture: PIL.Image.Image, saliency_map: Tensor, row: dict) -> None:
-    """A map (H', W') over the grey picture, and a cross where `row` says its maximum is."""
-    smooth = interpolate(saliency_map[None, None], picture.size[::-1], mode="bilinear")[0, 0]
-    axes.imshow(np.asarray(picture.convert("L")), cmap="gray", vmin=0, vmax=255)
-    axes.imshow(smooth.numpy(), cmap=COLOUR_MAP, alpha=0.65)
-    x, y = row["maximum_x"] * picture.width - 0.5, row["maximum_y"] * picture.height - 0.5
-    axes.plot(x, y, "+", color="white", markersize=11, markeredgewidth=3.5)
-    axes.plot(x, y, "+", color="black", markersize=10, markeredgewidth=1.5)
+    for number, image in enumerate(images):
+        left, top = number % across * group_width + 0.15, number // across * group_height + 0.9
+        picture = open_rgb(image.path).resize((config.width, config.height))
+        sheet.picture(np.asarray(picture), left, top, size)
+        sheet.axes.text(left + width / 2, top - 0.05, "image", ha="center", fontsize=9)
+        for trained, of_all, table in zip(checkpoints, maps, tables, strict=True):
+            left += step
+            smooth = interpolate(of_all[number, None, None], picture.size[::-1], mode="bilinear")[0, 0]
+            sheet.picture(np.asarray(picture.convert("L")), left, top, size, cmap="gray", vmin=0, vmax=255)
+            sheet.picture(smooth.numpy(), left, top, size, cmap=COLOUR_MAP, alpha=0.65)
+            place = left + table[number]["maximum_x"] * width, top + table[number]["maximum_y"] * height
+            sheet.axes.plot(*place, "+", color="white", markersize=11, markeredgewidth=3.5)
+            sheet.axes.plot(*place, "+", color="black", markersize=10, markeredgewidth=1.5)
+            sheet.axes.text(left + width / 2, top - 0.05, trained.label, ha="center", fontsize=9)
+    return sheet.figure

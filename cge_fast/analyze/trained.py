@@ -1,32 +1,48 @@
 """A checkpoint that was opened to be looked into, and its pass over the training images."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from cge_fast import checkpoint, data, model
+from cge_fast import checkpoint, data
+from cge_fast.build import load_criterion, load_model
+from cge_fast.cli import read_settings
 from cge_fast.data.batches import test_loader, train_labels
 from cge_fast.errors import UserError
-from cge_fast.options import DataConfig, EvaluationConfig, TrainConfig, read_settings
+from cge_fast.experiments.variants import VARIANTS
+from cge_fast.model import ReidModel
+from cge_fast.options import DataConfig, EvaluationConfig, TrainConfig
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint's network in evaluation mode, which records no gradients, and its settings."""
+    """A checkpoint's model in evaluation mode, which records no gradients, and its settings."""
 
     folder: Path
     label: str  # what pictures and tables call it
-    network: model.ReidModel
+    model: ReidModel
     config: TrainConfig  # data and evaluation are those to look with, the rest is what it was trained with
+
+    @cached_property
+    def loss(self) -> nn.Module:
+        """The classification loss, with classifier and memory.
+
+        Raises:
+            UserError: the checkpoint has none, or it does not fit the settings.
+        """
+        criterion = load_criterion(self.folder, self.config, self.device, VARIANTS)
+        return criterion.classification.eval().requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
-        """Where the network computes."""
-        return self.network.head.classifier.weight.device
+        """Where the model computes."""
+        return self.model.neck.weight.device
 
     @property
     def title(self) -> str:
@@ -53,8 +69,8 @@ def open_checkpoint(
     config = read_settings(checkpoint.config_file(folder))
     config = replace(config, data=data or config.data, evaluation=evaluation or config.evaluation)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = model.load(folder, config, config.data, device).eval().requires_grad_(False)
-    return Trained(folder, label or run_name(folder), network, config)
+    model = load_model(folder, config, config.data, device, VARIANTS).eval().requires_grad_(False)
+    return Trained(folder, label or run_name(folder), model, config)
 
 
 def run_name(folder: Path) -> str:
@@ -65,18 +81,16 @@ def run_name(folder: Path) -> str:
 
 def require_labels_differ(checkpoints: Sequence[Trained]) -> None:
     """Raises UserError if two checkpoints could not be told apart in a picture or table."""
-    labels = [trained.label for trained in checkpoints]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise UserError(
-                f"labels: {labels.count(label)} checkpoints are called {label}, give each a name of its own"
-            )
+    for label, count in Counter(trained.label for trained in checkpoints).items():
+        if count > 1:
+            raise UserError(f"labels: {count} checkpoints are called {label}, give each a name of its own")
 
 
 def require_cge(checkpoints: Sequence[Trained], analysis: str) -> None:
-    """Raises UserError if a checkpoint has no memory of local features, which the analysis needs."""
+    """Raises UserError if a checkpoint has no memory, which the analysis needs, or as `require_labels_differ` does."""
+    require_labels_differ(checkpoints)
     for trained in checkpoints:
-        if not trained.network.head.cge:
+        if not trained.config.model.cge:
             raise UserError(f"checkpoint {trained.folder}: {analysis} needs CGE, this was trained with model.cge false")
 
 
@@ -84,21 +98,18 @@ def train_batches(trained: Trained) -> Iterator[tuple[Tensor, Tensor]]:
     """Training images (B, 3, H, W) float32, not augmented, and labels (B,) int64, with a progress bar.
 
     Raises:
-        UserError: the data set has other training identities than the network, or an image cannot be read.
+        UserError: the data set has other training identities than the loss, or an image cannot be read.
     """
     config = trained.config
     images = data.read(config.data).train
     labels = torch.tensor(train_labels(images))
-    classes = trained.network.head.num_classes
+    classes = trained.loss.num_classes
     if labels.max() + 1 != classes:
         raise UserError(
             f"data: checkpoint {trained.folder} was trained on {classes} identities, {config.data.name} has "
             f"{labels.max() + 1}"
         )
     loader = test_loader(images, config.evaluation.batch, config.data)
-    for batch, of_batch in zip(
-        tqdm(loader, desc=f"training images, {trained.label}", unit=" batch", leave=False),
-        labels.split(config.evaluation.batch),
-        strict=True,
-    ):
+    bar = tqdm(loader, desc=f"training images, {trained.label}", unit=" batch", leave=False)
+    for batch, of_batch in zip(bar, labels.split(config.evaluation.batch), strict=True):
         yield batch.to(trained.device), of_batch.to(trained.device)

@@ -1,17 +1,20 @@
 """How far revision tells the true class from the others: its weights of either (the paper's module GLR)."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from cge_fast.analyze.trained import Trained, require_cge, require_labels_differ, train_batches
-from cge_fast.analyze.written import COLOURS, HATCHES, Written, write
+from cge_fast.analyze.trained import Trained, require_cge, train_batches
+from cge_fast.analyze.written import COLOURS, HATCHES, Row, Written, told, write_comparison
+from cge_fast.losses.cge import revision_weights
 
 LOWEST, HIGHEST = 0.268, 0.732  # the bins' range: weights lie from sigmoid(-1) = 0.26894 to sigmoid(1) = 0.73106
 BINS = 464  # 0.001 wide
+EDGES = [round(LOWEST + number / 1000, 3) for number in range(BINS + 1)]
 CLASSES = ("true", "false")
 
 
@@ -23,37 +26,33 @@ def weights(checkpoints: Sequence[Trained], output: Path) -> Written:
     Raises:
         UserError: a checkpoint has no CGE, does not fit the data, or has the label of another.
     """
-    require_labels_differ(checkpoints)
     require_cge(checkpoints, "weights")
-    rows, moments, summaries = [], [], []
+    tables, texts = [], []
     for trained in checkpoints:
         counts, mean, deviation = histogram(trained)
-        moments.append((mean, deviation))
-        for classes, of_classes in zip(CLASSES, counts, strict=True):
-            rows += [
-                {
-                    "checkpoint": trained.label,
-                    "classes": classes,
-                    "from": round(LOWEST + number / 1000, 3),
-                    "to": round(LOWEST + (number + 1) / 1000, 3),
-                    "count": int(count),
-                    "share": count / max(1, of_classes.sum().item()),
-                }
-                for number, count in enumerate(of_classes.tolist())
+        tables.append(
+            [
+                {"classes": classes, "from": low, "to": high, "count": count, "share": count / max(1, sum(of_classes))}
+                for classes, of_classes in zip(CLASSES, counts.tolist(), strict=True)
+                for (low, high), count in zip(pairwise(EDGES), of_classes, strict=True)
             ]
-        told = [f"{classes} {mean[i]:.4f} ± {deviation[i]:.4f}" for i, classes in enumerate(CLASSES)]
-        summaries.append(f"{trained.label}: " + ", ".join(told))
-    return write(output, "weights", drawn(rows, checkpoints, moments), rows, "weights w: " + "; ".join(summaries))
+        )
+        texts.append([f"{mean[kind]:.4f} ± {deviation[kind]:.4f}" for kind in range(len(CLASSES))])
+    summary = "weights w: " + told(checkpoints, ("true {}, false {}".format(*text) for text in texts))
+    return write_comparison(output, "weights", drawn(checkpoints, tables, texts), checkpoints, tables, summary)
 
 
 def histogram(trained: Trained) -> tuple[Tensor, list[float], list[float]]:
-    """Counts (2, bins) int64, means and standard deviations of the weights of true and of false classes."""
-    head = trained.network.head
+    """Counts (2, bins) int64, means and standard deviations of the weights of true and of false classes.
+
+    Raises:
+        UserError: data and checkpoint do not fit, or an image cannot be read.
+    """
     counts = torch.zeros(2, BINS, dtype=torch.int64)
     sums = torch.zeros(2, 3, dtype=torch.float64)  # of 1, w and w^2
     for images, labels in train_batches(trained):
-        _, local_features = head.pool(trained.network.feature_map(images))
-        weight = head.revision_weights(local_features)
+        memory = getattr(trained.loss, "revising_memory", trained.loss.memory)  # a shuffled one revises otherwise
+        weight = revision_weights(trained.model(images).stripes, memory)
         true = torch.zeros_like(weight, dtype=torch.bool).scatter_(1, labels[:, None], True)
         for kind, values in enumerate((weight[true], weight[~true])):
             values = values.double()
@@ -65,29 +64,25 @@ def histogram(trained: Trained) -> tuple[Tensor, list[float], list[float]]:
     return counts, mean.tolist(), (squares / number - mean.square()).clamp(min=0).sqrt().tolist()
 
 
-def drawn(rows: Sequence[dict], checkpoints: Sequence[Trained], moments: Sequence[tuple]) -> Figure:
-    """A panel for each checkpoint, over the range where weights were found."""
-    found = [row for row in rows if row["count"]]
+def drawn(checkpoints: Sequence[Trained], tables: Sequence[Sequence[Row]], texts: Sequence[Sequence[str]]) -> Figure:
+    """A panel for each checkpoint, over the range where weights were found; `texts` say mean and deviation."""
+    filled = [row for rows in tables for row in rows if row["count"]]
     figure = Figure(figsize=(7.5, 1.2 + 3.4 * len(checkpoints)), layout="constrained")
     figure.suptitle("Revision weights of the training images")
     panels = figure.subplots(len(checkpoints), sharex=True, squeeze=False)[:, 0]
-    for axes, trained, (mean, deviation) in zip(panels, checkpoints, moments, strict=True):
-        for index, classes in enumerate(CLASSES):
-            mine = [row for row in rows if (row["checkpoint"], row["classes"]) == (trained.label, classes)]
+    for axes, trained, rows, moments in zip(panels, checkpoints, tables, texts, strict=True):
+        for kind, name in enumerate(("true class", "false classes")):
             axes.stairs(
-                [100 * row["share"] for row in mine],
-                [mine[0]["from"], *(row["to"] for row in mine)],
+                [100 * row["share"] for row in rows[kind * BINS : (kind + 1) * BINS]],
+                EDGES,
                 fill=True,
                 alpha=0.65,
-                color=COLOURS[index],
-                hatch=HATCHES[index],
-                label=f"{classes} class{'es' if index else ''}: {mean[index]:.4f} ± {deviation[index]:.4f}",
+                color=COLOURS[kind],
+                hatch=HATCHES[kind],
+                label=f"{name}: {moments[kind]}",
             )
-        axes.set(
-            title=trained.title,
-            ylabel="share of the weights, %",
-            xlim=(min(row["from"] for row in found), max(row["to"] for row in found)),
-        )
+        axes.set(title=trained.title, ylabel="share of the weights, %")
+        axes.set_xlim(min(row["from"] for row in filled), max(row["to"] for row in filled))
         axes.legend(title="mean ± standard deviation")
         axes.grid(alpha=0.3)
     panels[-1].set_xlabel("weight w, in bins of 0.001")

@@ -1,16 +1,22 @@
 """What an analysis leaves behind: a picture, a table of the same numbers, and one line that says the main ones."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+from cge_fast.analyze.trained import Trained
 
 # Told apart by lightness too, so that grey prints can be read; lines and bars differ by pattern besides.
 COLOURS = ("#1b4f8a", "#e08a2c", "#3f9c8f", "#7a1f4d", "#b8b8b8")
 LINES = ("-", "--", "-.", ":")
 HATCHES = ("", "//", "..", "xx", "--")
+
+Row = Mapping[str, Any]
 
 
 class Written(NamedTuple):
@@ -21,13 +27,60 @@ class Written(NamedTuple):
     picture: Path  # PNG
 
 
-def write(output: Path, name: str, figure: Figure, rows: Sequence[Mapping[str, object]], summary: str) -> Written:
+def write(output: Path, name: str, figure: Figure, rows: Sequence[Row], summary: str) -> Written:
     """Writes output/name.png and output/name.csv, whose columns are the keys of the first row."""
     output.mkdir(parents=True, exist_ok=True)
     table, picture = output / f"{name}.csv", output / f"{name}.png"
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(table, rows)
     figure.savefig(picture, dpi=130)
     return Written(summary, table, picture)
+
+
+def write_csv(file: Path, rows: Sequence[Row]) -> None:
+    """Writes a table whose columns are the keys of the first row."""
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_comparison(
+    output: Path,
+    name: str,
+    figure: Figure,
+    checkpoints: Sequence[Trained],
+    tables: Sequence[Sequence[Row]],
+    summary: str,
+) -> Written:
+    """`write` of the checkpoints' tables one below the other, with a first column that names the checkpoint."""
+    by_label = zip(checkpoints, tables, strict=True)
+    rows = [{"checkpoint": trained.label, **row} for trained, table in by_label for row in table]
+    return write(output, name, figure, rows, summary)
+
+
+def told(checkpoints: Sequence[Trained], texts: Iterable[str]) -> str:
+    """What is said of each checkpoint, on one line."""
+    return "; ".join(f"{trained.label}: {text}" for trained, text in zip(checkpoints, texts, strict=True))
+
+
+def styles() -> Iterator[tuple[str, str, str]]:
+    """Colour, line and hatch of one checkpoint after another."""
+    return zip(cycle(COLOURS), cycle(LINES), cycle(HATCHES), strict=False)
+
+
+class Sheet:
+    """A titled figure of many pictures, placed in inches from its top left.
+
+    One matplotlib axes: a layout of as many axes as there are pictures takes seconds.
+    """
+
+    def __init__(self, width: float, height: float, title: str):
+        self.figure = Figure(figsize=(width, height))
+        self.axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+        self.axes.set_axis_off()
+        self.figure.suptitle(title, y=1 - 0.1 / height, va="top")
+
+    def picture(self, pixels: ArrayLike, left: float, top: float, size: tuple[float, float], **how: Any) -> None:
+        """Draws an image `size` (width, height) large; `how` are imshow's options."""
+        width, height = size
+        self.axes.imshow(pixels, extent=(left, left + width, top + height, top), aspect="auto", **how)

@@ -104,4 +104,5 @@ def map_size(backbone: nn.Module, height: int, width: int) -> tuple[int, int, in
             f"data.height, data.width: images of {height} x {width} are too small for the backbone"
         ) from error
     backbone.train(training)
-    return tuple(feature_map.shape[1:])
+    _, channels, rows, columns = feature_map.shape
+    return channels, rows, columns

@@ -16,6 +16,11 @@ from cge_fast.data.sets import SETS
 
 PROGRAM = "cge_fast.data"
 CONTACT_SHEET = "contact_sheet.png"
+EXPORTED = {
+    "pedestrians": "the embedded set",
+    "pedestrians-trap": "the embedded set whose upper bodies tempt the global feature",
+    "omniglot": "Omniglot's two small background archives: characters as identities, drawers as cameras",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,24 +31,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         exit_on_error=False,
     )
     commands = parser.add_subcommands()
-    for name, help_ in (
-        ("pedestrians", "the embedded set"),
-        ("pedestrians-trap", "the embedded set whose upper bodies tempt the global feature"),
-        ("omniglot", "Omniglot's two small background archives: characters as identities, drawers as cameras"),
-    ):
-        command = ArgumentParser(prog=f"{PROGRAM} {name}", exit_on_error=False, description=f"Writes {help_}.")
+
+    def subcommand(name: str, verb: str, help_: str) -> ArgumentParser:
+        command = ArgumentParser(prog=f"{PROGRAM} {name}", exit_on_error=False, description=f"{verb} {help_}.")
+        commands.add_subcommand(name, command, help=help_)
+        return command
+
+    for name, help_ in EXPORTED.items():
+        command = subcommand(name, "Writes", help_)
         command.add_argument("--export", type=Path, required=True, help="folder to write to; new or empty")
         if name == "omniglot":
             command.add_argument("--source", type=Path, required=True, help="folder with the archives, unzipped")
-        commands.add_subcommand(name, command, help=help_)
     for name in SETS:
         help_ = f"counts of {name}, beside the published ones if there are any, and a contact sheet"
-        command = ArgumentParser(prog=f"{PROGRAM} {name}", exit_on_error=False, description=f"Shows {help_}.")
+        command = subcommand(name, "Shows", help_)
         command.add_argument("--root", type=Path, required=True, help="folder of the data set")
-        command.add_argument(
-            "--sheet", type=Path, default=Path(f"{name}_{CONTACT_SHEET}"), help="file of the contact sheet, a PNG"
-        )
-        commands.add_subcommand(name, command, help=help_)
+        sheet = Path(f"{name}_{CONTACT_SHEET}")
+        command.add_argument("--sheet", type=Path, default=sheet, help="file of the contact sheet, a PNG")
     parsed = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     options = parsed[parsed.subcommand]
     if parsed.subcommand in SETS:
@@ -66,12 +70,12 @@ def show(name: str, root: Path, sheet: Path) -> None:
     """
     reader, published = SETS[name]
     reid_set = reader(root)
-    found = count(reid_set)
-    print(table(found, published))
+    counts = count(reid_set)
+    print(table(counts, published))
     contact_sheet(reid_set, sheet)
     print(f"a look at it: {sheet}")
     if published is not None:
-        require_published(found, published)
+        require_published(counts, published)
 
 
 if __name__ == "__main__":

@@ -103,23 +103,13 @@ def open_rgb(path: Path) -> PIL.Image.Image:
 
 def without_corrupt(reid_set: ReidSet) -> tuple[ReidSet, list[Path]]:
     """The set without the images that cannot be read, and those images' paths. Reads every file."""
-    corrupt: list[Path] = []
-
-    def readable(image: Image) -> bool:
+    corrupt = []
+    images = [image for part in vars(reid_set).values() for image in part]
+    for image in tqdm(images, desc="checking images", unit=" image"):
         try:
             open_rgb(image.path)
         except UserError:
             corrupt.append(image.path)
-            return False
-        return True
-
-    parts = [reid_set.train, reid_set.query, reid_set.gallery]
-    with tqdm(total=sum(map(len, parts)), desc="checking images", unit=" image") as bar:
-        kept = []
-        for part in parts:
-            kept.append([])
-            for image in part:
-                if readable(image):
-                    kept[-1].append(image)
-                bar.update()
-    return ReidSet(*kept), corrupt
+    left_out = set(corrupt)
+    parts = ([image for image in part if image.path not in left_out] for part in vars(reid_set).values())
+    return ReidSet(*parts), corrupt

@@ -17,25 +17,14 @@ PUBLISHED = {"train": Counts(TRAIN_IDENTITIES, 32_621, 15), **TEST}
 PUBLISHED_TRAIN_ONLY = {"train": Counts(TRAIN_IDENTITIES, 30_248, 15), **TEST}
 
 
-def read_msmt17(root: Path) -> ReidSet:
-    """Reads the set with list_train.txt and list_val.txt, images of the same people, as training split.
+def read_msmt17(root: Path, train_lists: Sequence[str] = ("list_train.txt", "list_val.txt")) -> ReidSet:
+    """Reads the images of the lists; those of the training lists are of the same people.
+
+    The archive numbers both training and test identities from 0. They are different people, so the test identities
+    continue where the training identities end; here all are numbered from 1, since elsewhere 0 is for distractors.
 
     Raises:
         UserError: a list, a folder or a listed image is missing, or a line does not say camera and identity.
-    """
-    return read_lists(root, ("list_train.txt", "list_val.txt"))
-
-
-def read_msmt17_train_only(root: Path) -> ReidSet:
-    """Reads the set with list_train.txt alone as training split; raises what `read_msmt17` raises."""
-    return read_lists(root, ("list_train.txt",))
-
-
-def read_lists(root: Path, train_lists: Sequence[str]) -> ReidSet:
-    """The images of the lists, whose identities are numbered from 1 on: elsewhere 0 is for distractors.
-
-    The archive numbers both training and test identities from 0. They are different people, so the test identities
-    continue where the training identities end.
     """
     folders = ("mask_train_v2", "mask_test_v2") if (root / "mask_train_v2").is_dir() else ("train", "test")
     train, test = (root / folder for folder in folders)

@@ -34,25 +34,18 @@ def export_omniglot(source: Path, folder: Path) -> None:
     Raises:
         UserError: an archive is missing, a file is not named like 0394_01.png, or `folder` holds something.
     """
-    characters = [sorted({path.parent for path in image_files(source / archive, "source")}) for archive in ARCHIVES]
+    train, test = (sorted({path.parent for path in image_files(source / archive, "source")}) for archive in ARCHIVES)
     with whole_folder(folder) as unfinished:
-        write_characters(unfinished, *characters)
-
-
-def write_characters(folder: Path, train: list[Path], test: list[Path]) -> None:
-    """Writes the three splits of `export_omniglot` from the folders of the training and the test characters."""
-    for split in SPLITS:
-        (folder / split).mkdir()
-    numbered = list(enumerate([*train, *test], start=1))
-    for identity, character in tqdm(numbered, desc="writing characters", unit=" character"):
-        for path in sorted(character.glob("*.png")):
-            drawer = path.stem.rpartition("_")[2]
-            if not drawer.isdecimal():
-                raise UserError(f"image {path} must be named like 0394_01.png: the drawer stands last")
-            split = "bounding_box_train"
-            if identity > len(train):
+        for split in SPLITS:
+            (unfinished / split).mkdir()
+        characters = tqdm([*train, *test], desc="writing characters", unit=" character")
+        for identity, character in enumerate(characters, start=1):
+            for path in sorted(character.glob("*.png")):
+                drawer = path.stem.rpartition("_")[2]
+                if not drawer.isdecimal():
+                    raise UserError(f"image {path} must be named like 0394_01.png: the drawer stands last")
                 split = "query" if int(drawer) in QUERY_DRAWERS else "bounding_box_test"
-            camera = int(drawer) % CAMERAS + 1
-            picture = open_rgb(path).resize((SIZE, SIZE), PIL.Image.Resampling.BILINEAR)
-            name = f"{identity:04d}_c{camera}s1_{int(drawer):06d}_01.jpg"
-            picture.save(folder / split / name, quality=JPEG_QUALITY)
+                name = f"{identity:04d}_c{int(drawer) % CAMERAS + 1}s1_{int(drawer):06d}_01.jpg"
+                picture = open_rgb(path).resize((SIZE, SIZE), PIL.Image.Resampling.BILINEAR)
+                folder_of_split = unfinished / (split if identity > len(train) else "bounding_box_train")
+                picture.save(folder_of_split / name, quality=JPEG_QUALITY)

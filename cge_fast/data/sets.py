@@ -22,7 +22,10 @@ DRAWING = 1  # number of the embedded sets' present drawing: a change of the pix
 SETS: dict[str, tuple[Callable[[Path], ReidSet], SetCounts | None]] = {
     "market1501": (market1501.read_market1501, market1501.PUBLISHED),
     "msmt17": (msmt17.read_msmt17, msmt17.PUBLISHED),
-    "msmt17-train-only": (msmt17.read_msmt17_train_only, msmt17.PUBLISHED_TRAIN_ONLY),
+    "msmt17-train-only": (
+        partial(msmt17.read_msmt17, train_lists=("list_train.txt",)),
+        msmt17.PUBLISHED_TRAIN_ONLY,
+    ),
     "cuhk03-detected": (partial(cuhk03.read_cuhk03, boxes="detected"), cuhk03.PUBLISHED["detected"]),
     "cuhk03-labeled": (partial(cuhk03.read_cuhk03, boxes="labeled"), cuhk03.PUBLISHED["labeled"]),
     "veri776": (veri776.read_veri776, veri776.PUBLISHED),
@@ -62,10 +65,10 @@ def require_match(reid_set: ReidSet) -> None:
         raise UserError("data.root: the gallery has no query's identity from another camera, there is nothing to find")
 
 
-def pedestrians(trap: bool) -> Path:
+def pedestrians(trap: bool = False, seed: int = 0) -> Path:
     """The folder of an embedded set, drawn now if it is not in the cache ($CGE_CACHE, or ~/.cache/cge-fast)."""
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     cache = Path(os.environ.get("CGE_CACHE", home / "cge-fast"))
-    folder = cache / f"pedestrians{'-trap' if trap else ''}-{DRAWING}"
-    once(folder, partial(draw, trap=trap))
+    folder = cache / f"pedestrians{'-trap' if trap else ''}-{DRAWING}{f'-seed-{seed}' if seed else ''}"
+    once(folder, partial(draw, trap=trap, seed=seed))
     return folder

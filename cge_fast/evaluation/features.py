@@ -1,5 +1,7 @@
 """Features of a set's images, and the figures of their ranking."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -50,7 +52,7 @@ def evaluate(model: ReidModel, reid_set: ReidSet, data: DataConfig, evaluation: 
         identities = torch.tensor([image.identity for image in images], device=features.device)
         cameras = torch.tensor([image.camera for image in images], device=features.device)
         arguments += [features, identities, cameras]
-    evaluated = evaluate_reranking if evaluation.rerank else evaluate_ranking
+    evaluated: Callable[..., Retrieval] = evaluate_reranking if evaluation.rerank else evaluate_ranking
     try:
         return evaluated(*arguments, metric=evaluation.metric, progress=rank() == 0)
     except ValueError as error:

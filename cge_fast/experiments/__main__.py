@@ -1,5 +1,6 @@
 """Trains the rows of a table or figure over several seeds and writes it: python -m cge_fast.experiments --help"""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,23 +48,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UserError(f"{name}: must be at least 1, got {options[name]}")
     preset = preset_of(options.preset, options.data, options.root)
     output = options.output / f"{options.data}-{options.preset}"
-    common = [*preset.options]
+    common = shlex.split(preset.options)
     if preset.first:
         folder = output / "first"
         if not is_whole(folder):
             print(f"first, the backbone that every training starts from: {folder}", file=sys.stderr)
-            run(folder, preset.first())
+            run(folder, shlex.split(preset.first()))
         common += ["--model.weights", str(folder / "checkpoints" / "last" / "model.safetensors")]
     common += arguments[split + 1 :]
-    rows = TABLES[options.table] if options.table in TABLES else figures.ROWS[options.table]
+    rows = (TABLES | figures.ROWS)[options.table]
     small = options.preset == "small"
     rows_that_fit = [row for row in rows if row.stripes <= preset.rows and not (small and row.resnet50)]
-    if options.table in figures.TITLES:
-        failures = run_rows(output, rows_that_fit, 1, common, options.jobs)
+    is_figure = options.table in figures.TITLES
+    failures = run_rows(output, rows_that_fit, 1 if is_figure else options.seeds, common, options.jobs)
+    if is_figure:
         require_none(failures)
         print(figures.draw(options.table, output))
         return
-    failures = run_rows(output, rows_that_fit, options.seeds, common, options.jobs)
     command = ["python", "-m", PROGRAM, *arguments]
     print(report.write(options.table, options.data, output, rows, options.seeds, common, failures, command))
     require_none(failures)

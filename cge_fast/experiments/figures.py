@@ -8,9 +8,8 @@ from cge_fast.analyze.saliency import saliency
 from cge_fast.analyze.trained import open_checkpoint
 from cge_fast.analyze.weights import weights
 from cge_fast.experiments.runs import folder_of
-from cge_fast.experiments.tables import BOT, CGE, WITH, WITHOUT, Row
+from cge_fast.experiments.tables import BOT, CGE, WITH, WITHOUT, Row, loss
 
-SHOWN_IMAGES = 8
 TITLES = {
     "figure4": "Levels of difficulty, without and with CGE",
     "figure5": "Distribution of the loss: cross entropy, focal loss and CGE",
@@ -18,28 +17,18 @@ TITLES = {
     "figure7": "Saliency of the baseline and of CGE",
 }
 ROWS = {
-    "figure4": [Row("memory not used", (*WITH, "--model.revision", "none")), Row(CGE, WITH)],
-    "figure5": [Row(BOT, WITHOUT), Row("focal", (*WITHOUT, "--loss.classification", "focal")), Row(CGE, WITH)],
+    "figure4": [Row("memory not used", f"{WITH} {loss('memory_not_used')}"), Row(CGE, WITH)],
+    "figure5": [Row(BOT, WITHOUT), Row("focal", f"{WITHOUT} {loss('focal')}"), Row(CGE, WITH)],
     "figure6": [Row(CGE, WITH)],
     "figure7": [Row(BOT, WITHOUT), Row(CGE, WITH)],
 }
+ANALYSES = {"figure4": levels, "figure5": loss_cdf, "figure6": weights, "figure7": saliency}
 
 
 def draw(figure: str, output: Path) -> str:
     """Writes the figure's PNG and CSV below `output`/`figure`; returns what they show in a line, and where they are."""
-    folder = output / figure
-    folder.mkdir(parents=True, exist_ok=True)
     opened = [
-        open_checkpoint(folder_of(output, row, seed=0) / "checkpoints" / "last", row.name, None, None)
-        for row in ROWS[figure]
+        open_checkpoint(folder_of(output, row, seed=0) / "checkpoints" / "last", row.name) for row in ROWS[figure]
     ]
-    match figure:
-        case "figure4":
-            written = levels(opened, folder)
-        case "figure5":
-            written = loss_cdf(opened, folder)
-        case "figure6":
-            written = weights(opened, folder)
-        case "figure7":
-            written = saliency(opened, folder, SHOWN_IMAGES)
+    written = ANALYSES[figure](opened, output / figure)
     return f"{written.summary}\n{written.picture} and {written.table}"

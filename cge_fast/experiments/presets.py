@@ -1,13 +1,11 @@
 """What every training of an experiment has in common, by preset and data set."""
 
-import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
-from cge_fast.data.pedestrians import draw
-from cge_fast.data.whole_folder import once
+from cge_fast.data.sets import pedestrians
 from cge_fast.errors import UserError
 
 OTHER_PEOPLE = 1  # seed of the drawing that the small preset's backbone is trained on first
@@ -15,70 +13,42 @@ OTHER_PEOPLE = 1  # seed of the drawing that the small preset's backbone is trai
 
 @dataclass(frozen=True)
 class Preset:
-    """Trainings that differ in a row's options only.
+    """Trainings that differ in a row's options only; options are as a shell takes them."""
 
-    Args:
-        options: command line of cge_fast.train.
-        rows: H', rows of the feature map: the most stripes that fit.
-        first: a training whose backbone all others start from: its options, or None.
-    """
-
-    options: tuple[str, ...]
-    rows: int
-    first: Callable[[], tuple[str, ...]] | None = None
+    options: str
+    rows: int  # H' of the feature map: the most stripes that fit
+    first: Callable[[], str] | None = None  # options of a training whose backbone all others start from
 
 
-QUIET = ("--evaluation.untrained", "false", "--evaluation.every", "0", "--data.workers", "0")
-OMNIGLOT = ("--data.name", "market1501", "--data.flip", "0", "--model.pretrained", "false")
+QUIET = "--evaluation.untrained false --evaluation.every 0 --data.workers 0"
+OMNIGLOT = "--data.name market1501 --data.flip 0 --model.pretrained false"
 PAPER_ROWS = 24
 
 
-def other_people() -> tuple[str, ...]:
+def other_people() -> str:
     """Options of the training on other drawn people, who are drawn now if they are not in the cache."""
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = Path(os.environ.get("CGE_CACHE", home / "cge-fast")) / f"pedestrians-seed-{OTHER_PEOPLE}"
-    once(folder, partial(draw, seed=OTHER_PEOPLE))
-    return (
-        *("--config", "pedestrians_bot", "--data.name", "market1501", "--data.root", str(folder), *QUIET),
-        *("--optim.epochs", "20"),
-    )
+    root = shlex.quote(str(pedestrians(seed=OTHER_PEOPLE)))
+    return f"--config pedestrians_bot --data.name market1501 --data.root {root} {QUIET} --optim.epochs 20"
 
 
 PRESETS: dict[str, dict[str, Preset]] = {
     "small": {
         # From scratch, 200 steps teach little; the paper starts from ImageNet's or other people's images as well.
         "pedestrians": Preset(
-            (
-                "--config",
-                "pedestrians_cge",
-                *QUIET,
-                "--data.identities",
-                "8",
-                "--optim.epochs",
-                "2",
-                "--optim.lr",
-                "1e-3",
-            ),
+            f"--config pedestrians_cge {QUIET} --data.identities 8 --optim.epochs 2 --optim.lr 1e-3",
             rows=12,
             first=other_people,
         ),
         "omniglot": Preset(
-            (*OMNIGLOT, *QUIET, "--data.height", "32", "--data.width", "32", "--data.pad", "2", "--optim.epochs", "3"),
-            rows=4,
+            f"{OMNIGLOT} {QUIET} --data.height 32 --data.width 32 --data.pad 2 --optim.epochs 3", rows=4
         ),
     },
     "paper": {
-        "pedestrians": Preset(("--config", "pedestrians_cge"), rows=12),
-        "omniglot": Preset(
-            (*OMNIGLOT, *("--data.height", "64", "--data.width", "64", "--model.backbone", "resnet18")),
-            rows=4,
-        ),
+        "pedestrians": Preset("--config pedestrians_cge", rows=12),
+        "omniglot": Preset(f"{OMNIGLOT} --data.height 64 --data.width 64 --model.backbone resnet18", rows=4),
         **{
-            name: Preset(("--config", "cge_bot", "--data.name", name), rows=PAPER_ROWS)
-            for name in (
-                *("market1501", "msmt17", "msmt17-train-only"),
-                *("cuhk03-detected", "cuhk03-labeled", "veri776"),
-            )
+            name: Preset(f"--config cge_bot --data.name {name}", rows=PAPER_ROWS)
+            for name in ("market1501", "msmt17", "msmt17-train-only", "cuhk03-detected", "cuhk03-labeled", "veri776")
         },
     },
 }
@@ -98,4 +68,4 @@ def preset_of(name: str, data: str, root: Path | None) -> Preset:
         return preset
     if root is None:
         raise UserError(f"root: the data set {data} needs the folder where it lies")
-    return replace(preset, options=(*preset.options, "--data.root", str(root)))
+    return replace(preset, options=f"{preset.options} --data.root {shlex.quote(str(root))}")

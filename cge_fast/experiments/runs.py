@@ -2,76 +2,41 @@
 
 import json
 import os
-import statistics
 import shlex
+import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from cge_fast import checkpoint, train
-from cge_fast.options import read_settings
+from cge_fast.cli import read_settings
 from cge_fast.errors import UserError, one_line
-from cge_fast.experiments.tables import Row
+from cge_fast.experiments import variants
+from cge_fast.experiments.tables import SCALE, VARIANT, Row
 from cge_fast.log import read_rows
 from cge_fast.loop import holds_run
 
 FINISHED, PRINTED = "finished.json", "printed.txt"
 
 
-def run_folder(output: Path, options: Sequence[str], scaled: bool, seed: int) -> Path:
-    """Where the training with a row's options lies; rows of several tables with the same options share it.
-
-    scaled: whether its logits are scaled by another training's mean weight.
-    """
-    settings = sorted(
-        f"{key.removeprefix('--')}={value}" for key, value in zip(options[::2], options[1::2], strict=True)
-    )
-    name = "+".join([*settings, *(["model.logit_scale=mean-w"] if scaled else [])]).replace("/", "_")
-    return output / "runs" / name / f"seed-{seed}"
-
-
 def folder_of(output: Path, row: Row, seed: int) -> Path:
-    """Where one seed of a row lies."""
-    return run_folder(output, row.options, row.scaled_by is not None, seed)
+    """Where one seed of a row lies; rows of several tables with the same options share it."""
+    options = row.options if row.scaled_by is None else f"{row.options} {SCALE} mean-w"
+    settings = sorted(setting.replace(" ", "=", 1) for setting in options.removeprefix("--").split(" --"))
+    return output / "runs" / "+".join(settings).replace("/", "_") / f"seed-{seed}"
 
 
 def is_whole(folder: Path) -> bool:
     """Whether a training there came to its end."""
     return (folder / FINISHED).exists()
-
-
-def require_same(folder: Path, arguments: Sequence[str]) -> None:
-    """Raises UserError if the whole training there had another command line."""
-    if json.loads((folder / FINISHED).read_text())["arguments"] != list(arguments):
-        raise UserError(f"{folder} holds a training with other settings, choose another --output")
-
-
-def run(folder: Path, arguments: Sequence[str]) -> None:
-    """Trains in this process what is left of a run, and notes the seconds that it took; what it prints goes to a file.
-
-    Raises:
-        UserError: the training failed, or the folder's run has other settings.
-    """
-    command = [*arguments, "--output", str(folder)]
-    before = 0.0
-    if holds_run(folder):
-        wanted, _, _ = train.parse(command)
-        if read_settings(folder / checkpoint.CONFIG) != wanted:
-            raise UserError(f"{folder} holds a training with other settings, choose another --output")
-        before = sum(row["seconds"] for row in read_rows(folder / "metrics.jsonl") if row["epoch"])
-        command.append("--resume")
-    folder.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    with (folder / PRINTED).open("w") as printed, redirect_stdout(printed), redirect_stderr(printed):
-        train.main(command)
-    finished = {"seconds": before + time.perf_counter() - start, "arguments": list(arguments)}
-    (folder / FINISHED).write_text(json.dumps(finished))
 
 
 def last_row(folder: Path) -> dict[str, float]:
@@ -89,6 +54,32 @@ def seconds(folder: Path) -> float:
     return json.loads((folder / FINISHED).read_text())["seconds"]
 
 
+def require_same(folder: Path, is_same: bool) -> None:
+    """Raises UserError if the training there is another one."""
+    if not is_same:
+        raise UserError(f"{folder} holds a training with other settings, choose another --output")
+
+
+def run(folder: Path, arguments: Sequence[str]) -> None:
+    """Trains in this process what is left of a run, and notes the seconds that it took; what it prints goes to a file.
+
+    Raises:
+        UserError: the training failed, or the folder's run has other settings.
+    """
+    command = [*arguments, "--output", str(folder)]
+    before = 0.0
+    if holds_run(folder):
+        require_same(folder, read_settings(folder / checkpoint.CONFIG) == train.parse(command)[0])
+        before = sum(row["seconds"] for row in read_rows(folder / "metrics.jsonl") if row["epoch"])
+        command.append("--resume")
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with (folder / PRINTED).open("w") as printed, redirect_stdout(printed), redirect_stderr(printed):
+        variants.main(command)
+    finished = {"seconds": before + time.perf_counter() - start, "arguments": list(arguments)}
+    (folder / FINISHED).write_text(json.dumps(finished))
+
+
 def run_rows(
     output: Path, rows: Sequence[Row], seeds: int, common: Sequence[str], jobs: int
 ) -> dict[tuple[str, int], str]:
@@ -104,43 +95,40 @@ def run_rows(
     Returns:
         messages of the trainings that failed, by row's name and seed.
     """
-    # Rows that take another training's mean weight come after it.
-    first = [row for row in rows if row.scaled_by is None]
-    then = [row for row in rows if row.scaled_by is not None]
-    first += [Row(f"{row.name}, the weight's source", row.scaled_by) for row in then]
+    scaled = [row for row in rows if row.scaled_by is not None]  # they come after their weights' sources
+    sources = [Row(row.name, row.scaled_by) for row in scaled]
+    stages = ([*(row for row in rows if row.scaled_by is None), *sources], scaled)
+    folders = {folder_of(output, row, seed) for row, seed in product((*rows, *sources), range(seeds))}
     failures: dict[Path, str] = {}
-    folders = {folder_of(output, row, seed) for row in [*first, *then] for seed in range(seeds)}
     with (
         executor(jobs) as map_unordered,
         tqdm(total=len(folders), initial=sum(map(is_whole, folders)), desc="trainings", unit=" run") as bar,
     ):
-        for stage in (first, then):
+        for stage in stages:
             missing = {}
-            for seed in range(seeds):
-                for row in stage:
-                    arguments = arguments_of(output, row, seed, common)
-                    folder = folder_of(output, row, seed)
-                    if arguments is None:
-                        failures[folder] = "the training that it takes the mean weight of failed"
-                    elif is_whole(folder):
-                        require_same(folder, arguments)
-                    else:
-                        missing[folder] = arguments
+            for seed, row in product(range(seeds), stage):
+                folder, arguments = folder_of(output, row, seed), arguments_of(output, row, seed, common)
+                if arguments is None:
+                    failures[folder] = "the training that it takes the mean weight of failed"
+                elif is_whole(folder):
+                    require_same(folder, json.loads((folder / FINISHED).read_text())["arguments"] == arguments)
+                else:
+                    missing[folder] = arguments
             for folder, failure in map_unordered(run_or_fail, missing.items()):
                 if failure:
                     failures[folder] = failure
                 bar.update()
-    named = {(row.name, seed): failures.get(folder_of(output, row, seed)) for row in rows for seed in range(seeds)}
+    named = {(row.name, seed): failures.get(folder_of(output, row, seed)) for row, seed in product(rows, range(seeds))}
     return {key: failure for key, failure in named.items() if failure}
 
 
 def arguments_of(output: Path, row: Row, seed: int, common: Sequence[str]) -> list[str] | None:
     """The command line of one seed of a row; None if it takes the mean weight of a training that is not whole."""
-    arguments = [*common, *row.options, "--seed", str(seed)]
+    arguments = [*common, *row.options.split(), "--seed", str(seed)]
     if row.scaled_by is None:
         return arguments
-    source = run_folder(output, row.scaled_by, False, seed)
-    return [*arguments, "--model.logit_scale", f"{mean_weight(source):.4f}"] if is_whole(source) else None
+    source = folder_of(output, Row(row.name, row.scaled_by), seed)
+    return [*arguments, SCALE, f"{mean_weight(source):.4f}"] if is_whole(source) else None
 
 
 def run_or_fail(folder_and_arguments: tuple[Path, Sequence[str]]) -> tuple[Path, str | None]:
@@ -163,17 +151,13 @@ def executor(jobs: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
     if jobs == 1:
         yield map
         return
-    before = dict(os.environ)
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))  # read when a process loads torch
-    try:
-        with get_context("spawn").Pool(jobs) as pool:  # leaving the block ends the processes
-            yield pool.imap_unordered
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with get_context("spawn").Pool(jobs, torch.set_num_threads, (threads,)) as pool:  # leaving ends the processes
+        yield pool.imap_unordered
 
 
 def command_of(common: Sequence[str], row: Row) -> str:
     """The training's command line, but for seed and output."""
-    scale = " --model.logit_scale MEAN_W" if row.scaled_by is not None else ""
-    return f"{Path(sys.executable).stem} -m {train.PROGRAM} {shlex.join([*common, *row.options])}{scale}"
+    program = variants.PROGRAM if VARIANT in row.options else train.PROGRAM
+    scale = f" {SCALE} MEAN_W" if row.scaled_by is not None else ""
+    return f"{Path(sys.executable).stem} -m {program} {shlex.join(common)} {row.options}{scale}"

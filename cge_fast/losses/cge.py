@@ -29,6 +29,8 @@ class CGELoss(nn.Module):
         ValueError: a number is out of range, or (with a shard, on every rank) the ranks disagree on the sizes.
     """
 
+    memory: Tensor  # (n, N, C)
+
     def __init__(
         self,
         in_channels: int,

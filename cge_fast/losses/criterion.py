@@ -1,7 +1,7 @@
 """The training loss as one module: the weighted sum of classification, metric and center loss."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ class ReidCriterion(nn.Module):
         center: the center loss, or None.
         weights: of the three.
     """
+
+    classification: Any  # has methods that nn.Module has not
+    weights: Tensor  # (3,)
 
     def __init__(
         self, classification: nn.Module, metric: nn.Module, center: CenterLoss | None, weights: Sequence[float]

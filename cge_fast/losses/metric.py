@@ -65,6 +65,8 @@ class CenterLoss(nn.Module):
         rate: learning rate of the centers (AGW: 0.5).
     """
 
+    centers: Tensor  # (N, C)
+
     def __init__(self, num_classes: int, channels: int, rate: float = 0.5):
         super().__init__()
         self.register_buffer("centers", torch.randn(num_classes, channels))

@@ -26,13 +26,13 @@ def loss(value: float) -> dict[str, torch.Tensor]:
 
 
 def save(folder, epoch, best=True):
-    contents = Contents(model(float(epoch)), loss(float(epoch)), {"epoch": epoch})
+    contents = Contents(5, model(float(epoch)), loss(float(epoch)), {"epoch": epoch})
     return checkpoint.save(folder, contents, f"seed: {epoch}\n", epoch, best)
 
 
 def save_sharded(folder, epoch, best=True):
     checkpoint.stage_rows(folder, loss(float(epoch)), ClassShard(0, 5, 5))
-    contents = Contents(model(float(epoch)), None, {"epoch": epoch})
+    contents = Contents(5, model(float(epoch)), None, {"epoch": epoch})
     return checkpoint.save(folder, contents, f"seed: {epoch}\n", epoch, best)
 
 
@@ -143,7 +143,7 @@ def write_two_shards(rank, folder):
     rows = {name: tensor.narrow(checkpoint.AXES[name], shard.first, shard.count) for name, tensor in loss(1.0).items()}
     checkpoint.stage_rows(folder, rows, shard)
     if rank == 0:
-        checkpoint.save(folder, Contents(model(1.0), None, {"epoch": 1}), "seed: 1\n", 1, True)
+        checkpoint.save(folder, Contents(5, model(1.0), None, {"epoch": 1}), "seed: 1\n", 1, True)
 
 
 def test_missing_and_damaged_files_of_rows_are_named(tmp_path):
@@ -185,5 +185,5 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
 def test_the_training_state_holds_no_code(tmp_path):
     with pytest.raises(UserError, match=r"training.pt cannot be read"):
         checkpoint.load_training(
-            checkpoint.save(tmp_path, Contents(model(0.0), loss(0.0), {"epoch": print}), "", 1, True)
+            checkpoint.save(tmp_path, Contents(5, model(0.0), loss(0.0), {"epoch": print}), "", 1, True)
         )

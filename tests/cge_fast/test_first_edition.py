@@ -1,4 +1,4 @@
-"""What the first edition gave: its trainings bit for bit, its checkpoints, its settings. The fixtures are its numbers."""
+"""What the first edition gave: trainings bit for bit, checkpoints, settings. The fixtures are its numbers."""
 
 import hashlib
 import json
@@ -108,7 +108,7 @@ def test_its_checkpoints_give_the_same_embeddings(first_edition, monkeypatch, na
     model, images = load_model(last, trained, trained.data, torch.device("cpu")), data.read(trained.data)
     embeddings = embed(model, images.query, trained.data, trained.evaluation, "query")
     expected = torch.tensor(CHECKPOINTS[name]["query_embeddings"])
-    assert checkpoint.classes(last) == 4
+    assert checkpoint.identities(last) == 4
     if is_there(CHECKPOINTS["environment"]):
         assert torch.equal(embeddings, expected)
     torch.testing.assert_close(embeddings, expected, rtol=1e-4, atol=1e-4)

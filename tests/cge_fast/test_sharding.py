@@ -151,7 +151,7 @@ def five_steps():
     close(sharded_loss.memory, loss.memory[:, shard_here().rows])
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))])
 def test_loss_gradients_memory_and_five_steps_equal_those_of_one_process(ranks, tmp_path):
     on_ranks(ranks, all_combinations, folder=tmp_path)
 
@@ -285,7 +285,7 @@ def test_whole_and_sharded_checkpoints_hold_the_same(options, tmp_path):
     whole, apart = (tmp_path / name / "checkpoints" / "last" for name in ("whole", "apart"))
     assert not (apart.parent / checkpoint.STAGED).exists()
     assert len([*(apart / checkpoint.LOSS_FOLDER).glob("*.distcp")]) == 3
-    assert checkpoint.classes(whole) == checkpoint.classes(apart) == 4
+    assert checkpoint.identities(whole) == checkpoint.identities(apart) == 4
     loss, training = checkpoint.load_loss(whole), checkpoint.load_training(whole)
     assert loss[checkpoint.MEMORY].shape == (3, 4, 128)
     assert loss.keys() == {checkpoint.CLASSIFIER, checkpoint.MEMORY, "center.centers"}

@@ -33,6 +33,7 @@ def run() -> Run:
         reid_set=None,
         sampler=None,
         loader=None,
+        num_classes=4,
         model=model,
         criterion=criterion,
         ddp_model=model,

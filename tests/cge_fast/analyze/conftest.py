@@ -8,28 +8,49 @@ import torch
 from torch.nn.functional import normalize
 
 from cge_fast.analyze.trained import Trained, open_checkpoint
+from cge_fast.build import Run, build_run
 from cge_fast.data import read
 from cge_fast.data.batches import test_loader as loader_of
 from cge_fast.data.batches import train_labels
-from cge_fast.loop import Training
+from cge_fast.experiments.variants import VARIANTS
+from cge_fast.loop import save as save_run
 from cge_fast.train import parse
 
 
+def unchanged(run: Run) -> None:
+    """As it was initialised."""
+
+
 @pytest.fixture
-def saved(options, tmp_path):
-    """Writes a checkpoint of a run called `name` after `change(network)`, and says where it is.
+def market(shared_market):
+    return shared_market
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """The folder of all runs, and the checkpoints that are there."""
+    return tmp_path_factory.mktemp("runs"), {}
+
+
+@pytest.fixture
+def saved(options, checkpoints):
+    """Writes a checkpoint of a run called `name` after `change(run)`, once in a session, and says where it is.
 
     24 training images, in batches of 7.
     """
+    runs, there = checkpoints
 
-    def save(name, *settings, change=lambda network: None) -> Path:
-        output = tmp_path / "runs" / name
-        config, _, _ = parse([*options, "--evaluation.batch", "7", "--output", str(output), *settings])
-        training = Training(config, torch.device("cpu"))
-        with torch.no_grad():
-            change(training.network)
-        training.save(is_best=False)
-        return output / "checkpoints" / "last"
+    def save(name, *settings, change=unchanged) -> Path:
+        key = name, settings, change
+        if key not in there:
+            output = runs / str(len(there)) / name
+            config, _, _ = parse([*options, "--evaluation.batch", "7", "--output", str(output), *settings])
+            run = build_run(config, torch.device("cpu"), VARIANTS)
+            with torch.no_grad():
+                change(run)
+            save_run(run, is_best=False)
+            there[key] = output / "checkpoints" / "last"
+        return there[key]
 
     return save
 
@@ -40,11 +61,11 @@ def opened(saved):
     return lambda *arguments, **keywords: open_checkpoint(saved(*arguments, **keywords))
 
 
-def random_memory(network) -> None:
+def random_memory(run: Run) -> None:
     """Unit rows near the mean of all features, but for the last class, which was never seen."""
-    random = torch.Generator().manual_seed(0)
-    network.head.memory.copy_(normalize(torch.rand(network.head.memory.shape, generator=random), dim=2))
-    network.head.memory[:, -1] = 0
+    memory = run.criterion.classification.memory
+    memory.copy_(normalize(torch.rand(memory.shape, generator=torch.Generator().manual_seed(0)), dim=2))
+    memory[:, -1] = 0
 
 
 @pytest.fixture

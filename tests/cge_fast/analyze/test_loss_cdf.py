@@ -6,26 +6,33 @@ import torch
 from cge_fast.analyze.loss_cdf import loss_cdf, sample_losses, train_losses
 from cge_fast.errors import UserError
 
-SETTINGS = ["--model.logit_scale", "3", "--loss.label_smoothing", "0.2"]
+SETTINGS = ["--loss.label_smoothing", "0.2"]
 
 
-def larger_logits(network):
-    network.head.classifier.weight.mul_(100)
-    if network.head.cge:
-        network.head.memory.normal_(generator=torch.Generator().manual_seed(0))
-        network.head.memory.div_(network.head.memory.norm(dim=2, keepdim=True))
+def larger_logits(run):
+    loss = run.criterion.classification
+    loss.weight.mul_(300)
+    if run.config.model.cge:
+        loss.memory.normal_(generator=torch.Generator().manual_seed(0))
+        loss.memory.div_(loss.memory.norm(dim=2, keepdim=True))
 
 
-@pytest.mark.parametrize("kind", ["cross_entropy", "focal", "sphere"])
-@pytest.mark.parametrize("cge", ["true", "false"])
-def test_the_mean_of_the_samples_is_the_loss_of_training(opened, train_set, cge, kind):
-    options = ["--model.cge", cge, "--loss.classification", kind, "--loss.smoothed", "others"]
+@pytest.mark.parametrize(
+    ("cge", "variant"),
+    [
+        *(("true", variant) for variant in ("", "cge_focal", "cge_sphere", "revised_maps", "shuffled_memory")),
+        *(("false", variant) for variant in ("", "focal", "sphere")),
+    ],
+)
+def test_the_mean_of_the_samples_is_the_loss_of_training(opened, train_set, cge, variant):
+    options = ["--model.cge", cge, "--loss.variant", variant, "--loss.smoothed", "others"]
     trained = opened("mine", *options, *SETTINGS, change=larger_logits)
     images, labels = train_set(trained)
-    losses = sample_losses(trained.network, images, labels)
+    embeddings = trained.model(images)
+    losses = sample_losses(trained.loss, embeddings, labels)
     assert losses.shape == labels.shape
     assert losses.std() > 0.1
-    torch.testing.assert_close(losses.mean(), trained.network(images, labels).loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(losses.mean(), trained.loss(embeddings, labels).loss, rtol=1e-6, atol=0)
 
 
 def test_shares_of_images_up_to_parts_of_the_largest_loss(opened, rows_of, tmp_path):
@@ -49,6 +56,6 @@ def test_shares_of_images_up_to_parts_of_the_largest_loss(opened, rows_of, tmp_p
 
 
 def test_losses_that_are_not_finite_are_refused(opened, tmp_path):
-    trained = opened("broken", change=lambda network: network.head.classifier.weight.fill_(torch.inf))
+    trained = opened("broken", change=lambda run: run.criterion.classification.weight.fill_(torch.inf))
     with pytest.raises(UserError, match=r"^checkpoint .*: the loss of a training image is not finite$"):
         loss_cdf([trained], tmp_path)

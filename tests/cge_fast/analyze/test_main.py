@@ -5,6 +5,7 @@ import pytest
 
 from cge_fast import errors
 from cge_fast.analyze.__main__ import PROGRAM, main
+from cge_fast.build import load_model
 
 
 @pytest.mark.parametrize("name", ["levels", "precision", "loss-cdf", "saliency", "weights", "ranked"])
@@ -21,7 +22,7 @@ def test_every_analysis_writes_a_picture_and_a_table_and_says_where(saved, tmp_p
 
 def test_each_checkpoint_is_looked_at_with_its_own_settings_but_for_those_given(saved, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("cge_fast.analyze.trained.model.load", spy(seen))
+    monkeypatch.setattr("cge_fast.analyze.trained.load_model", spy(seen))
     small, large = saved("small"), saved("large", "--data.height", "48", "--evaluation.batch", "5")
     arguments = ["saliency", "--checkpoint", str(small), str(large), "--output", str(tmp_path), "--labels", "a", "b"]
     main(arguments)
@@ -30,11 +31,9 @@ def test_each_checkpoint_is_looked_at_with_its_own_settings_but_for_those_given(
 
 
 def spy(seen):
-    from cge_fast.model import load
-
-    def remember(folder, trained, data, device):
+    def remember(folder, trained, *arguments):
         seen.append(trained)
-        return load(folder, trained, data, device)
+        return load_model(folder, trained, *arguments)
 
     return remember
 

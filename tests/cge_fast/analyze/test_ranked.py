@@ -1,6 +1,7 @@
 """Ranked lists of the worst queries."""
 
 import dataclasses
+import shutil
 from collections import defaultdict
 
 import numpy as np
@@ -8,11 +9,11 @@ import PIL.Image
 import pytest
 import torch
 
-from cge_fast import model
 from cge_fast.analyze.ranked import Features, average_precisions, first_images, plain_distances, ranked
 from cge_fast.data import read
 from cge_fast.errors import UserError
 from cge_fast.evaluation import ranking
+from cge_fast.evaluation.features import evaluate
 
 
 def few_values(random, images, identities=5, cameras=3):
@@ -30,10 +31,10 @@ def test_the_mean_of_the_precisions_is_evaluations(seed, chunk, monkeypatch):
     random = np.random.default_rng(seed)
     query, gallery = few_values(random, 9, identities=6), few_values(random, 40)
     monkeypatch.setattr(ranking, "CHUNK_DISTANCES", chunk)
-    found = average_precisions(query, gallery, plain_distances(query, gallery, "euclidean"))
+    precisions = average_precisions(query, gallery, plain_distances(query, gallery, "euclidean"))
     evaluated = ranking.evaluate_ranking(*query, *gallery, "euclidean")
-    assert found.nanmean().item() == pytest.approx(evaluated.mAP, rel=1e-12)
-    assert found.isnan().sum() == evaluated.skipped
+    assert precisions.nanmean().item() == pytest.approx(evaluated.mAP, rel=1e-12)
+    assert precisions.isnan().sum() == evaluated.skipped
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -54,18 +55,21 @@ def test_the_first_images_are_by_distance_then_by_index_without_junk(seed, image
 
 @pytest.mark.parametrize("rerank", ["false", "true"])
 def test_rows_are_the_worst_queries_of_the_evaluation(opened, rows_of, tmp_path, market, rerank):
-    settings = "--evaluation.flip_test", "true", "--evaluation.metric", "euclidean", "--evaluation.rerank", rerank
-    trained = opened("mine", *settings)
-    PIL.Image.new("RGB", (16, 24)).save(market / "query" / "0099_c1s1_000000_00.png")  # has no match
+    other = shutil.copytree(market, tmp_path / "market")
+    PIL.Image.new("RGB", (16, 24)).save(other / "query" / "0099_c1s1_000000_00.png")  # has no match
+    trained = opened(
+        *("mine", "--evaluation.flip_test", "true", "--evaluation.metric", "euclidean"),
+        *("--evaluation.rerank", rerank, "--data.root", str(other)),
+    )
     config = trained.config
-    evaluated = model.evaluate(trained.network, read(config.data), config.data, config.evaluation)
+    evaluated = evaluate(trained.model, read(config.data), config.data, config.evaluation)
     rows = rows_of(ranked(trained, tmp_path, queries=100).table)
     by_query = {row["query"]: float(row["average_precision"]) for row in rows}
     assert len(by_query) == evaluated.queries == 4
     assert sum(by_query.values()) / 4 == pytest.approx(evaluated.mAP, rel=1e-12)
     assert list(by_query.values()) == sorted(by_query.values())
     for row in rows:
-        assert (row["right"] == "True") == (row["identity"] == row["query_identity"])
+        assert (row["correct"] == "True") == (row["identity"] == row["query_identity"])
         assert (row["identity"], row["camera"]) != (row["query_identity"], row["query_camera"])
     assert [row["rank"] for row in rows] == [str(rank) for rank in range(1, 11)] * 4
 
@@ -80,8 +84,8 @@ def test_precisions_and_lists_are_of_the_metric_that_is_set(opened, rows_of, tmp
     trained = opened("mine", "--evaluation.metric", metric, change=few_and_long_features)
     config = trained.config
     evaluated = {
-        name: model.evaluate(
-            trained.network, read(config.data), config.data, dataclasses.replace(config.evaluation, metric=name)
+        name: evaluate(
+            trained.model, read(config.data), config.data, dataclasses.replace(config.evaluation, metric=name)
         ).mAP
         for name in ("cosine", "euclidean")
     }
@@ -89,20 +93,20 @@ def test_precisions_and_lists_are_of_the_metric_that_is_set(opened, rows_of, tmp
     monkeypatch.setattr("cge_fast.analyze.ranked.SHOWN", 20)  # the whole gallery
     lists = defaultdict(list)
     for row in rows_of(ranked(trained, tmp_path).table):
-        lists[row["query"], float(row["average_precision"])].append(row["right"] == "True")
+        lists[row["query"], float(row["average_precision"])].append(row["correct"] == "True")
     for (_, precision), right in lists.items():
         ranks = [rank for rank, is_right in enumerate(right, start=1) if is_right]
         assert precision == pytest.approx(np.mean([number / rank for number, rank in enumerate(ranks, start=1)]))
     assert np.mean([precision for _, precision in lists]) == pytest.approx(evaluated[metric])
 
 
-def few_and_long_features(network) -> None:
+def few_and_long_features(run) -> None:
     """Two channels alone count, so that lengths and angles differ."""
-    network.head.neck.weight.zero_()
-    network.head.neck.weight[:2] = 1
+    run.model.neck.weight.zero_()
+    run.model.neck.weight[:2] = 1
 
 
 def test_features_that_are_not_finite_are_refused(opened, tmp_path):
-    trained = opened("broken", change=lambda network: network.head.neck.weight.fill_(torch.inf))
+    trained = opened("broken", change=lambda run: run.model.neck.weight.fill_(torch.inf))
     with pytest.raises(UserError, match=r"^checkpoint .*: the feature of a query image is not finite$"):
         ranked(trained, tmp_path)

@@ -11,26 +11,26 @@ from cge_fast.data.batches import test_loader as loader_of
 def test_the_maximum_lies_at_its_cells_middle():
     saliency_map = torch.zeros(4, 2)
     saliency_map[3, 0] = 2.0
-    found = described(saliency_map, 2)
-    assert (found["maximum_x"], found["maximum_y"]) == (0.25, 0.875)
-    assert (found["stripe_1"], found["stripe_2"]) == (0, 1)
+    columns = described(saliency_map, 2)
+    assert (columns["maximum_x"], columns["maximum_y"]) == (0.25, 0.875)
+    assert (columns["stripe_1"], columns["stripe_2"]) == (0, 1)
 
 
 def test_stripes_that_overlap_share_one_saliency():
-    found = described(torch.ones(4, 2), 3)
-    assert [found[f"stripe_{number}"] for number in (1, 2, 3)] == pytest.approx([1 / 3] * 3)
+    columns = described(torch.ones(4, 2), 3)
+    assert [columns[f"stripe_{number}"] for number in (1, 2, 3)] == pytest.approx([1 / 3] * 3)
 
 
 def test_a_map_without_saliency_has_no_shares():
-    found = described(torch.zeros(3, 2), 3)
-    assert [found[f"stripe_{number}"] for number in (1, 2, 3)] == [0, 0, 0]
+    columns = described(torch.zeros(3, 2), 3)
+    assert [columns[f"stripe_{number}"] for number in (1, 2, 3)] == [0, 0, 0]
 
 
 def test_a_map_is_the_maximum_over_the_channels(opened):
     trained = opened("mine", "--evaluation.batch", "3")
     images = read(trained.config.data).query
     batch = next(iter(loader_of(images, len(images), trained.config.data)))
-    expected = trained.network.feature_map(batch).max(dim=1).values
+    expected = trained.model.feature_map(batch).max(dim=1).values
     torch.testing.assert_close(saliency_maps(trained, images), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -1,5 +1,8 @@
 """Opening a checkpoint and passing over its training images."""
 
+import shutil
+from dataclasses import replace
+
 import PIL.Image
 import pytest
 import torch
@@ -17,7 +20,7 @@ def test_a_checkpoint_is_called_by_its_run_or_by_its_folder_or_as_one_likes(save
     last = saved("mine")
     assert open_checkpoint(last).label == "mine"
     assert open_checkpoint(last, "CGE").label == "CGE"
-    copied = last.resolve().rename(tmp_path / "sent")
+    copied = shutil.copytree(last, tmp_path / "sent")
     assert open_checkpoint(copied).label == "sent"
 
 
@@ -46,16 +49,18 @@ def test_the_pass_gives_every_training_image_once_as_evaluation_sees_it(opened, 
 
 def test_looking_changes_nothing_and_records_no_gradient(opened, train_set):
     trained = opened("mine")
-    before = {name: value.clone() for name, value in trained.network.state_dict().items()}
+    parts = (trained.model, trained.loss)
+    before = [{name: value.clone() for name, value in part.state_dict().items()} for part in parts]
     images, labels = train_set(trained)
-    output = trained.network(images, labels)
+    output = trained.loss(trained.model(images), labels)
     assert not output.loss.requires_grad
-    after = trained.network.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    for part, values in zip(parts, before, strict=True):
+        assert all(torch.equal(values[name], value) for name, value in part.state_dict().items())
 
 
-def test_another_training_set_is_refused(saved, market):
-    last = saved("mine")
-    PIL.Image.new("RGB", (16, 24)).save(market / "bounding_box_train" / "0099_c1s1_000000_00.png")
+def test_another_training_set_is_refused(opened, market, tmp_path):
+    trained = opened("mine")
+    other = shutil.copytree(market, tmp_path / "market")
+    PIL.Image.new("RGB", (16, 24)).save(other / "bounding_box_train" / "0099_c1s1_000000_00.png")
     with pytest.raises(UserError, match=r"^data: checkpoint .*last was trained on 4 identities, market1501 has 5$"):
-        next(train_batches(open_checkpoint(last)))
+        next(train_batches(open_checkpoint(trained.folder, data=replace(trained.config.data, root=other))))

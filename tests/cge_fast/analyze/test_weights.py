@@ -12,8 +12,7 @@ from cge_reference.revise_logits import local_scores
 def expected_weights(trained, train_set):
     """Of the true and of the false classes."""
     images, labels = train_set(trained)
-    _, local_features = trained.network.head.pool(trained.network.feature_map(images))
-    weight = logsigmoid(local_scores(local_features, trained.network.head.memory)).mean(dim=1).exp()
+    weight = logsigmoid(local_scores(trained.model(images).stripes, trained.loss.memory)).mean(dim=1).exp()
     true = torch.arange(weight.shape[1]) == labels[:, None]
     return weight[true].double(), weight[~true].double()
 
@@ -58,9 +57,9 @@ def test_a_memory_without_content_gives_one_half(opened, rows_of, tmp_path):
 def test_every_possible_weight_has_a_bin(opened, train_set):
     trained = opened("mine")
     images, labels = train_set(trained)
-    _, local_features = trained.network.head.pool(trained.network.feature_map(images[:1]))
-    direction = local_features[0] / local_features[0].norm(dim=1, keepdim=True)
-    trained.network.head.memory[:, 0], trained.network.head.memory[:, 1] = direction, -direction
+    stripes = trained.model(images[:1]).stripes[0]
+    direction = stripes / stripes.norm(dim=1, keepdim=True)
+    trained.loss.memory[:, 0], trained.loss.memory[:, 1] = direction, -direction
     true, false = expected_weights(trained, lambda _: (images[:1], labels[:1]))
     assert true.item() == pytest.approx(0.73106, abs=1e-5)
     assert false.min().item() == pytest.approx(0.26894, abs=1e-5)

@@ -132,7 +132,7 @@ def test_a_gallery_without_any_match_is_refused_before_training(market):
 def test_the_embedded_set_is_drawn_once_into_the_cache(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setenv("CGE_CACHE", str(tmp_path))
-    monkeypatch.setattr("cge_fast.data.sets.draw", lambda folder, trap: (drawn.append(trap), folder.mkdir()))
-    assert pedestrians(trap=False) == pedestrians(trap=False)
-    assert pedestrians(trap=True) != pedestrians(trap=False)
-    assert drawn == [False, True]
+    monkeypatch.setattr("cge_fast.data.sets.draw", lambda folder, **how: (drawn.append(how), folder.mkdir()))
+    folders = {pedestrians(), pedestrians(), pedestrians(trap=True), pedestrians(seed=1), pedestrians(trap=True)}
+    assert len(folders) == 3
+    assert drawn == [{"trap": False, "seed": 0}, {"trap": True, "seed": 0}, {"trap": False, "seed": 1}]

@@ -1,25 +1,25 @@
 """The program, on a tiny set."""
 
 import json
+import shlex
 
 import pytest
 
-from cge_fast import errors
+from cge_fast import errors, loop
 from cge_fast.experiments import presets
 from cge_fast.experiments.__main__ import main
 from cge_fast.experiments.presets import Preset, preset_of
 from cge_fast.experiments.runs import FINISHED, folder_of, mean_weight, run_rows
 from cge_fast.experiments.tables import WITH, comparison
 from cge_fast.log import read_rows
-from cge_fast.loop import Training
 
 
 @pytest.fixture
 def tiny(options, monkeypatch):
     """The tiny training as the small preset of omniglot, whose feature map has three rows."""
-    preset = Preset((*options[: options.index("--output")], "--evaluation.untrained", "false"), rows=3)
-    monkeypatch.setitem(presets.PRESETS["small"], "omniglot", preset)
-    return preset.options
+    tiny = [*options[: options.index("--output")], "--evaluation.untrained", "false"]
+    monkeypatch.setitem(presets.PRESETS["small"], "omniglot", Preset(shlex.join(tiny), rows=3))
+    return tiny
 
 
 def arguments(table, market, tmp_path, *more):
@@ -56,42 +56,43 @@ def test_the_baseline_is_scaled_by_the_mean_weight_of_cge_with_the_same_seed(tin
     assert run_rows(tmp_path, rows, 1, tiny, jobs=1) == {}
     source = next(folder for folder in tmp_path.glob("runs/model.cge=true/seed-0"))
     command = json.loads((folder_of(tmp_path, rows[0], 0) / FINISHED).read_text())["arguments"]
-    assert command[-2:] == ["--model.logit_scale", f"{mean_weight(source):.4f}"]
+    assert command[-2:] == ["--loss.variant_args.scale", f"{mean_weight(source):.4f}"]
     assert 0.5 < mean_weight(source) < 0.74
 
 
 def test_an_interrupted_training_is_continued(tiny, tmp_path, monkeypatch):
     row = comparison("BOT")[3]
     run_rows(tmp_path / "whole", [row], 1, tiny, jobs=1)
-    train_epoch = Training.train_epoch
+    train_epoch = loop.train_epoch
 
-    def interrupted(self, wrapped, epoch, bar):
+    def interrupted(run, epoch, *arguments):
         if epoch == 2:
             raise KeyboardInterrupt
-        return train_epoch(self, wrapped, epoch, bar)
+        return train_epoch(run, epoch, *arguments)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Training, "train_epoch", interrupted)
-        run_rows(tmp_path, [row], 1, tiny, jobs=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "train_epoch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_rows(tmp_path, [row], 1, tiny, jobs=1)
     folder = folder_of(tmp_path, row, 0)
     assert not (folder / FINISHED).exists()
     assert [line["epoch"] for line in read_rows(folder / "metrics.jsonl")] == [1]
     assert run_rows(tmp_path, [row], 1, tiny, jobs=1) == {}
     assert (folder / FINISHED).exists()
-    found, expected = (read_rows(of / "metrics.jsonl") for of in (folder, folder_of(tmp_path / "whole", row, 0)))
-    assert [line["loss"] for line in found] == [line["loss"] for line in expected]
+    losses, expected = (read_rows(of / "metrics.jsonl") for of in (folder, folder_of(tmp_path / "whole", row, 0)))
+    assert [line["loss"] for line in losses] == [line["loss"] for line in expected]
 
 
 def test_a_training_without_memory_leaves_the_others_and_the_table(tiny, tmp_path, monkeypatch):
     first, *_, last = comparison("BOT")
 
-    def full(self, wrapped, epoch, bar):
-        if self.config.model.shuffle_memory:
+    def full(run, *arguments):
+        if run.config.loss.variant == "shuffled_memory":
             raise RuntimeError("out of memory")
-        return train_epoch(self, wrapped, epoch, bar)
+        return train_epoch(run, *arguments)
 
-    train_epoch = Training.train_epoch
-    monkeypatch.setattr(Training, "train_epoch", full)
+    train_epoch = loop.train_epoch
+    monkeypatch.setattr(loop, "train_epoch", full)
     failures = run_rows(tmp_path, [last, first], 1, tiny, jobs=1)
     assert failures[last.name, 0].startswith("RuntimeError: out of memory, see ")
     assert "Traceback" in (folder_of(tmp_path, last, 0) / "printed.txt").read_text()
@@ -99,7 +100,9 @@ def test_a_training_without_memory_leaves_the_others_and_the_table(tiny, tmp_pat
 
 
 def test_a_figure_names_the_training_that_failed(tiny, market, tmp_path, monkeypatch):
-    monkeypatch.setitem(presets.PRESETS["small"], "omniglot", Preset((*tiny, "--data.identities", "9"), rows=3))
+    monkeypatch.setitem(
+        presets.PRESETS["small"], "omniglot", Preset(shlex.join([*tiny, "--data.identities", "9"]), rows=3)
+    )
     with pytest.raises(errors.UserError, match=r"1 trainings failed, first CGE\+BOT, seed 0: data.identities: a batch"):
         main(arguments("figure6", market, tmp_path))
 
@@ -124,14 +127,14 @@ def test_a_training_that_fails_is_told_after_the_others_are_done(tiny, tmp_path)
 
 
 def test_rows_start_from_the_presets_first_training(tiny, market, tmp_path, monkeypatch):
-    preset = Preset(tiny, rows=3, first=lambda: tiny)
+    preset = Preset(shlex.join(tiny), rows=3, first=lambda: shlex.join(tiny))
     monkeypatch.setitem(presets.PRESETS["small"], "omniglot", preset)
     main(arguments("figure6", market, tmp_path))
     folder = tmp_path / "out" / "omniglot-small"
     (finished,) = folder.glob("runs/*/*/" + FINISHED)
     command = json.loads(finished.read_text())["arguments"]
     assert command[command.index("--model.weights") + 1] == str(folder / "first/checkpoints/last/model.safetensors")
-    assert command[-4:-2] == [*WITH]
+    assert command[-4:-2] == WITH.split()
 
 
 @pytest.mark.parametrize(

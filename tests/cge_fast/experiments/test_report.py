@@ -73,4 +73,8 @@ def test_markdown_and_csv_have_the_command_the_time_and_what_failed(output):
     with (output / "table3.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [line["row"] for line in lines] == [row.name for row in ROWS]
-    assert lines[2]["command"].endswith("--config x --model.cge false --model.logit_scale MEAN_W")
+    assert lines[2]["command"].endswith(
+        "-m cge_fast.experiments.variants --config x --model.cge false --loss.variant scaled "
+        "--loss.variant_args.scale MEAN_W"
+    )
+    assert lines[3]["command"].endswith("-m cge_fast.train --config x --model.cge true")

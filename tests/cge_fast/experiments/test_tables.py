@@ -1,17 +1,31 @@
 """Every row of every table is a training that the program accepts, and has its controls."""
 
 from dataclasses import asdict
+from functools import cache
 
 import pytest
 
 from cge_fast import train
-from cge_fast.options import RECIPES, read_settings
+from cge_fast.build import loss_class
+from cge_fast.cli import RECIPES, read_settings
 from cge_fast.experiments.figures import ROWS
 from cge_fast.experiments.presets import PRESETS
 from cge_fast.experiments.tables import AGW, TABLES, UPT, WITH, comparison
+from cge_fast.experiments.variants import VARIANTS
+from cge_fast.losses.cge import CGELoss
 
 CONTROLS = [", logits x 0.5", ", logits x mean w"]
 OF_CGE = [", detached weights", ", shuffled memory"]
+
+
+def parse(row):
+    return parsed(row.options)
+
+
+@cache  # tables share rows
+def parsed(options):
+    config, _, _ = train.parse(["--config", "pedestrians_cge", *options.split(), "--output", "run"])
+    return config
 
 
 @pytest.mark.parametrize("table", [*TABLES, *ROWS])
@@ -19,8 +33,9 @@ def test_every_rows_options_are_settings(table):
     rows = (TABLES | ROWS)[table]
     assert len({row.name for row in rows}) == len(rows)
     for row in rows:
-        config, _, _ = train.parse(["--config", "pedestrians_cge", *row.options, "--output", "run"])
-        assert config.model.cge == (row.options[1] == "true")
+        config = parse(row)
+        assert config.model.cge == row.options.startswith(WITH)
+        assert issubclass(loss_class(config, VARIANTS), CGELoss) == config.model.cge
         if config.model.cge:
             assert config.model.stripes == row.stripes
 
@@ -49,24 +64,34 @@ def test_the_other_tables_have_the_controls_of_the_baseline(table):
 
 
 def test_the_controls_change_one_thing_each():
-    base, half, mean, cge, detached, shuffled = comparison("circle", "--loss.metric", "circle")
-    parsed = [
-        asdict(train.parse(["--config", "pedestrians_cge", *row.options, "--output", "run"])[0])
-        for row in (base, half, mean, cge, detached, shuffled)
-    ]
+    rows = comparison("circle", "--loss.metric circle")
+    base, *others = (asdict(parse(row)) for row in rows)
     differ = [
         {
-            (section, key)
+            key: other[section][key]
             for section in ("data", "model", "loss", "optim")
-            for key in one[section]
-            if one[section][key] != other[section][key]
+            for key in base[section]
+            if base[section][key] != other[section][key]
         }
-        for one, other in ((parsed[0], parsed[1]), (parsed[0], parsed[2]), (parsed[0], parsed[3]))
+        for other in others
     ]
-    assert differ == [{("model", "logit_scale")}, set(), {("model", "cge")}]
-    assert mean.scaled_by == (*WITH, "--loss.metric", "circle")
-    assert [parsed[4]["model"]["local_gradient"], parsed[5]["model"]["shuffle_memory"]] == [False, True]
-    assert all(settings["loss"]["metric"] == "circle" for settings in parsed)
+    assert differ == [
+        {"variant": "scaled", "variant_args": {"scale": 0.5}},
+        {"variant": "scaled"},
+        {"cge": True},
+        {"cge": True, "variant": "detached_weights"},
+        {"cge": True, "variant": "shuffled_memory"},
+    ]
+    assert rows[2].scaled_by == f"{WITH} --loss.metric circle"
+    assert all(settings["loss"]["metric"] == "circle" for settings in (base, *others))
+
+
+def test_the_controls_of_another_loss_have_it_too():
+    rows = [parse(row) for row in comparison("focal", variant="focal")]
+    assert [config.loss.variant for config in rows] == [
+        *("focal", "focal", "focal", "cge_focal", "cge_focal_detached_weights", "cge_focal_shuffled_memory")
+    ]
+    assert rows[1].loss.variant_args == {"scale": 0.5}
 
 
 def test_the_stripes_go_from_one_to_twelve():
@@ -74,10 +99,10 @@ def test_the_stripes_go_from_one_to_twelve():
 
 
 @pytest.mark.parametrize(
-    ("recipe", "options"), [("cge_bot", ()), ("cge_agw", AGW), ("cge_upt_bot", UPT), ("cge_upt_agw", (*AGW, *UPT))]
+    ("recipe", "options"), [("cge_bot", ""), ("cge_agw", AGW), ("cge_upt_bot", UPT), ("cge_upt_agw", f"{AGW} {UPT}")]
 )
 def test_the_papers_preset_with_a_rows_options_is_the_recipe(recipe, options):
     preset = PRESETS["paper"]["market1501"].options
-    config, _, _ = train.parse([*preset, *WITH, *options, "--output", "run"])
+    config, _, _ = train.parse([*f"{preset} {WITH} {options}".split(), "--output", "run"])
     config.output = None
     assert asdict(config) == asdict(read_settings(RECIPES / f"{recipe}.yaml"))

@@ -271,6 +271,7 @@ def test_all_backends_train_to_the_same_loss_curve(backend, gem, dtype):
     assert torch.equal(stripe_correct, true_stripe_correct)
 
 
+@pytest.mark.slow
 def test_the_kernels_train_to_the_same_loss_curve():
     losses, memory, _, _ = train_head("triton", gem=True, steps=3)
     true_losses, true_memory, _, _ = train_head("reference", gem=True, steps=3)

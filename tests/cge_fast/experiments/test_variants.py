@@ -1,0 +1,302 @@
+"""The ablations and the controls, each against the formula of what it changes."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pytorch_metric_learning.losses import SphereFaceLoss
+from torch import nn
+from torch.nn.functional import cross_entropy, linear, normalize
+
+import cge_kernels
+from cge_fast import CGELoss, ReidModel, SoftmaxLoss
+from cge_fast.errors import UserError
+from cge_fast.experiments.variants import (
+    VARIANTS,
+    Detached,
+    InSteps,
+    MapModel,
+    RevisedMaps,
+    focal_losses,
+    sphere_logits,
+)
+from cge_fast.losses.cge import revision_weights
+from cge_reference import stripe_pool
+
+BATCH, CHANNELS, CLASSES = 6, 8, 5
+BACKENDS = ("cpu", "triton", "reference")
+
+
+@pytest.fixture
+def batch():
+    random = torch.Generator().manual_seed(0)
+    feature_map = torch.rand(BATCH, CHANNELS, 7, 3, generator=random)
+    return feature_map, torch.tensor([0, 0, 1, 1, 3, 3])
+
+
+def written(batch, loss_class, **arguments) -> tuple[ReidModel, nn.Module]:
+    """A model without a backbone, and a loss whose memory, if it has one, has been written once."""
+    model = getattr(loss_class, "model_class", ReidModel)(nn.Identity(), CHANNELS, 3, False, torch.float32)
+    torch.manual_seed(0)
+    loss = loss_class(CHANNELS, CLASSES, **arguments)
+    nn.init.normal_(loss.weight)
+    if isinstance(loss, CGELoss):
+        loss.write_memory(stripe_pool(batch[0], 3)[1], batch[1], 0.25)
+    return model.eval(), loss
+
+
+def plain_logits(model, loss, feature_map):
+    return linear(model(feature_map).embedding, loss.weight)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_trains(batch, name):
+    model, loss = written(batch, VARIANTS[name])
+    leaf = batch[0].clone().requires_grad_()
+    out = loss(model.train()(leaf), batch[1])
+    out.loss.backward()
+    assert leaf.grad.isfinite().all()
+    assert loss.weight.grad.abs().sum() > 0
+    assert (out.stripe_correct is None) == (not hasattr(loss, "memory"))
+
+
+@pytest.mark.parametrize("base", [SoftmaxLoss, CGELoss])
+def test_the_loss_in_steps_is_the_loss(batch, base):
+    results = []
+    for loss_class in (base, type("Steps", (InSteps, base), {})):
+        model, loss = written(batch, loss_class, label_smoothing=0.2)
+        leaf = batch[0].clone().requires_grad_()
+        out = loss(model(leaf), batch[1])
+        out.loss.backward()
+        results.append((out.loss.detach(), leaf.grad, loss.weight.grad, out.correct, out.stripe_correct))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", [name for name, loss in VARIANTS.items() if issubclass(loss, InSteps)])
+def test_wrong_labels_are_refused(batch, name):
+    model, loss = written(batch, VARIANTS[name])
+    labels = batch[1].clone()
+    for wrong in (5, -1, -100):
+        labels[0] = wrong
+        with pytest.raises(ValueError, match=rf"labels must lie in \[0, 5\), got {wrong}"):
+            loss(model(batch[0]), labels)
+
+
+@pytest.mark.parametrize("name", ["scaled", "cge_scaled"])
+def test_logit_scale_multiplies_the_logits(batch, name):
+    model, plain = written(batch, VARIANTS[name])
+    model, scaled = written(batch, VARIANTS[name], scale=0.71)
+    embeddings = model(batch[0])
+    torch.testing.assert_close(scaled.revised_logits(embeddings), 0.71 * plain.revised_logits(embeddings))
+    logits = 0.71 * plain.revised_logits(embeddings)
+    expected = cross_entropy(logits, batch[1], label_smoothing=0.1)
+    torch.testing.assert_close(scaled(embeddings, batch[1]).loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        (CGELoss, "detached_weights"),
+        (VARIANTS["cge_focal"], "cge_focal_detached_weights"),
+        (VARIANTS["cge_sphere"], "cge_sphere_detached_weights"),
+    ],
+)
+def test_detached_weights_change_the_gradient_but_not_the_loss(batch, base, name):
+    gradients, losses = [], []
+    for loss_class in (base, VARIANTS[name]):
+        model, loss = written(batch, loss_class)
+        leaf = batch[0].clone().requires_grad_()
+        out = loss(model(leaf), batch[1])
+        out.loss.backward()
+        gradients.append(leaf.grad)
+        losses.append(out.loss.detach())
+    torch.testing.assert_close(losses[0], losses[1])
+    assert not torch.equal(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["focal", "cge_focal"])
+def test_the_focal_loss_takes_the_revised_logits(batch, name, backend):
+    with cge_kernels.backend(backend):
+        model, loss = written(batch, VARIANTS[name])
+        embeddings = model(batch[0])
+        logits = loss.revised_logits(embeddings)
+        out = loss(embeddings, batch[1])
+        plain = plain_logits(model, loss, batch[0])
+        if name == "cge_focal":
+            plain *= revision_weights(embeddings.stripes, loss.memory)
+    torch.testing.assert_close(logits, plain)
+    torch.testing.assert_close(out.loss, focal_losses(logits, batch[1]).mean())
+    assert torch.equal(out.correct, logits.argmax(1) == batch[1])
+
+
+def test_spheres_margin_is_set_before_the_revision_and_only_in_training(batch):
+    feature_map, labels = batch
+    model, loss = written(batch, VARIANTS["cge_sphere"], scale=0.5)
+    embeddings = model(feature_map)
+    weights = revision_weights(embeddings.stripes, loss.memory)
+    margin = 0.5 * sphere_logits(embeddings.embedding, loss.weight, labels)
+    expected = cross_entropy(margin * weights, labels, label_smoothing=0.1)
+    torch.testing.assert_close(loss(embeddings, labels).loss, expected)
+    torch.testing.assert_close(loss.revised_logits(embeddings), 0.5 * plain_logits(model, loss, feature_map) * weights)
+
+
+def test_label_smoothing_goes_to_the_cross_entropy_alone(batch):
+    model, loss = written(batch, VARIANTS["sphere"], label_smoothing=0.3)
+    embeddings = model(batch[0])
+    logits = sphere_logits(embeddings.embedding, loss.weight, batch[1])
+    expected = cross_entropy(logits, batch[1], label_smoothing=0.3)
+    torch.testing.assert_close(loss(embeddings, batch[1]).loss, expected)
+    smoothed, not_smoothed = (
+        written(batch, VARIANTS["focal"], label_smoothing=smoothing)[1](embeddings, batch[1]).loss
+        for smoothing in (0.3, 0.0)
+    )
+    assert torch.equal(smoothed, not_smoothed)
+
+
+def test_revised_maps_are_the_classifiers_maps_times_their_stripes_sigmoids(batch):
+    feature_map, labels = batch
+    model, loss = written(batch, RevisedMaps)
+    model.neck.running_mean.fill_(0.3)
+    _, local_features = stripe_pool(feature_map, 3, None)
+    scores = torch.einsum("bic,ikc->bik", normalize(local_features, dim=2), loss.memory).sigmoid()
+    stripes_of_row = [[0], [0], [0, 1], [1], [1, 2], [2], [2]]  # 7 rows: two stripes share a row with a neighbour
+    logits = torch.zeros(BATCH, CLASSES)
+    for row, stripes in enumerate(stripes_of_row):
+        for column in range(3):
+            position = model.neck(feature_map[:, :, row, column])
+            weight = torch.stack([scores[:, stripe] for stripe in stripes]).mean(dim=0)
+            logits += linear(position, loss.weight) * weight / 21
+    embeddings = model(feature_map)
+    torch.testing.assert_close(loss.revised_logits(embeddings), logits)
+    out = loss(embeddings, labels)
+    torch.testing.assert_close(out.loss, cross_entropy(logits, labels, label_smoothing=0.1))
+    torch.testing.assert_close(embeddings.embedding, model.embed(feature_map))
+
+
+def test_training_on_revised_maps_passes_gradients_through_the_weights_unless_detached(batch):
+    gradients = []
+    for loss_class in (RevisedMaps, type("DetachedMaps", (Detached, RevisedMaps), {})):
+        model, loss = written(batch, loss_class)
+        leaf = batch[0].clone().requires_grad_()
+        loss(model.train()(leaf), batch[1]).loss.backward()
+        gradients.append(leaf.grad)
+    assert not torch.equal(*gradients)
+
+
+def test_revised_maps_are_averaged_not_pooled_otherwise():
+    with pytest.raises(UserError, match=r"^loss.variant: revised_maps .* needs model.pooling average$"):
+        MapModel(nn.Identity(), CHANNELS, 3, True, torch.float32)
+
+
+def test_a_memory_that_is_not_used_leaves_the_logits_and_is_still_written_and_measured(batch):
+    feature_map, labels = batch
+    model, loss = written(batch, VARIANTS["memory_not_used"])
+    _, used = written(batch, CGELoss)
+    torch.testing.assert_close(loss.memory, used.memory)
+    embeddings, logits = model(feature_map), plain_logits(model, loss, feature_map)
+    torch.testing.assert_close(loss.revised_logits(embeddings), logits)
+    out = loss(embeddings, labels)
+    torch.testing.assert_close(out.loss, cross_entropy(logits, labels, label_smoothing=0.1))
+    assert torch.equal(out.stripe_correct, used(embeddings, labels).stripe_correct)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_shuffled_memory_revises_each_class_by_another_and_is_written_to_the_true_one(batch, backend):
+    feature_map, labels = batch
+    with cge_kernels.backend(backend):
+        model, shuffled = written(batch, VARIANTS["shuffled_memory"])
+        _, plain = written(batch, CGELoss)
+        embeddings = model(feature_map)
+        weights = revision_weights(embeddings.stripes, plain.memory)[:, shuffled.shuffled]
+        out, plain_out = shuffled(embeddings, labels), plain(embeddings, labels)
+        revising = revision_weights(embeddings.stripes, shuffled.revising_memory)
+        measured = shuffled.label_and_mean_weight(embeddings.stripes, labels)
+    torch.testing.assert_close(shuffled.memory, plain.memory)
+    assert sorted(shuffled.shuffled.tolist()) == list(range(CLASSES))
+    assert (shuffled.shuffled != torch.arange(CLASSES)).all()
+    torch.testing.assert_close(revising, weights)
+    own = weights.gather(1, labels[:, None])
+    torch.testing.assert_close(measured, torch.stack([own.sum(), weights.mean(dim=1).sum()]))
+    logits = plain_logits(model, plain, feature_map) * weights
+    torch.testing.assert_close(out.loss, cross_entropy(logits, labels, label_smoothing=0.1))
+    assert torch.equal(out.stripe_correct, plain_out.stripe_correct)
+    assert "shuffled" not in shuffled.state_dict()
+
+
+def test_one_class_cannot_be_shuffled():
+    with pytest.raises(ValueError, match="a shuffled memory needs at least 2 classes, got 1"):
+        VARIANTS["shuffled_memory"](CHANNELS, 1)
+
+
+def softmax(row):
+    exponentials = [math.exp(value - max(row)) for value in row]
+    return [value / sum(exponentials) for value in exponentials]
+
+
+@settings(max_examples=30, deadline=None)
+@given(batch=st.integers(1, 5), classes=st.integers(1, 6), seed=st.integers(0, 9))
+def test_the_focal_loss_of_each_sample(batch, classes, seed):
+    random = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(batch, classes, dtype=torch.float64, generator=random)
+    labels = torch.randint(classes, (batch,), generator=random)
+    losses = focal_losses(logits, labels)
+    for row, label, loss in zip(logits.tolist(), labels.tolist(), losses.tolist(), strict=True):
+        q = softmax(row)[label]
+        assert loss == pytest.approx(-0.5 * (1 - q) * math.log(q), abs=1e-12)
+
+
+def test_the_focal_loss_is_finite_where_the_label_is_hopeless_or_certain():
+    logits = torch.tensor([[1e4, 0.0], [0.0, 1e4]], requires_grad=True)
+    losses = focal_losses(logits, torch.tensor([0, 0]))
+    losses.sum().backward()
+    assert losses.tolist() == pytest.approx([0, 5000])
+    assert logits.grad.isfinite().all()
+
+
+def margin_by_loop(x, weight, label):
+    """SphereFace's logits of one sample: psi falls from 1 at angle 0 to -7 at pi."""
+    norm = math.sqrt(sum(value**2 for value in x))
+    logits = []
+    for k, row in enumerate(weight):
+        length = math.sqrt(sum(value**2 for value in row))
+        cosine = sum(a * b for a, b in zip(x, row, strict=True)) / (norm * length)
+        if k == label:
+            angle = math.acos(max(-1.0, min(1.0, cosine)))
+            turn = next(j for j in range(4) if angle <= (j + 1) * math.pi / 4)
+            cosine = (-1) ** turn * math.cos(4 * angle) - 2 * turn
+        logits.append(norm * cosine)
+    return logits
+
+
+@settings(max_examples=30, deadline=None)
+@given(batch=st.integers(1, 4), classes=st.integers(1, 5), seed=st.integers(0, 9))
+def test_spheres_logits_of_each_sample(batch, classes, seed):
+    random = torch.Generator().manual_seed(seed)
+    features = torch.randn(batch, 3, dtype=torch.float64, generator=random)
+    weight = torch.randn(classes, 3, dtype=torch.float64, generator=random)
+    labels = torch.randint(classes, (batch,), generator=random)
+    logits = sphere_logits(features, weight, labels)
+    for x, label, row in zip(features.tolist(), labels.tolist(), logits.tolist(), strict=True):
+        assert row == pytest.approx(margin_by_loop(x, weight.tolist(), label), abs=1e-10)
+
+
+def test_sphere_has_the_loss_and_gradient_of_pytorch_metric_learning():
+    torch.manual_seed(0)
+    theirs = SphereFaceLoss(num_classes=5, embedding_size=7, margin=4)
+    features, labels = torch.randn(6, 7, requires_grad=True), torch.tensor([0, 4, 2, 2, 1, 0])
+    loss = theirs(features, labels)
+    (gradient,) = torch.autograd.grad(loss, features)
+    ours = cross_entropy(sphere_logits(features, theirs.W.detach().T, labels), labels)
+    torch.testing.assert_close(ours, loss)
+    torch.testing.assert_close(torch.autograd.grad(ours, features)[0], gradient)
+
+
+def test_psi_is_finite_at_both_ends():
+    features = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], requires_grad=True)
+    logits = sphere_logits(features, torch.tensor([[1.0, 0.0]]), torch.tensor([0, 0]))
+    logits.sum().backward()
+    assert logits.flatten().tolist() == pytest.approx([1, -7])
+    assert features.grad.isfinite().all()
