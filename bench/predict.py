@@ -38,8 +38,7 @@ from bench.shapes import DTYPES, SHAPES
 from bench.work import work
 from cge_fast.errors import UserError
 from cge_kernels.common.device_functions import INTERPRETED
-from cge_kernels.tools.compile import compile_launch
-from cge_kernels.tools.compile import measure as measure_compiled
+from cge_kernels.tools import compiler
 
 THREAD_BYTES = 16  # the widest load of one thread
 # Of one number of the map: x^p forward; backward log2 x and a power for each of two features (three in a shared row).
@@ -187,7 +186,7 @@ def special(launch: cge_kernels.Launch) -> int:
 def predict_kernel(gpu: GPU, launch: cge_kernels.Launch, rows: list[traffic.Traffic]) -> KernelPrediction:
     """A launch, compiled for the GPU, with its traffic."""
     target = gpu.hardware.target
-    needs = measure_compiled(compile_launch(launch, target), target)
+    needs = compiler.measure(compiler.compile_launch(launch, target), target)
     occupancy, limit = gpu.hardware.occupancy(needs.registers, needs.shared, launch.options["num_warps"])
     return KernelPrediction(
         kernel=launch.kernel.__name__,
@@ -209,10 +208,12 @@ def predict(gpu: GPU, problem: Problem) -> list[OperatorPrediction]:
     """Predictions of the operators, in the step's order. It takes minutes at the larger shapes.
 
     Raises:
-        UserError: kernels are interpreted in this process.
+        UserError: kernels are interpreted in this process, or this Triton cannot compile for the GPU.
     """
     if INTERPRETED.value:
         raise UserError("TRITON_INTERPRET: must not be set, since interpreted kernels cannot be compiled, got 1")
+    if reason := compiler.why_not(gpu.hardware.target):
+        raise UserError(f"gpu: {gpu.name} cannot be predicted here: {reason}")
     counted = traffic.interpreted(traffic.count_traffic, problem, gpu.hardware.target)
     predictions, number = [], 0
     for (case, direction), (launches, aten) in traffic.watch(problem, OURS, gpu.hardware.target).items():

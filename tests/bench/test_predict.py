@@ -141,3 +141,10 @@ def test_interpreted_kernels_are_refused(monkeypatch):
     monkeypatch.setattr(predict, "INTERPRETED", SimpleNamespace(value=True))
     with pytest.raises(UserError, match="TRITON_INTERPRET: must not be set"):
         predict.predict(H100, Problem(SHAPES["tiny"]))
+
+
+def test_a_gpu_that_triton_cannot_compile_for_is_named(monkeypatch):
+    monkeypatch.setattr(predict, "INTERPRETED", SimpleNamespace(value=False))
+    monkeypatch.setattr(predict.compiler, "why_not", lambda target: "no linker")
+    with pytest.raises(UserError, match="gpu: H100 SXM5 cannot be predicted here: no linker"):
+        predict.predict(H100, Problem(SHAPES["tiny"]))
