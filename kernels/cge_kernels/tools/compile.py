@@ -71,7 +71,8 @@ def dtype_name(launch: Launch, precision: str) -> str:
 
 def collect(hardware: Hardware, quick: bool) -> tuple[list[Compilation], set[tuple[str, ...]]]:
     """What is to be compiled for a target, each once, and the table's rows that the launcher never chooses there."""
-    compilations, never = {}, set()
+    compilations: dict[tuple[str, str], Compilation] = {}
+    never: set[tuple[str, ...]] = set()
     before = torch.get_float32_matmul_precision()
     for dtype, memory_dtype, setting in DTYPES:
         asked = PRECISIONS[setting]
@@ -160,7 +161,7 @@ def table(
         result = pair[1]
         return bool(result.error), bool(problem(*pair)), result.spilled, result.registers, result.shared
 
-    worst = {}
+    worst: dict[tuple[str, ...], tuple[Compilation, Resources]] = {}
     for pair in zip(compilations, results, strict=True):
         row = pair[0].row
         worst[row] = max(worst.get(row, pair), pair, key=badness)

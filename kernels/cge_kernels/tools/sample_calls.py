@@ -106,9 +106,9 @@ def call_revision(shape: Shape, dtype: torch.dtype, memory_dtype: torch.dtype, e
         with scratch_megabytes(megabytes):
             for local_dtype in {torch.float32, memory_dtype} if every_variant else [torch.float32]:
                 local = empty(shape.batch, shape.stripes, shape.channels, dtype=local_dtype)
-                _, *saved = revise_forward(logits, local, memory)
+                _, scores, inv_norm = revise_forward(logits, local, memory)
                 for local_gradient in (True, False)[: 2 if every_variant else 1]:
-                    revise_backward(logits, logits, local, memory, *saved, local_gradient)
+                    revise_backward(logits, logits, local, memory, scores, inv_norm, local_gradient)
             for feature_map in feature_maps(shape, dtype)[: 3 if every_variant else 2]:
                 for p in (empty(), None)[: 2 if every_variant else 1]:
                     one_pass_forward(feature_map, logits, memory, p, EPS)
