@@ -7,6 +7,7 @@ roundings of ours can add up to, derived below for each operator from dtypes, nu
 n additions in any order are off by at most n roundings of the sum of the terms' sizes.
 """
 
+import math
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -161,51 +162,69 @@ def rounding(arguments: Arguments) -> Rounding:
     return Rounding(ROUNDING[sums], ROUNDING[memory.dtype] if is_cast else 0.0)
 
 
-MOST_LOG2 = 20  # |log2| of a pooled activation is no larger: eps = 1e-6 is 2^-20
+EPS = 1e-6  # stripe_pool's lower bound of the activations
 FEW = 8  # roundings of elementary functions and products one after the other
 
 
-def pool_roundings(height: int, width: int, p: Tensor | None) -> tuple[float, float]:
-    """How many relative roundings a feature has, and a gradient of the map.
+class PoolRoundings(NamedTuple):
+    """How many relative roundings the features have, and a gradient of the map; |ln x| + |ln f| of each activation."""
+
+    features: dict[str, Tensor | float]
+    gradient: Tensor | float
+    logs: Tensor | float
+
+
+def pool_roundings(feature_map: Tensor, stripes: int, p: Tensor | None) -> PoolRoundings:
+    """Of stripe_pool on a float64 map.
 
     A mean of x^p is off by its additions and its powers: exp2(p log2 x) turns the roundings of log2 x and of the
     product, 2 |p log2 x| of them, into as many times ln 2 relative ones. The root divides this by p, and has two such
     roundings of its own exponent, log2 f. In dx = g / count (x / f)^(p-1) the logarithms of x and of f are rounded, and
-    so is their difference, all times p - 1; f is off as above.
+    so are their difference and its product, all times p - 1; f is off as above.
     """
-    additions = height * width + FEW
+    names = RESULTS["stripe_pool"]
+    additions = feature_map.shape[2] * feature_map.shape[3] + FEW
     if p is None:
-        return additions, additions
-    exponent, logs = abs(p.item()), 2 * MOST_LOG2
-    feature = additions / exponent + 2 * logs
-    return feature, additions + abs(p.item() - 1) * (feature + 2 * logs) + 2 * logs
+        return PoolRoundings(dict.fromkeys(names, additions), additions, 0.0)
+    positive = feature_map.clamp(min=EPS)
+    log_x, powers = positive.log2().abs(), positive.pow(p)
+    sums = cge_reference.stripe_pool(powers * log_x, stripes), cge_reference.stripe_pool(powers, stripes)
+    log_f = [feature.log2().abs() for feature in cge_reference.stripe_pool(feature_map, stripes, p)]
+    features = {
+        name: additions / p.abs() + 2 * (logs / weights + log)
+        for name, logs, weights, log in zip(names, *sums, log_f, strict=True)
+    }
+    worst, farthest = (
+        torch.maximum(whole, parts.amax(dim=1))[:, :, None, None] for whole, parts in (features.values(), log_f)
+    )
+    gradient = additions + (p - 1).abs() * (worst + 2 * (log_x + farthest))
+    return PoolRoundings(features, gradient, (log_x + farthest) * math.log(2))
 
 
-def pool_terms(feature_map: Tensor, stripes: int, p: Tensor | None, upstream: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The sizes of the terms of both gradients; positive upstream gradients make terms that do not cancel.
-
-    dp = (1/p) sum of x dx ln(x / f).
-    """
+def map_gradient(feature_map: Tensor, stripes: int, p: Tensor | None, upstream: dict[str, Tensor]) -> Tensor:
+    """The map's gradient; that of positive upstream gradients is the size of terms that may cancel."""
     leaf = feature_map.detach().requires_grad_()
     features = named("stripe_pool", cge_reference.stripe_pool(leaf, stripes, p))
     torch.autograd.backward([features[name] for name in upstream], list(upstream.values()))
-    terms = {"grad_feature_map": leaf.grad}
-    if p is not None:
-        positive = feature_map.clamp(min=2.0**-MOST_LOG2)
-        terms["grad_p"] = (positive * leaf.grad).sum() * 2 * MOST_LOG2 / abs(p.item())
-    return terms
+    return leaf.grad
+
+
+def exponent_gradient(feature_map: Tensor, p: Tensor, grad_map: Tensor, logs: Tensor) -> Tensor:
+    """The size of dp = (1/p) sum of x dx ln(x / f)."""
+    return (feature_map.clamp(min=EPS) * grad_map * logs).sum() / p.abs()
 
 
 def pool_tolerance(rounding, upstream, feature_map, stripes, p):
     """Of stripe_pool: features and gradients have `pool_roundings`; dp is summed over a plane, then over all planes."""
     batch, channels, height, width = feature_map.shape
-    feature, gradient = pool_roundings(height, width, p)
-    sizes = cge_reference.stripe_pool(feature_map.abs() if p is None else feature_map, stripes, p)
-    terms = pool_terms(feature_map, stripes, p, {name: grad.abs() for name, grad in upstream.items()})
-    tolerance = {name: feature * rounding.unit * size for name, size in named("stripe_pool", sizes).items()}
-    tolerance["grad_feature_map"] = gradient * rounding.unit * terms["grad_feature_map"]
+    roundings = pool_roundings(feature_map, stripes, p)
+    sizes = named("stripe_pool", cge_reference.stripe_pool(feature_map.abs() if p is None else feature_map, stripes, p))
+    terms = map_gradient(feature_map, stripes, p, {name: grad.abs() for name, grad in upstream.items()})
+    tolerance = {name: roundings.features[name] * rounding.unit * size for name, size in sizes.items()}
+    tolerance["grad_feature_map"] = roundings.gradient * rounding.unit * terms
     if p is not None:
-        tolerance["grad_p"] = (gradient + height * width + batch * channels) * rounding.unit * terms["grad_p"]
+        errors = (roundings.gradient + height * width + batch * channels) * rounding.unit * terms
+        tolerance["grad_p"] = exponent_gradient(feature_map, p, errors, roundings.logs)
     return tolerance
 
 
@@ -253,17 +272,22 @@ def one_pass_tolerance(rounding, upstream, feature_map, logits, memory, p):
     """
     batch, channels, height, width = feature_map.shape
     stripes = len(memory)
-    feature, gradient = pool_roundings(height, width, p)
+    roundings = pool_roundings(feature_map, stripes, p)
     _, local_features = cge_reference.stripe_pool(feature_map, stripes, p)
+    relative = roundings.features["local_features"] * rounding.unit
     arguments = {"logits": logits, "local_features": local_features, "memory": memory}
-    revision = revise_tolerance(rounding, upstream, **arguments, features_error=feature * rounding.unit)
+    worst = torch.as_tensor(relative).max().item()
+    revision = revise_tolerance(rounding, upstream, **arguments, features_error=worst)
     exact = differentiate(cge_reference, "revise_logits", arguments, {"revised": upstream["revised"]})
     grad_local = upstream["local_features"].abs() + exact["grad_local_features"].abs()
-    sizes = pool_terms(feature_map, stripes, p, {"local_features": grad_local})
-    errors = pool_terms(feature_map, stripes, p, {"local_features": revision.pop("grad_local_features")})
-    tolerance = revision | {"local_features": feature * rounding.unit * local_features}
-    summed = {"grad_feature_map": gradient, "grad_p": gradient + height * width + batch * channels}
-    return tolerance | {name: summed[name] * rounding.unit * sizes[name] + errors[name] for name in sizes}
+    terms = map_gradient(feature_map, stripes, p, {"local_features": grad_local})
+    errors = map_gradient(feature_map, stripes, p, {"local_features": revision.pop("grad_local_features")})
+    tolerance = revision | {"local_features": relative * local_features}
+    tolerance["grad_feature_map"] = errors + roundings.gradient * rounding.unit * terms
+    if p is not None:
+        errors = errors + (roundings.gradient + height * width + batch * channels) * rounding.unit * terms
+        tolerance["grad_p"] = exponent_gradient(feature_map, p, errors, roundings.logs)
+    return tolerance
 
 
 def cross_entropy_tolerance(

@@ -105,6 +105,7 @@ def environment():
     return {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "CGE_BACKEND")}
 
 
+@pytest.mark.slow
 def test_cpu_tensors_on_triton_without_interpreter_or_hook_are_an_error_that_says_what_to_do(environment):
     code = """
         import torch, cge_kernels
@@ -116,6 +117,7 @@ def test_cpu_tensors_on_triton_without_interpreter_or_hook_are_an_error_that_say
     assert "set TRITON_INTERPRET=1 before importing" in run_python(code, **environment, CGE_BACKEND="triton")
 
 
+@pytest.mark.slow
 def test_without_triton_the_package_runs_on_the_cpu(environment):
     code = """
         import sys

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 IMPORT_ONE_AFTER_THE_OTHER = """
 import sys
 for names in ("torch", "cge_reference", "triton", "cge_kernels"):
@@ -12,6 +14,7 @@ for names in ("torch", "cge_reference", "triton", "cge_kernels"):
 """
 
 
+@pytest.mark.slow
 def test_cge_reference_needs_torch_alone_and_cge_kernels_torch_and_triton():
     command = [sys.executable, "-c", IMPORT_ONE_AFTER_THE_OTHER]
     finished = subprocess.run(command, capture_output=True, text=True, check=True)

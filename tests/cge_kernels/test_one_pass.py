@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from error_budget import check_parity
+from error_budget import assert_within_budget, budget, check_parity, rounding
 from support import GPU, draw_sample
 
 import cge_kernels
@@ -10,7 +10,7 @@ import cge_kernels
 
 def draw(memory_dtype=torch.float32, p=None, channels_last=False, **sizes):
     """Arguments: a positive map, odd sizes unless others are given."""
-    sizes = {"batch": 3, "stripes": 3, "classes": 37, "channels": 21, "height": 7, "width": 3} | sizes
+    sizes = {"batch": 3, "stripes": 3, "classes": 19, "channels": 18, "height": 7, "width": 3} | sizes
     sample = draw_sample(**sizes)
     feature_map = sample.feature_map.sigmoid()
     if channels_last:
@@ -24,7 +24,13 @@ def draw(memory_dtype=torch.float32, p=None, channels_last=False, **sizes):
 @pytest.mark.parametrize("memory_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_values_and_gradients(p, memory_dtype, channels_last, backend):
-    check_parity("revise_logits_one_pass", draw(memory_dtype, p, channels_last), backend)
+    arguments = draw(memory_dtype, p, channels_last)
+    ours = check_parity("revise_logits_one_pass", arguments, backend)
+    # The budget allows for the worst case in two operators; what adds up by chance stays far below it.
+    truth = budget("revise_logits_one_pass", arguments).truth
+    unit, cast = rounding(arguments)
+    for name, value in ours.items():
+        assert_within_budget(value, truth[name], value, (2 * cast + 150 * unit) * truth[name].abs().max(), name)
 
 
 def test_one_class_one_sample_one_position(backend):

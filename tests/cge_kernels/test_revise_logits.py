@@ -39,7 +39,7 @@ def test_kept_and_chunked_scores_in_every_dtype_on_the_cpu(dtype, local_gradient
     check(draw(5, 3, 37, 8, dtype=dtype) | {"local_gradient": local_gradient}, "cpu")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     sizes=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 40), st.integers(1, 40)),
     memory_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
