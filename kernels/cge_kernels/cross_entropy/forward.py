@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cge_kernels.common.budget import chunk_of_statistics, logits_are_kept, score_row
+from cge_kernels.common.budget import chunk_of_statistics, empty_saved, score_row
 from cge_kernels.common.device_functions import NORM_EPS, jit, log_sigmoid, multiply, product, sum_parts, tl
 from cge_kernels.common.launch import current_target, float32_precision, launch
 from cge_kernels.common.tiles import REDUCE_TILES, block_of_parts, cdiv, scores_tiles
-from cge_kernels.cross_entropy.inputs import Inputs, Loss, Statistics
+from cge_kernels.cross_entropy.inputs import Inputs, Loss, Statistics, empty_statistics
 from cge_kernels.revise_logits.forward import Casts, cast_and_norm
 
 FAR = 2**31 - 1  # a class beyond all others
@@ -261,13 +261,6 @@ def launch_reduce_tiles(
     )  # fmt: skip
 
 
-def empty_statistics(features: Tensor, stripes: int) -> Statistics:
-    """Where reduce_tiles_kernel stores statistics."""
-    row_max = features.new_empty(stripes + 1, len(features), dtype=torch.float32)
-    argmax = torch.empty_like(row_max, dtype=torch.int64)
-    return Statistics(row_max, argmax, torch.empty_like(row_max[:2]), torch.empty_like(row_max[0]))
-
-
 def launch_chunks(
     inputs: Inputs, loss: Loss | None, label_smoothing: float
 ) -> tuple[Statistics | None, Tensor, Tensor]:
@@ -278,11 +271,10 @@ def launch_chunks(
     batch, stripes, classes = inputs.sizes
     inputs = inputs.contiguous()
     casts = cast_and_norm(inputs.local_features, inputs.memory, inputs.features)
-    rows = classes if logits_are_kept(batch, stripes, classes) else 0
-    saved_logits = inputs.features.new_empty(stripes + 1, rows, score_row(batch), dtype=torch.float32)
-    inv_norm = inputs.features.new_empty(stripes, batch, dtype=torch.float32)
-    chunk = classes if rows else chunk_of_statistics(batch, stripes, classes)
-    statistics = None if loss and chunk >= classes else empty_statistics(inputs.features, stripes)
+    saved_logits, inv_norm = empty_saved(batch, inputs.memory, torch.float32)
+    rows = saved_logits.shape[1]
+    chunk = rows or chunk_of_statistics(batch, stripes, classes)
+    statistics = None if loss and chunk >= classes else empty_statistics(inputs.features, stripes, torch.float32)
     for start in range(0, classes, chunk):
         end = min(start + chunk, classes)
         part = inputs.rows(slice(start, end))
