@@ -6,8 +6,6 @@ samples for one classifier, the global one or that of a stripe.
 Logits and scores have classes as rows, so that a chunk of classes is contiguous, and a warp's lanes lie along samples.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -200,19 +198,13 @@ def reduce_tiles_kernel(
             tl.store(all_label_logit_ptr + sample, label_logit, mask=sample_mask)
 
 
-class Partials(NamedTuple):
-    """Each tile's statistics, as cross_entropy_kernel stores them."""
-
-    row_max: Tensor  # (tiles, n+1, at least B) float32
-    argmax: Tensor  # the same, int32
-    sums: Tensor  # (tiles, 2, at least B) float32
-    label_logit: Tensor  # (B,) float32, only where the label is here
-
-
 def launch_cross_entropy(
     inputs: Inputs, casts: Casts, saved_logits: Tensor | None, inv_norm: Tensor | None
-) -> Partials | None:
-    """Fills saved_logits (n+1, rows, at least B) unless None; with inv_norm (n, B), fills it and returns statistics."""
+) -> Statistics | None:
+    """Fills saved_logits (n+1, rows, at least B) unless None; with inv_norm (n, B), fills it and returns statistics.
+
+    These have a first axis of class tiles (but label_logit), at least B samples, and int32 classes from first_class on.
+    """
     batch, stripes, classes = inputs.sizes
     weight, memory = inputs.weight, inputs.memory
     parts, row = casts.partial_sq_norms.shape[1], score_row(batch)
@@ -223,14 +215,14 @@ def launch_cross_entropy(
     if inv_norm is not None:
         row_max = inv_norm.new_empty(class_tiles, stripes + 1, row)
         sums, label_logit = inv_norm.new_empty(class_tiles, 2, row), inv_norm.new_empty(batch)
-        partials = Partials(row_max, torch.empty_like(row_max, dtype=torch.int32), sums, label_logit)
+        partials = Statistics(row_max, torch.empty_like(row_max, dtype=torch.int32), sums, label_logit)
     launch(
         cross_entropy_kernel, cdiv(batch, tiles["BLOCK_B"]) * class_tiles, tiles,
         {
             "features_cast": casts.features, "weight": weight, "bias": inputs.bias, "local_cast": casts.local,
             "partial_sq_norms": casts.partial_sq_norms, "memory": memory, "labels": inputs.labels,
             "saved_logits": saved_logits, "inv_norm": inv_norm,
-            **(partials._asdict() if partials else dict.fromkeys(Partials._fields)),
+            **(partials._asdict() if partials else dict.fromkeys(Statistics._fields)),
         },
         batch=batch, classes=classes, channels=memory.shape[2], feature_channels=weight.shape[1], parts=parts,
         first_class=inputs.first_class, partial_row=row,
@@ -243,7 +235,7 @@ def launch_cross_entropy(
 
 
 def launch_reduce_tiles(
-    partials: Partials, inputs: Inputs, statistics: Statistics | None, loss: Loss | None, is_first: bool,
+    partials: Statistics, inputs: Inputs, statistics: Statistics | None, loss: Loss | None, is_first: bool,
     label_smoothing: float,
 ) -> None:  # fmt: skip
     """Fills the loss or, if that is None, the statistics, which have those of the classes before unless it is_first."""
