@@ -45,8 +45,7 @@ def main(arguments: Sequence[str] | None = None, variants: Variants = NO_VARIANT
             train(run, profile)
         if rank() == 0:
             if profile:
-                print(profile.table())
-                profile.write_trace(config.output)
+                print(profile.report(config.output))
             print(final_line(run))
     finally:
         if dist.is_initialized():

@@ -76,7 +76,7 @@ def test_the_grid_is_resident_as_a_whole():
             cge_kernels.revise_logits_one_pass(**arguments)
         assert launches[-1].grid[0] <= multiprocessors
         assert launches[-1].options["launch_cooperative_grid"]
-    counters = [launch.args["counter_pointer"] for launch in launches]
+    counters = [launch.args["counter_ptr"] for launch in launches]
     assert len({counter.data_ptr() for counter in counters}) == 3  # a fresh counter for each call
     assert all(counter.dtype == torch.int32 and counter.tolist() == [0] for counter in counters)
 

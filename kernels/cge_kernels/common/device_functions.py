@@ -14,7 +14,7 @@ try:
 except ImportError:
     triton, INTERPRETED, NORM_EPS = None, None, None
 
-    class tl:  # noqa: N801
+    class tl:  # type: ignore[no-redef]  # noqa: N801
         """What the kernels' signatures need."""
 
         constexpr = None

@@ -38,7 +38,7 @@ class Target:
     @property
     def has_tf32(self) -> bool:
         """Whether float32 products can be taken by tensor cores."""
-        return self.arch >= 80 if self.backend == "cuda" else self.arch == "gfx942"
+        return int(self.arch) >= 80 if self.backend == "cuda" else self.arch == "gfx942"
 
 
 # Programs of the interpreter run one after another: a grid-wide barrier works with one program only.

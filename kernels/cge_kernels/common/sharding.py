@@ -65,9 +65,9 @@ def gather(tensor: Tensor, group: Any = None) -> Tensor:
     """Concatenates the ranks' tensors along dimension 0, in rank order; their lengths may differ. No gradient."""
     ranks = dist.get_world_size(group)
     length = torch.tensor([len(tensor)], device=tensor.device)
-    lengths = [torch.empty_like(length) for _ in range(ranks)]
-    dist.all_gather(lengths, length, group=group)
-    lengths = torch.cat(lengths).tolist()
+    all_lengths = [torch.empty_like(length) for _ in range(ranks)]
+    dist.all_gather(all_lengths, length, group=group)
+    lengths = torch.cat(all_lengths).tolist()
     padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
     padded[: len(tensor)] = tensor
     parts = [torch.empty_like(padded) for _ in lengths]

@@ -99,24 +99,12 @@ def launch_grad_logits(
     """Fills grad_logits (n+1 or 1, at least rows, at least B) from saved_logits (n+1, at least rows, at least B)."""
     batch, stripes, classes = inputs.sizes
     launch(
-        grad_logits_kernel,
-        cdiv(batch, GRAD_LOGITS["BLOCK_B"]) * cdiv(classes, GRAD_LOGITS["BLOCK_N"]),
-        GRAD_LOGITS,
-        {
-            "grad": grad,
-            "lse": lse,
-            "labels": inputs.labels,
-            "saved_logits": saved_logits,
-            "grad_logits": grad_logits,
-        },
-        batch=batch,
-        classes=classes,
-        first_class=inputs.first_class,
-        all_classes=inputs.all_classes,
+        grad_logits_kernel, cdiv(batch, GRAD_LOGITS["BLOCK_B"]) * cdiv(classes, GRAD_LOGITS["BLOCK_N"]), GRAD_LOGITS,
+        {"grad": grad, "lse": lse, "labels": inputs.labels, "saved_logits": saved_logits, "grad_logits": grad_logits},
+        batch=batch, classes=classes, first_class=inputs.first_class, all_classes=inputs.all_classes,
         label_smoothing=label_smoothing,
-        STRIPES=stripes,
-        LOCAL=len(grad_logits) > 1,
-    )
+        STRIPES=stripes, LOCAL=len(grad_logits) > 1,
+    )  # fmt: skip
 
 
 def launch_normalize_backward(sums: Tensor, local_features: Tensor, inv_norm: Tensor) -> Tensor:
@@ -124,14 +112,11 @@ def launch_normalize_backward(sums: Tensor, local_features: Tensor, inv_norm: Te
     batch, stripes, channels = local_features.shape
     grad_local = torch.empty_like(local_features, memory_format=torch.contiguous_format)
     launch(
-        normalize_backward_kernel,
-        batch * stripes,
-        row_tiles(current_target(sums), channels),
+        normalize_backward_kernel, batch * stripes, row_tiles(current_target(sums), channels),
         {"sums": sums, "local": local_features, "inv_norm": inv_norm, "grad_local": grad_local},
-        batch=batch,
-        channels=channels,
+        batch=batch, channels=channels,
         STRIPES=stripes,
-    )
+    )  # fmt: skip
     return grad_local
 
 

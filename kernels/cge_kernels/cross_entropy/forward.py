@@ -225,36 +225,20 @@ def launch_cross_entropy(
         sums, label_logit = inv_norm.new_empty(class_tiles, 2, row), inv_norm.new_empty(batch)
         partials = Partials(row_max, torch.empty_like(row_max, dtype=torch.int32), sums, label_logit)
     launch(
-        cross_entropy_kernel,
-        cdiv(batch, tiles["BLOCK_B"]) * class_tiles,
-        tiles,
+        cross_entropy_kernel, cdiv(batch, tiles["BLOCK_B"]) * class_tiles, tiles,
         {
-            "features_cast": casts.features,
-            "weight": weight,
-            "bias": inputs.bias,
-            "local_cast": casts.local,
-            "partial_sq_norms": casts.partial_sq_norms,
-            "memory": memory,
-            "labels": inputs.labels,
-            "saved_logits": saved_logits,
-            "inv_norm": inv_norm,
+            "features_cast": casts.features, "weight": weight, "bias": inputs.bias, "local_cast": casts.local,
+            "partial_sq_norms": casts.partial_sq_norms, "memory": memory, "labels": inputs.labels,
+            "saved_logits": saved_logits, "inv_norm": inv_norm,
             **(partials._asdict() if partials else dict.fromkeys(Partials._fields)),
         },
-        batch=batch,
-        classes=classes,
-        channels=memory.shape[2],
-        feature_channels=weight.shape[1],
-        parts=parts,
-        first_class=inputs.first_class,
-        partial_row=row,
-        STRIPES=stripes,
-        PRECISION=float32_precision(target),
-        BLOCK_PARTS=block_of_parts(parts),
+        batch=batch, classes=classes, channels=memory.shape[2], feature_channels=weight.shape[1], parts=parts,
+        first_class=inputs.first_class, partial_row=row,
+        STRIPES=stripes, PRECISION=float32_precision(target), BLOCK_PARTS=block_of_parts(parts), FAR=FAR,
         # Float32 tiles of the shape of 16-bit ones would be loaded like these, eight numbers for each lane, and then
         # each request uses half of its sectors.
         BLOCK_W=tiles["BLOCK_K"] // (2 if weight.itemsize > memory.itemsize else 1),
-        FAR=FAR,
-    )
+    )  # fmt: skip
     return partials
 
 
@@ -266,25 +250,15 @@ def launch_reduce_tiles(
     batch, stripes, classes = inputs.sizes
     known = statistics._asdict() if statistics else dict.fromkeys(Statistics._fields)
     launch(
-        reduce_tiles_kernel,
-        cdiv(batch, REDUCE_TILES["BLOCK_B"]) * (stripes + 1),
-        REDUCE_TILES,
+        reduce_tiles_kernel, cdiv(batch, REDUCE_TILES["BLOCK_B"]) * (stripes + 1), REDUCE_TILES,
         {
-            **partials._asdict(),
-            "labels": inputs.labels,
-            **{f"all_{name}": tensor for name, tensor in known.items()},
+            **partials._asdict(), "labels": inputs.labels, **{f"all_{name}": tensor for name, tensor in known.items()},
             **(loss._asdict() if loss else dict.fromkeys(Loss._fields)),
         },
-        batch=batch,
-        classes=classes,
-        tiles=len(partials.row_max),
-        first_class=inputs.first_class,
-        all_classes=inputs.all_classes,
-        label_smoothing=label_smoothing,
-        STRIPES=stripes,
-        EARLIER=not is_first,
-        FAR=FAR,
-    )
+        batch=batch, classes=classes, tiles=len(partials.row_max), first_class=inputs.first_class,
+        all_classes=inputs.all_classes, label_smoothing=label_smoothing,
+        STRIPES=stripes, EARLIER=not is_first, FAR=FAR,
+    )  # fmt: skip
 
 
 def empty_statistics(features: Tensor, stripes: int) -> Statistics:

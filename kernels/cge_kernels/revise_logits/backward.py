@@ -128,23 +128,16 @@ def launch_grad_scores(
     """Fills grad_logits (B, N), grad_scores (n, B, score_row) and rows of projection (n, tiles, at least B)."""
     batch, classes = logits.shape
     launch(
-        grad_scores_kernel,
-        cdiv(batch, GRAD_SCORES["BLOCK_B"]) * cdiv(scores.shape[2], GRAD_SCORES["BLOCK_N"]),
+        grad_scores_kernel, cdiv(batch, GRAD_SCORES["BLOCK_B"]) * cdiv(scores.shape[2], GRAD_SCORES["BLOCK_N"]),
         GRAD_SCORES,
         {
-            "grad": grad,
-            "logits": logits,
-            "scores": scores,
-            "grad_logits": grad_logits,
-            "grad_scores": grad_scores,
+            "grad": grad, "logits": logits, "scores": scores, "grad_logits": grad_logits, "grad_scores": grad_scores,
             "projection": projection,
         },
-        batch=batch,
-        classes=classes,
-        first_tile=first_tile,
+        batch=batch, classes=classes, first_tile=first_tile,
         projection_tiles=0 if projection is None else projection.shape[1],
         STRIPES=scores.shape[0],
-    )
+    )  # fmt: skip
 
 
 def launch_grad_local(
@@ -156,26 +149,14 @@ def launch_grad_local(
     target = current_target(grad_local)
     tiles = grad_local_tiles(target, memory.dtype, batch, channels * stripes)
     launch(
-        grad_local_kernel,
-        cdiv(batch, tiles["BLOCK_B"]) * stripes * cdiv(channels, tiles["BLOCK_C"]),
-        tiles,
+        grad_local_kernel, cdiv(batch, tiles["BLOCK_B"]) * stripes * cdiv(channels, tiles["BLOCK_C"]), tiles,
         {
-            "grad_scores": grad_scores,
-            "memory": memory,
-            "earlier": earlier,
-            "local": local_features,
-            "inv_norm": inv_norm,
-            "projection": projection,
-            "grad_local": grad_local,
+            "grad_scores": grad_scores, "memory": memory, "earlier": earlier, "local": local_features,
+            "inv_norm": inv_norm, "projection": projection, "grad_local": grad_local,
         },
-        batch=batch,
-        classes=memory.shape[1],
-        channels=channels,
-        projection_tiles=projection.shape[1],
-        STRIPES=stripes,
-        PRECISION=float32_precision(target),
-        BLOCK_PARTS=block_of_parts(projection.shape[1]),
-    )
+        batch=batch, classes=memory.shape[1], channels=channels, projection_tiles=projection.shape[1],
+        STRIPES=stripes, PRECISION=float32_precision(target), BLOCK_PARTS=block_of_parts(projection.shape[1]),
+    )  # fmt: skip
 
 
 def launch_backward(

@@ -1,6 +1,6 @@
 """revise_logits for the CPU; classes in chunks that fit the scratch budget where the scores are not kept."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -72,9 +72,8 @@ def revise_logits_backward(
     grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     grad_local = local_features.new_zeros(local_features.shape if local_gradient else 0, dtype=dtype)
     projection = torch.zeros_like(inv_norm)
-    if scores.shape[2]:
-        parts = [(slice(classes), scores[:, :, :classes])]
-    else:
+    parts: Iterable[tuple[slice, Tensor]] = [(slice(classes), scores[:, :, :classes])]
+    if not scores.shape[2]:
         parts = chunks_of_scores(local_features, memory, inv_norm, scores)
     for part, score in parts:
         grad_part = weights_of(score).mul_(grad[:, part])

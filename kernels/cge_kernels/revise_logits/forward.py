@@ -175,22 +175,15 @@ def cast_and_norm(local_features: Tensor, memory: Tensor, features: Tensor | Non
     parts = cdiv(max(channels, feature_channels), CAST_AND_NORM["BLOCK_C"])
     partial_sq_norms = local_features.new_empty(stripes, parts, score_row(batch), dtype=torch.float32)
     launch(
-        cast_and_norm_kernel,
-        cdiv(batch, CAST_AND_NORM["BLOCK_B"]) * (stripes + converts) * parts,
-        CAST_AND_NORM,
+        cast_and_norm_kernel, cdiv(batch, CAST_AND_NORM["BLOCK_B"]) * (stripes + converts) * parts, CAST_AND_NORM,
         {
-            "local": local_features,
-            "local_cast": None if local_cast is local_features else local_cast,
-            "partial_sq_norms": partial_sq_norms,
-            "features": features if converts else None,
+            "local": local_features, "local_cast": None if local_cast is local_features else local_cast,
+            "partial_sq_norms": partial_sq_norms, "features": features if converts else None,
             "features_cast": features_cast if converts else None,
         },
-        batch=batch,
-        channels=channels,
-        parts=parts,
-        feature_channels=feature_channels,
+        batch=batch, channels=channels, parts=parts, feature_channels=feature_channels,
         STRIPES=stripes,
-    )
+    )  # fmt: skip
     return Casts(local_cast, partial_sq_norms, features_cast)
 
 
@@ -204,26 +197,14 @@ def launch_revise(
     target = current_target(memory)
     tiles = scores_tiles(target, memory.dtype, batch, classes)
     launch(
-        revise_kernel,
-        cdiv(batch, tiles["BLOCK_B"]) * cdiv(classes, tiles["BLOCK_N"]),
-        tiles,
+        revise_kernel, cdiv(batch, tiles["BLOCK_B"]) * cdiv(classes, tiles["BLOCK_N"]), tiles,
         {
-            "logits": logits,
-            "local_cast": casts.local,
-            "partial_sq_norms": casts.partial_sq_norms,
-            "memory": memory,
-            "revised": revised,
-            "scores": scores,
-            "inv_norm": inv_norm,
+            "logits": logits, "local_cast": casts.local, "partial_sq_norms": casts.partial_sq_norms, "memory": memory,
+            "revised": revised, "scores": scores, "inv_norm": inv_norm,
         },
-        batch=batch,
-        classes=classes,
-        channels=channels,
-        parts=parts,
-        STRIPES=stripes,
-        PRECISION=float32_precision(target),
-        BLOCK_PARTS=block_of_parts(parts),
-    )
+        batch=batch, classes=classes, channels=channels, parts=parts,
+        STRIPES=stripes, PRECISION=float32_precision(target), BLOCK_PARTS=block_of_parts(parts),
+    )  # fmt: skip
 
 
 def launch_forward(logits: Tensor, local_features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:

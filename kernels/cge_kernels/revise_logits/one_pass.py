@@ -100,33 +100,18 @@ def launch_forward(
     scores = logits.new_empty(stripes, batch, row, dtype=torch.float32)
     inv_norm = logits.new_empty(stripes, batch, dtype=torch.float32)
     launch(
-        one_pass_kernel,
-        min(target.multiprocessors, max(batch * channel_tiles, class_tiles)),
-        matmul,
+        one_pass_kernel, min(target.multiprocessors, max(batch * channel_tiles, class_tiles)), matmul,
         {
-            "map": feature_map,
-            "p": p,
-            "local": local_features,
-            "converted": converted,
+            "map": feature_map, "p": p, "local": local_features, "converted": converted,
             "local_cast": local_features if converted is None else converted,
             "partial_sq_norms": feature_map.new_empty(stripes, channel_tiles, score_row(batch), dtype=torch.float32),
-            "counter": feature_map.new_zeros(1, dtype=torch.int32),
-            "logits": logits,
-            "memory": memory,
-            "revised": revised,
-            "scores": scores if row else None,
-            "inv_norm": inv_norm,
+            "counter": feature_map.new_zeros(1, dtype=torch.int32), "logits": logits, "memory": memory,
+            "revised": revised, "scores": scores if row else None, "inv_norm": inv_norm,
         },
         {"launch_cooperative_grid": True},
-        eps=eps,
-        batch=batch,
-        channels=channels,
-        classes=classes,
-        **map_constants(stripes, feature_map),
-        **pool.blocks,
-        PRECISION=float32_precision(target),
-        BLOCK_PARTS=block_of_parts(channel_tiles),
-    )
+        eps=eps, batch=batch, channels=channels, classes=classes, **map_constants(stripes, feature_map), **pool.blocks,
+        PRECISION=float32_precision(target), BLOCK_PARTS=block_of_parts(channel_tiles),
+    )  # fmt: skip
     return revised, local_features, scores, inv_norm
 
 

@@ -268,14 +268,10 @@ def launch_forward(feature_map: Tensor, stripes: int, p: Tensor | None, eps: flo
     local_features = feature_map.new_empty(batch, stripes, channels, dtype=torch.float32)
     tiles = POOL[contiguous_axis(feature_map)]
     launch(
-        stripe_pool_kernel,
-        batch * cdiv(channels, tiles["BLOCK_C"]),
-        tiles,
+        stripe_pool_kernel, batch * cdiv(channels, tiles["BLOCK_C"]), tiles,
         {"map": feature_map, "p": p, "global": global_feature, "local": local_features},
-        eps=eps,
-        channels=channels,
-        **map_constants(stripes, feature_map),
-    )
+        eps=eps, channels=channels, **map_constants(stripes, feature_map),
+    )  # fmt: skip
     return global_feature, local_features
 
 

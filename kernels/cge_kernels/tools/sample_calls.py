@@ -1,6 +1,6 @@
 """Calls of every operator, forward and backward, on tensors without memory, for whoever takes the launches.
 
-Between them the shapes, dtypes and layouts reach every tile that configurations.py can choose; a new size class there
+Between them the shapes, dtypes and layouts reach every tile that common/tiles.py can choose; a new size class there
 needs a shape here.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from cge_kernels.cross_entropy.backward import launch_backward as cross_entropy_backward
 from cge_kernels.cross_entropy.forward import launch_forward as cross_entropy_forward
 from cge_kernels.cross_entropy.forward import launch_statistics
+from cge_kernels.cross_entropy.inputs import Inputs, Saved
 from cge_kernels.revise_logits.backward import launch_backward as revise_backward
 from cge_kernels.revise_logits.forward import launch_forward as revise_forward
 from cge_kernels.revise_logits.one_pass import launch_forward as one_pass_forward
@@ -105,9 +106,9 @@ def call_revision(shape: Shape, dtype: torch.dtype, memory_dtype: torch.dtype, e
         with scratch_megabytes(megabytes):
             for local_dtype in {torch.float32, memory_dtype} if every_variant else [torch.float32]:
                 local = empty(shape.batch, shape.stripes, shape.channels, dtype=local_dtype)
-                _, *saved = revise_forward(logits, local, memory)
+                _, scores, inv_norm = revise_forward(logits, local, memory)
                 for local_gradient in (True, False)[: 2 if every_variant else 1]:
-                    revise_backward(logits, logits, local, memory, *saved, local_gradient)
+                    revise_backward(logits, logits, local, memory, scores, inv_norm, local_gradient)
             for feature_map in feature_maps(shape, dtype)[: 3 if every_variant else 2]:
                 for p in (empty(), None)[: 2 if every_variant else 1]:
                     one_pass_forward(feature_map, logits, memory, p, EPS)
@@ -128,22 +129,22 @@ def call_cross_entropy(shape: Shape, dtype: torch.dtype, memory_dtype: torch.dty
                 features = empty(shape.batch, shape.channels, dtype=feature_dtype)
                 weight = empty(shape.classes, shape.channels, dtype=feature_dtype)
                 bias = empty(shape.classes) if every_variant else None
-                arguments = features, weight, local, memory, labels, bias
-                _, log_sum, *_, kept, scale = cross_entropy_forward(*arguments, 0.1)
+                inputs = Inputs(features, weight, local, memory, labels, bias, 0, shape.classes)
+                loss, *saved = cross_entropy_forward(inputs, 0.1)
                 for local_gradient in (True, False)[: 2 if every_variant else 1]:
-                    saved = kept, scale, 0.1, 0, shape.classes, local_gradient
-                    cross_entropy_backward(grad, log_sum, *arguments, *saved)
+                    cross_entropy_backward(inputs, grad, Saved(loss.lse, *saved), 0.1, local_gradient)
                 if every_variant:
-                    launch_statistics(*arguments, 0)
+                    launch_statistics(inputs)
 
 
 def call_write(shape: Shape, dtype: torch.dtype) -> None:
-    """write_memory_ without a low_precision_memory and, for a smaller dtype, with one."""
+    """write_memory_ without a low-precision memory and, for a smaller dtype, with one."""
     memory = empty(shape.stripes, shape.classes, shape.channels)
     local = empty(shape.batch, shape.stripes, shape.channels)
     labels = empty(shape.batch, dtype=torch.int64)
-    for low_precision_memory in [None] if dtype == torch.float32 else [None, empty(*memory.shape, dtype=dtype)]:
-        launch_write(memory, local, labels, empty(), low_precision_memory)
+    launch_write(memory, local, labels, empty(), None)
+    if dtype != torch.float32:
+        launch_write(memory, local, labels, empty(), empty(*memory.shape, dtype=dtype))
 
 
 def call_operators(quick: bool, dtype: torch.dtype, memory_dtype: torch.dtype) -> None:

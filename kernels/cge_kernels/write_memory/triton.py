@@ -76,18 +76,11 @@ def launch_write(
         raise ValueError(f"memory must have at most {MAX_CHANNELS} channels, got {channels}")
     batch = len(labels)
     launch(
-        write_memory_kernel,
-        batch * stripes,
-        write_tiles(current_target(memory), batch, channels),
+        write_memory_kernel, batch * stripes, write_tiles(current_target(memory), batch, channels),
         {
-            "memory": memory,
-            "low_precision_memory": low_precision_memory,
-            "local": local_features,
-            "labels": labels,
+            "memory": memory, "low_precision_memory": low_precision_memory, "local": local_features, "labels": labels,
             "momentum": momentum,
         },
-        batch=batch,
-        classes=classes,
-        channels=channels,
+        batch=batch, classes=classes, channels=channels,
         STRIPES=stripes,
-    )
+    )  # fmt: skip

@@ -16,22 +16,22 @@ import torch
 import triton
 import triton.language as tl
 import cge_kernels.tools.compile as program
-from cge_kernels.common.launch import launch
+from cge_kernels.common.launch import Tiles, launch
 
 @triton.jit
-def spills_kernel(pointer, BLOCK: tl.constexpr):
-    offsets = pointer + tl.arange(0, BLOCK)
+def spills_kernel(x_ptr, BLOCK: tl.constexpr):
+    offsets = x_ptr + tl.arange(0, BLOCK)
     x = tl.load(offsets)
     tl.store(offsets, x / tl.sum(x, axis=0))
 
 @triton.jit
-def exceeds_kernel(pointer, BLOCK: tl.constexpr):
-    offsets = pointer + tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+def exceeds_kernel(x_ptr, BLOCK: tl.constexpr):
+    offsets = x_ptr + tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     tl.store(offsets, tl.load(offsets).T)
 
 @triton.jit
-def fails_kernel(pointer, BLOCK: tl.constexpr):
-    tl.store(pointer + tl.arange(0, BLOCK + 1), 1.0)
+def fails_kernel(x_ptr, BLOCK: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, BLOCK + 1), 1.0)
 
 def call_operators(quick, dtype, memory_dtype):
     kernel, block, num_warps = {
@@ -39,9 +39,7 @@ def call_operators(quick, dtype, memory_dtype):
         "exceeds": (exceeds_kernel, 256, 32),
         "fails": (fails_kernel, 128, 4),
     }[sys.argv[1]]
-    pointer = torch.empty(block, device="meta")
-    options = {"num_warps": num_warps, "num_stages": 1}
-    launch(kernel, (1,), {"pointer": pointer}, {"BLOCK": block}, options)
+    launch(kernel, 1, Tiles({"BLOCK": block}, num_warps), {"x": torch.empty(block, device="meta")})
 
 program.call_operators = call_operators
 sys.exit(program.main(sys.argv[2:]))
@@ -114,18 +112,21 @@ def test_what_one_program_may_use():
     }
 
 
+@pytest.mark.slow
 def test_unknown_target_lists_the_known_ones():
     result = run("-m", "cge_kernels.tools.compile", "--target", "sm_80", "sm_1")
     assert result.returncode == 1
     assert result.stderr == f"cge_kernels.tools.compile: unknown target sm_1; known: {', '.join(HARDWARE)}\n"
 
 
+@pytest.mark.slow
 def test_without_triton():
     result = run("-c", "import sys; sys.modules['triton'] = None; import cge_kernels.tools.compile as c; c.main([])")
     assert result.returncode == 1
     assert result.stderr == "cge_kernels.tools.compile: Triton is not installed\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "targets", "problems", "summary"),
     [
@@ -156,7 +157,7 @@ def test_exit_code(tmp_path, kernel, targets, problems, summary):
 BARRIER = """
 import torch
 from cge_kernels import launching
-from cge_kernels.tools.compile import compile_launch
+from cge_kernels.tools.compiler import compile_launch
 from cge_kernels.tools.sample_calls import empty
 from cge_kernels.revise_logits.one_pass import launch_forward
 from cge_kernels.tools.gpus import HARDWARE
@@ -169,6 +170,7 @@ print(compile_launch(launches[0], target).asm["ptx"])
 """
 
 
+@pytest.mark.slow
 def test_the_grid_barrier_orders_what_its_warps_stored(tmp_path):
     program = tmp_path / "barrier.py"
     program.write_text(BARRIER)
@@ -185,6 +187,7 @@ def test_the_grid_barrier_orders_what_its_warps_stored(tmp_path):
     assert re.search(r"(ld|atom)\.global\.gpu\.acquire", following[0]), following[0]
 
 
+@pytest.mark.slow
 def test_a_real_launch(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(REVISION)
