@@ -1,10 +1,12 @@
 """What README and docs show must run, and what they point at must exist."""
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
 
 import cge_fast
 
@@ -78,6 +80,16 @@ def test_options_are_the_programs(page):
     known = set(parser.get_defaults().keys(branches=True))
     for option in re.findall(r"--((?:data|model|loss|optim|evaluation)\.\w+)", page.read_text()):
         assert option in known, option
+
+
+def test_options_of_measurements_are_the_programs():
+    for page in PAGES:
+        for command, rest in re.findall(r"-m bench ([a-z]\w*)([^`]*)", page.read_text()):
+            parser = ArgumentParser()
+            import_module(f"bench.{command}").add_options(parser)
+            known = {"csv", *parser.get_defaults().keys()}
+            told = re.findall(r"--(\w+)", rest.partition("\n\n")[0])
+            assert set(told) <= known, f"{page.name}: {command} {told}"
 
 
 def test_the_version_is_the_same_everywhere():
