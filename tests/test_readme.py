@@ -84,11 +84,11 @@ def test_options_are_the_programs(page):
 
 def test_options_of_measurements_are_the_programs():
     for page in PAGES:
-        for command, rest in re.findall(r"-m bench ([a-z]\w*)([^`]*)", page.read_text()):
+        for command, rest in re.findall(r"-m bench ([a-z]\w*)([^`\n]*(?:\n(?! )[^`\n]+)*)", page.read_text()):
             parser = ArgumentParser()
             import_module(f"bench.{command}").add_options(parser)
             known = {"csv", *parser.get_defaults().keys()}
-            told = re.findall(r"--(\w+)", rest.partition("\n\n")[0])
+            told = re.findall(r"--(\w+)", rest)
             assert set(told) <= known, f"{page.name}: {command} {told}"
 
 
