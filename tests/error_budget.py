@@ -122,7 +122,7 @@ def budget(operator: str, arguments: Arguments, used: tuple[str, ...] | None = N
     floating = {name: value for name, value in results.items() if value.is_floating_point()}
     upstream = {name: uneven(value) for name, value in floating.items() if used is None or name in used}
     exact = in_float64(arguments)
-    tolerance = TOLERANCE[operator](rounding(arguments), in_float64(upstream), **exact)
+    tolerance = TOLERANCE[operator](rounding_of(arguments), in_float64(upstream), **exact)
     if accumulation(arguments) == torch.float64:  # the truth has such roundings too then
         tolerance = {name: 2 * value for name, value in tolerance.items()}
     truth = differentiate(cge_reference, operator, exact, upstream)
@@ -130,11 +130,7 @@ def budget(operator: str, arguments: Arguments, used: tuple[str, ...] | None = N
 
 
 def check_parity(
-    operator: str,
-    arguments: Arguments,
-    backend: str,
-    used: tuple[str, ...] | None = None,
-    skip: tuple[str, ...] = (),
+    operator: str, arguments: Arguments, backend: str, used: tuple[str, ...] | None = None, skip: tuple[str, ...] = ()
 ) -> dict[str, Tensor | None]:
     """Holds an operator's results and gradients on a backend against their budgets; returns them.
 
@@ -155,7 +151,7 @@ class Rounding(NamedTuple):
     cast: float
 
 
-def rounding(arguments: Arguments) -> Rounding:
+def rounding_of(arguments: Arguments) -> Rounding:
     """What an operator on these arguments rounds."""
     sums, memory = accumulation(arguments), arguments.get("memory")
     is_cast = memory is not None and memory.dtype != sums

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from error_budget import assert_within_budget, budget, check_parity, rounding
+from error_budget import assert_within_budget, budget, check_parity, rounding_of
 from support import GPU, draw_sample
 
 import cge_kernels
@@ -28,7 +28,7 @@ def test_values_and_gradients(p, memory_dtype, channels_last, backend):
     ours = check_parity("revise_logits_one_pass", arguments, backend)
     # The budget allows for the worst case in two operators; what adds up by chance stays far below it.
     truth = budget("revise_logits_one_pass", arguments).truth
-    unit, cast = rounding(arguments)
+    unit, cast = rounding_of(arguments)
     for name, value in ours.items():
         assert_within_budget(value, truth[name], value, (2 * cast + 150 * unit) * truth[name].abs().max(), name)
 

@@ -117,6 +117,13 @@ def test_an_empty_batch(any_backend):
     assert [tuple(value.shape) for value in (revised, *(leaf.grad for leaf in leaves))] == [(0, 7), (0, 7), (0, 3, 5)]
 
 
+def test_kept_scores_are_padded_with_zeros_on_the_cpu():
+    with cge_kernels.backend("cpu"):
+        _, scores, _ = torch.ops.cge_kernels.revise_logits(*draw(5, 3, 37, 8).values(), True)
+    assert scores.shape == (3, 5, 48)
+    assert (scores[:, :, 37:] == 0).all()
+
+
 @pytest.mark.usefixtures("scratch")
 def test_finite_differences_on_the_cpu():
     arguments = draw(2, 2, 18, 3, dtype=torch.float64)

@@ -73,7 +73,7 @@ def test_written_rows(batch, channels, seed, momentum, dtype, is_transposed, bac
 @pytest.mark.parametrize("memory_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("low_precision_dtype", [None, torch.bfloat16])
 def test_every_dtype_on_the_cpu(features_dtype, memory_dtype, low_precision_dtype):
-    memory, local_features, labels = draw(6, 3, 37, 8)
+    memory, local_features, labels = draw(6, 3, 4, 8)
     memory = memory.to(memory_dtype)
     rounded = None if low_precision_dtype is None else memory.to(low_precision_dtype)
     check(memory, local_features.to(features_dtype), labels, 0.3, "cpu", rounded)
