@@ -95,6 +95,39 @@ def differentiate(
     return {name: value.detach() for name, value in results.items()} | gradients
 
 
+class Budget(NamedTuple):
+    """What results and gradients by name may be, and the results' gradients that they follow from."""
+
+    truth: dict[str, Tensor | None]
+    reference: dict[str, Tensor | None]
+    tolerance: dict[str, Tensor]
+    upstream: dict[str, Tensor]
+
+    def check(self, name: str, ours: Tensor | None, part: Any = ...) -> None:
+        """Raises unless `ours` is within the budget of a part of a result or gradient; flags must be equal."""
+        truth, reference = self.truth[name], self.reference[name]
+        if truth is None:
+            assert ours is None, f"{name}: a gradient in place of None"
+        elif not truth.is_floating_point():
+            assert torch.equal(ours, truth[part]), name
+        else:
+            tolerance = self.tolerance[name].expand_as(truth)
+            assert_within_budget(ours, truth[part], reference[part], tolerance[part], name)
+
+
+def budget(operator: str, arguments: Arguments, used: tuple[str, ...] | None = None) -> Budget:
+    """Of an operator on these arguments. used: results that have a gradient; all if None."""
+    results = named(operator, getattr(cge_reference, operator)(**arguments))
+    floating = {name: value for name, value in results.items() if value.is_floating_point()}
+    upstream = {name: uneven(value) for name, value in floating.items() if used is None or name in used}
+    exact = in_float64(arguments)
+    tolerance = TOLERANCE[operator](rounding(arguments), in_float64(upstream), **exact)
+    if accumulation(arguments) == torch.float64:  # the truth has such roundings too then
+        tolerance = {name: 2 * value for name, value in tolerance.items()}
+    truth = differentiate(cge_reference, operator, exact, upstream)
+    return Budget(truth, differentiate(cge_reference, operator, arguments, upstream), tolerance, upstream)
+
+
 def check_parity(
     operator: str,
     arguments: Arguments,
@@ -104,28 +137,13 @@ def check_parity(
 ) -> dict[str, Tensor | None]:
     """Holds an operator's results and gradients on a backend against their budgets; returns them.
 
-    Results that are not floating must be equal. used: results that have a gradient; all if None. skip: results that are
-    not compared.
+    skip: results that are not compared. used: as in `budget`.
     """
-    results = named(operator, getattr(cge_reference, operator)(**arguments))
-    floating = {name: value for name, value in results.items() if value.is_floating_point()}
-    upstream = {name: uneven(value) for name, value in floating.items() if used is None or name in used}
-    exact = in_float64(arguments)
-    reference = differentiate(cge_reference, operator, arguments, upstream)
-    truth = differentiate(cge_reference, operator, exact, upstream)
+    allowed = budget(operator, arguments, used)
     with cge_kernels.backend(backend):
-        ours = differentiate(cge_kernels, operator, arguments, upstream)
-
-    sums = accumulation(arguments)
-    allowed = TOLERANCE[operator](rounding(arguments), in_float64(upstream), **exact)
-    doubled = 2 if sums == torch.float64 else 1  # the truth has such roundings too then
+        ours = differentiate(cge_kernels, operator, arguments, allowed.upstream)
     for name in ours.keys() - set(skip):
-        if truth[name] is None:
-            assert ours[name] is None, f"{name}: a gradient in place of None"
-        elif not truth[name].is_floating_point():
-            assert torch.equal(ours[name], truth[name]), name
-        else:
-            assert_within_budget(ours[name], truth[name], reference[name], doubled * allowed[name], name)
+        allowed.check(name, ours[name])
     return ours
 
 

@@ -4,6 +4,7 @@ With a GPU the kernels run on it, compiled; without one, in Triton's interpreter
 """
 
 import multiprocessing
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -57,10 +58,11 @@ RANKS_TIMEOUT = 60  # seconds that a rank waits for the others
 def on_ranks(ranks: int, function, *arguments, folder: Path, join: bool = True):
     """Runs function(rank, *arguments) in so many gloo processes, which meet in a file of the folder.
 
-    They are forked from a process that has imported the package and nothing else, since to import it takes each longer
-    than most tests.
+    They are forked from a process that has imported what this one has of our packages and nothing else, since to import
+    them takes each longer than most tests.
     """
-    multiprocessing.set_forkserver_preload(["cge_fast.loop"])
+    ours = [name for name in sys.modules if name.partition(".")[0] in ("cge_fast", "cge_kernels", "cge_reference")]
+    multiprocessing.set_forkserver_preload(ours)
     arguments = ranks, function, arguments, str(folder)
     return processes.start_processes(start_rank, arguments, nprocs=ranks, join=join, start_method="forkserver")
 

@@ -53,7 +53,7 @@ def test_float64_on_the_cpu():
     check(arguments, "cpu")
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     sizes=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(2, 40), st.integers(1, 40), st.integers(1, 40)),
     backend=st.sampled_from(["triton", "cpu"]),

@@ -7,13 +7,14 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from support import GPU
+from support import GPU, KERNEL_DEVICE
 from torch.nn.functional import normalize
 
 import cge_kernels
 from cge_kernels import Launch, Target
-from cge_kernels.common import budget
-from cge_kernels.common.launch import INTERPRETER, current_target, float32_precision
+from cge_kernels.common.budget import chunk_of_classes
+from cge_kernels.common.device_functions import jit, tl
+from cge_kernels.common.launch import INTERPRETER, Tiles, bind, current_target, float32_precision, launch
 from cge_kernels.tools.sample_calls import Shape, call_cross_entropy, call_pooling, call_revision, call_write
 
 H100 = Target("cuda", 90, 32, 132, 227 * 1024)
@@ -115,11 +116,45 @@ def test_float32_products_follow_torchs_setting_as_far_as_the_target_can(target,
 
 def test_scratch_stays_in_its_budget(monkeypatch):
     monkeypatch.setenv("CGE_SCRATCH_MB", "1")
-    chunk = budget.chunk_of_classes(batch=64, stripes=3, classes=100_000)
+    assert cge_kernels.scratch_bytes() == 1 << 20
+    chunk = chunk_of_classes(batch=64, stripes=3, classes=100_000)
     assert chunk % 16 == 0
     assert 64 * 3 * chunk * 4 <= 1 << 20 < 64 * 3 * (chunk + 16) * 4
-    assert budget.chunk_of_classes(batch=64, stripes=3, classes=5) == 16
-    assert budget.chunk_of_classes(batch=10**6, stripes=3, classes=10**6) == 16  # one tile at least
+    assert chunk_of_classes(batch=64, stripes=3, classes=5) == 16
+    assert chunk_of_classes(batch=10**6, stripes=3, classes=10**6) == 16  # one tile at least
+
+
+@jit
+def scaled_kernel(x_ptr, y_ptr, factor, x_stride_0, x_stride_1, y_stride_1, COUNT: tl.constexpr):  # noqa: N803
+    for _ in range(tl.load(x_ptr)):  # a number that no one knows when the kernel is compiled
+        tl.store(y_ptr, tl.load(y_ptr) + factor * COUNT)
+
+
+def test_bind_fills_pointers_and_strides_by_the_parameters_names():
+    x = torch.empty(3, 5).T
+    arguments = bind(scaled_kernel, {"x": x, "y": None}, factor=2, COUNT=4)
+    assert arguments.pop("x_ptr") is x
+    assert arguments == {"y_ptr": None, "factor": 2, "x_stride_0": 1, "x_stride_1": 5, "y_stride_1": 0, "COUNT": 4}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("x",), "scaled_kernel needs a tensor y for its parameter y_ptr"),
+        (("x", "y", "z"), "scaled_kernel has no parameter z_ptr"),
+    ],
+)
+def test_bind_names_what_is_missing_and_what_is_unknown(names, message):
+    with pytest.raises(TypeError, match=message):
+        bind(scaled_kernel, dict.fromkeys(names, torch.empty(1, 1)), factor=2)
+
+
+def test_a_kernel_may_loop_as_often_as_a_tensor_says():
+    """The interpreters of Triton before 3.7 need help where NumPy, from 2.5 on, makes no int of an array."""
+    count = torch.tensor([[3]], dtype=torch.int32, device=KERNEL_DEVICE)
+    total = torch.zeros(1, 1, dtype=torch.int32, device=KERNEL_DEVICE)
+    launch(scaled_kernel, 1, Tiles({"COUNT": 4}, 1), {"x": count, "y": total}, factor=2)
+    assert total.item() == 3 * 2 * 4
 
 
 def highest_addresses(launch: Launch, integer: int = 0) -> dict[str, int]:
@@ -190,22 +225,22 @@ CALLS = {
 @pytest.mark.parametrize("operator", CALLS)
 def test_what_lies_beyond_two_to_the_31_elements_has_64_bit_offsets(operator):
     number = 0
-    for launch in collect(CALLS[operator]):
+    for seen in collect(CALLS[operator]):
         large = {
             name: value
-            for name, value in launch.args.items()
+            for name, value in seen.args.items()
             if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() > 4 * 2**31
         }
-        if not large or "launch_cooperative_grid" in launch.options:  # a barrier needs memory
+        if not large or "launch_cooperative_grid" in seen.options:  # a barrier needs memory
             continue
-        if "BLOCK_K" in launch.constants:  # fewer and longer steps
-            launch.constants["BLOCK_K"] = 1024 if "BLOCK_N" in launch.constants else 32768
-        found = highest_addresses(launch, integer=399_999)
+        if "BLOCK_K" in seen.constants:  # fewer and longer steps
+            seen.constants["BLOCK_K"] = 1024 if "BLOCK_N" in seen.constants else 32768
+        found = highest_addresses(seen, integer=399_999)
         touched = large.keys() & found.keys()  # average pooling's backward only writes
-        assert touched, launch.kernel.fn.__name__
+        assert touched, seen.kernel.fn.__name__
         number += 1
         for name in touched:
             tensor = large[name]
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            assert found[name] == last * tensor.element_size(), (launch.kernel.fn.__name__, name)
+            assert found[name] == last * tensor.element_size(), (seen.kernel.fn.__name__, name)
     assert number

@@ -105,6 +105,7 @@ def loss_of_all(feature_map, p, weight, memory, labels):
     return loss.sum() + one_pass.square().sum(), correct, stripe_correct
 
 
+@pytest.mark.slow
 def test_torch_compile_traces_everything_in_one_graph_and_changes_nothing(backend):
     sample, p = draw()
     results = []

@@ -192,8 +192,7 @@ def test_samples_are_pooled_alone_and_features_scale_with_the_map(order, power, 
         permuted = cge_kernels.stripe_pool(feature_map[list(order)], 2, p)
         scaled = cge_kernels.stripe_pool(feature_map * 2.0**power, 2, p, eps=0.01 * 2.0**power)
     for feature, other, larger in zip(features, permuted, scaled, strict=True):
-        assert feature[list(order)].equal(other)
-        if p is None:
-            assert (feature * 2.0**power).equal(larger)
-        else:
-            torch.testing.assert_close(larger, feature * 2.0**power, rtol=1e-5, atol=0)
+        # averages bit for bit; the CPU's logarithms differ between the lanes of a vector and what is left over
+        error = 0.0 if p is None else 1e-5
+        torch.testing.assert_close(other, feature[list(order)], rtol=error, atol=0)
+        torch.testing.assert_close(larger, feature * 2.0**power, rtol=error, atol=0)

@@ -112,18 +112,21 @@ def test_what_one_program_may_use():
     }
 
 
+@pytest.mark.slow
 def test_unknown_target_lists_the_known_ones():
     result = run("-m", "cge_kernels.tools.compile", "--target", "sm_80", "sm_1")
     assert result.returncode == 1
     assert result.stderr == f"cge_kernels.tools.compile: unknown target sm_1; known: {', '.join(HARDWARE)}\n"
 
 
+@pytest.mark.slow
 def test_without_triton():
     result = run("-c", "import sys; sys.modules['triton'] = None; import cge_kernels.tools.compile as c; c.main([])")
     assert result.returncode == 1
     assert result.stderr == "cge_kernels.tools.compile: Triton is not installed\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "targets", "problems", "summary"),
     [
@@ -167,6 +170,7 @@ print(compile_launch(launches[0], target).asm["ptx"])
 """
 
 
+@pytest.mark.slow
 def test_the_grid_barrier_orders_what_its_warps_stored(tmp_path):
     program = tmp_path / "barrier.py"
     program.write_text(BARRIER)
@@ -183,6 +187,7 @@ def test_the_grid_barrier_orders_what_its_warps_stored(tmp_path):
     assert re.search(r"(ld|atom)\.global\.gpu\.acquire", following[0]), following[0]
 
 
+@pytest.mark.slow
 def test_a_real_launch(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(REVISION)
