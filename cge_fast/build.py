@@ -257,7 +257,7 @@ def load_model(
     # The checkpoint's weights follow.
     without_pretrained = replace(trained, model=replace(trained.model, pretrained=False, weights=None))
     model = build_model(without_pretrained, data, precision, loss_class(trained, variants) if variants else CGELoss)
-    checkpoint.fit_model(model, weights, folder)
+    checkpoint.fit(model, weights, folder)
     return model.to(device)
 
 
@@ -273,5 +273,5 @@ def load_criterion(
     whole = replace(trained, model=replace(trained.model, shard_classes=False))
     channels = len(checkpoint.load_model(folder)["neck.weight"])
     criterion = build_criterion(whole, channels, checkpoint.identities(folder), variants)
-    checkpoint.fit_loss(criterion, tensors, folder)
+    checkpoint.fit(criterion, tensors, folder)
     return criterion.to(device)

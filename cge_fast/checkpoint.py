@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from cge_fast import first_edition, sharded_checkpoint
+from cge_fast import first_edition
 from cge_fast.distributed import barrier, rank
 from cge_fast.errors import UserError
 from cge_kernels import ClassShard
@@ -92,6 +92,8 @@ def stage_rows(folder: Path, tensors: dict[str, Tensor], shard: ClassShard) -> N
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
     barrier()
+    from cge_fast import sharded_checkpoint  # which takes a second
+
     sharded_checkpoint.write(staged / LOSS_FOLDER, tensors, AXES, shard)
     barrier()
 
@@ -132,6 +134,8 @@ def load_loss(checkpoint: Path, shard: ClassShard | None = None) -> dict[str, Te
     if shard and (count := identities(checkpoint)) != shard.classes:
         raise UserError(f"data: checkpoint {checkpoint} has {count} classes, the data set {shard.classes}")
     if (folder := checkpoint / LOSS_FOLDER).is_dir():
+        from cge_fast import sharded_checkpoint  # which takes a second
+
         tensors = sharded_checkpoint.read(folder, AXES, shard)
         return {name: tensor for name, tensor in tensors.items() if name not in MOMENTS}
     if (checkpoint / LOSS).exists():
@@ -162,6 +166,8 @@ def load_moments(checkpoint: Path, moments: dict[str, Tensor], shard: ClassShard
     moments: what the optimizer's state in `load_training` holds, which is none of them if each rank wrote its rows.
     """
     if (folder := checkpoint / LOSS_FOLDER).is_dir():
+        from cge_fast import sharded_checkpoint  # which takes a second
+
         tensors = sharded_checkpoint.read(folder, AXES, shard)
         return {name: tensors[name] for name in MOMENTS}
     if MOMENTS[0] not in moments:
@@ -184,43 +190,28 @@ def load_training(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {checkpoint / TRAINING} cannot be read ({error})") from error
 
 
-def fit_model(model: nn.Module, weights: dict[str, Tensor], checkpoint: Path) -> None:
-    """Loads the weights into a model that must match them wholly.
-
-    Raises:
-        UserError: a tensor is missing, left over or of another shape.
-    """
-    _require_same("model", weights, model.state_dict(), checkpoint)
-    model.load_state_dict(weights)
-
-
-def fit_loss(criterion: nn.Module, tensors: dict[str, Tensor], checkpoint: Path) -> None:
-    """Loads the tensors into a criterion that must match them wholly, but for centers that it has not.
+def fit(module: nn.Module, tensors: dict[str, Tensor], checkpoint: Path) -> None:
+    """Loads the tensors into a model or criterion that must match them wholly, but for centers that it has not.
 
     Raises:
         UserError: a tensor is missing, left over or of another shape; classes and stripes are named as such.
     """
-    own = criterion.state_dict()
+    own = module.state_dict()
     tensors = {name: tensor for name, tensor in tensors.items() if name in own or not name.startswith("center.")}
-    memory, own_memory = tensors.get(MEMORY), own.get(MEMORY)
-    if (memory is None) != (own_memory is None):
-        has, wants = ("no memory", "one") if memory is None else ("a memory", "none")
+    if (MEMORY in tensors) != (MEMORY in own):
+        has, wants = ("a memory", "none") if MEMORY in tensors else ("no memory", "one")
         raise UserError(f"model.cge: checkpoint {checkpoint} has {has}, the settings want {wants}")
-    if CLASSIFIER in tensors and CLASSIFIER in own and len(tensors[CLASSIFIER]) != len(own[CLASSIFIER]):
-        count, wanted = len(tensors[CLASSIFIER]), len(own[CLASSIFIER])
-        raise UserError(f"data: checkpoint {checkpoint} has {count} classes, the data set {wanted}")
-    if memory is not None and len(memory) != len(own_memory):
-        raise UserError(
-            f"model.stripes: checkpoint {checkpoint} has {len(memory)} stripes, the settings want {len(own_memory)}"
-        )
-    _require_same("loss", tensors, own, checkpoint)
-    criterion.load_state_dict(tensors)
-
-
-def _require_same(what: str, tensors: dict[str, Tensor], own: dict[str, Tensor], checkpoint: Path) -> None:
+    for option, name, what, wanting in (
+        ("data", CLASSIFIER, "classes", "data set"),
+        ("model.stripes", MEMORY, "stripes", "settings want"),
+    ):
+        count, wanted = (len(found[name]) if name in found else 0 for found in (tensors, own))
+        if count != wanted:
+            raise UserError(f"{option}: checkpoint {checkpoint} has {count} {what}, the {wanting} {wanted}")
     different = sorted(own.keys() ^ tensors.keys()) or [name for name in own if own[name].shape != tensors[name].shape]
     if different:
-        raise UserError(f"{what}: checkpoint {checkpoint} does not fit the settings' {what}, first at {different[0]}")
+        raise UserError(f"model: checkpoint {checkpoint} does not fit the settings' network, first at {different[0]}")
+    module.load_state_dict(tensors)
 
 
 def _rows(file: safe_open, name: str, shard: ClassShard | None) -> Tensor:

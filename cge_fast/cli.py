@@ -26,15 +26,14 @@ RENAMED = {
     "kernels": "backend",
 }
 BACKENDS = {"fused": "auto", "one_pass": "auto", "reference": "reference"}  # of what `kernels` could be
-# Options that are now a loss.variant: the value that was the published path, and the variants' names for the others.
-NOW_VARIANT: dict[str, tuple[Any, dict[Any, str]]] = {
-    "loss.classification": ("cross_entropy", {"focal": "cge_focal", "sphere": "cge_sphere"}),
-    "model.revision": ("logits", {"features": "revised_maps", "none": "memory_not_used"}),
-    "model.shuffle_memory": (False, {True: "shuffled_memory"}),
-    "model.local_gradient": (True, {False: "detached_weights"}),
-    "model.logit_scale": (1.0, {}),
+# Options that are now a loss.variant, and the variants' names for their values but the published one.
+NOW_VARIANT: dict[str, dict[Any, str]] = {
+    "loss.classification": {"focal": "cge_focal", "sphere": "cge_sphere"},
+    "model.revision": {"features": "revised_maps", "none": "memory_not_used"},
+    "model.shuffle_memory": {True: "shuffled_memory"},
+    "model.local_gradient": {False: "detached_weights"},
+    "model.logit_scale": {"any": "cge_scaled"},
 }
-SCALED = "cge_scaled"  # the variant for any logit_scale but 1
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -95,7 +94,7 @@ def refuse_old_name(name: str, value: Any, where: str = "") -> None:
     if name in RENAMED:
         raise UserError(f"{where}{name} is now {RENAMED[name]}")
     if name in NOW_VARIANT:
-        names = {str(key).lower(): variant for key, variant in NOW_VARIANT[name][1].items()} or {"": SCALED}
+        names = {str(key).lower(): variant for key, variant in NOW_VARIANT[name].items()}
         variant = names.get(str(value).lower(), next(iter(names.values())))
         raise UserError(f"{where}{name} is now --loss.variant {variant} of {VARIANTS}")
 
@@ -109,11 +108,12 @@ def translated(values: dict[str, Any]) -> dict[str, Any]:
         holder = values[section] if section else values
         del holder[key]
         if name in RENAMED:
-            holder[RENAMED[name].rpartition(".")[2]] = BACKENDS.get(old[name]) if name == "kernels" else old[name]
-    parts = [names[old[name]] for name, (_, names) in NOW_VARIANT.items() if old.get(name) in names]
+            value = BACKENDS[old[name]] if name == "kernels" else old[name]
+            holder[RENAMED[name].rpartition(".")[2]] = value
+    parts = [names[old[name]] for name, names in NOW_VARIANT.items() if old.get(name) in names]
     scale = old.get("model.logit_scale", 1.0)
     if parts or scale != 1:
-        variant = "_".join(parts) or SCALED
+        variant = "_".join(parts) or "cge_scaled"
         cge = old.get("model.cge", True)
         values["loss"] = values.get("loss", {}) | {"variant": variant if cge else variant.removeprefix("cge_")}
         if scale != 1:

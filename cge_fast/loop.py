@@ -174,8 +174,8 @@ def resume(run: Run) -> None:
         UserError: there is no checkpoint, or it does not fit the settings.
     """
     last = run.checkpoints / "last"
-    checkpoint.fit_model(run.model, checkpoint.load_model(last), last)
-    checkpoint.fit_loss(run.criterion, checkpoint.load_loss(last, run.shard), last)
+    checkpoint.fit(run.model, checkpoint.load_model(last), last)
+    checkpoint.fit(run.criterion, checkpoint.load_loss(last, run.shard), last)
     training = checkpoint.load_training(last)
     try:
         if checkpoint.CLASSIFIER in dict(run.criterion.named_parameters()):

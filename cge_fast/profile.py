@@ -106,19 +106,13 @@ class StepProfile:
             "bookkeeping": spent["bookkeeping"],
         }
 
-    def table(self) -> str:
-        """Seconds and shares by part, and the share of all that is not the backbone."""
+    def report(self, folder: Path) -> str:
+        """Writes the trace into a folder; seconds and shares by part, and the share of all that is not the backbone."""
         if not self.recorded:
             return "no training step to profile"
+        self.profiler.export_chrome_trace(str(folder / TRACE))
         seconds = self.seconds()
         total = sum(seconds.values())
         rows = [f"{name:<28}{spent:9.2f} s {spent / total:6.1%}" for name, spent in seconds.items()]
         rest = sum(spent for name, spent in seconds.items() if name not in BACKBONE)
         return "\n".join([*rows, f"{'all but the backbone':<28}{rest:9.2f} s {rest / total:6.1%}"])
-
-    def write_trace(self, folder: Path) -> Path | None:
-        """Writes the trace into a folder; None if no step was recorded."""
-        if not self.recorded:
-            return None
-        self.profiler.export_chrome_trace(str(folder / TRACE))
-        return folder / TRACE

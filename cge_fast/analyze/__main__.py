@@ -9,11 +9,10 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
 from cge_fast import checkpoint, errors
-from cge_fast.analyze.levels import levels
 from cge_fast.analyze.loss_cdf import loss_cdf
-from cge_fast.analyze.precision import precision
 from cge_fast.analyze.ranked import ranked
 from cge_fast.analyze.saliency import saliency
+from cge_fast.analyze.stripes import levels, precision
 from cge_fast.analyze.trained import open_checkpoint
 from cge_fast.analyze.weights import weights
 from cge_fast.cli import as_dataclass, parse_settings, program_parser, read_settings, set_defaults
@@ -31,10 +30,7 @@ ANALYSES = {
     "ranked": (ranked, "the first gallery images of the queries of least average precision"),
 }
 OF_ONE = ("ranked",)  # the others compare as many checkpoints as are given
-COUNTS = {
-    "saliency": {"images": "how many test images"},
-    "ranked": {"queries": "how many queries, the worst first"},
-}
+COUNTS = {"saliency": {"images": "how many test images"}, "ranked": {"queries": "how many queries, the worst first"}}
 
 
 @dataclass
@@ -74,16 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def subparser(name: str, help_: str) -> ArgumentParser:
     """The options of one analysis."""
     parser = program_parser(f"{PROGRAM} {name}", f"Shows {help_}.")
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        nargs=1 if name in OF_ONE else "+",
-        required=True,
-        help="folder like runs/.../checkpoints/last" + ("" if name in OF_ONE else ", or several to compare"),
-    )
-    parser.add_argument(
-        "--labels", type=str, nargs="+", help="what to call the checkpoints; without it, by their runs' folders"
-    )
+    number, several = (1, "") if name in OF_ONE else ("+", ", or several to compare")
+    where = f"folder like runs/.../checkpoints/last{several}"
+    parser.add_argument("--checkpoint", type=Path, nargs=number, required=True, help=where)
+    labels = "what to call the checkpoints; without it, by their runs' folders"
+    parser.add_argument("--labels", type=str, nargs="+", help=labels)
     parser.add_argument("--output", type=Path, default=Path("analyses"), help="folder of the picture and the table")
     for option, counted in COUNTS.get(name, {}).items():
         parser.add_argument(f"--{option}", type=PositiveInt, default=8, help=counted)

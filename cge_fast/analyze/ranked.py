@@ -40,9 +40,6 @@ def ranked(trained: Trained, output: Path, queries: int = 8) -> Written:
 
     The protocol is `evaluate_ranking`'s, with the checkpoint's settings of the evaluation. Queries without a match are
     left out; equal precisions stand in the order of the queries.
-
-    Raises:
-        UserError: a feature is not finite, no query has a match, or an image cannot be read.
     """
     config = trained.config
     reid_set = data.read(config.data)
@@ -56,29 +53,16 @@ def ranked(trained: Trained, output: Path, queries: int = 8) -> Written:
     if not has_match.any():
         raise UserError("data: no query has a match of another camera in the gallery, so there is nothing to rank")
     worst = precisions.argsort(stable=True)[: min(queries, has_match.sum().item())]  # NaN, no match, stands last
-    lists = [
-        (
-            reid_set.query[index],
-            precisions[index].item(),
-            [reid_set.gallery[place] for place in first_images(query, gallery, distances_of, index)],
-        )
-        for index in worst.tolist()
-    ]
-    rows = [
-        {
-            "query": str(of.path),
-            "query_identity": of.identity,
-            "query_camera": of.camera,
-            "average_precision": average_precision,
-            "rank": rank,
-            "image": str(image.path),
-            "identity": image.identity,
-            "camera": image.camera,
-            "correct": image.identity == of.identity,
-        }
-        for of, average_precision, images in lists
-        for rank, image in enumerate(images, start=1)
-    ]
+    lists, rows = [], []
+    for index in worst.tolist():
+        of, average_precision = reid_set.query[index], precisions[index].item()
+        images = [reid_set.gallery[place] for place in first_images(query, gallery, distances_of, index)]
+        lists.append((of, average_precision, images))
+        first = {"query": str(of.path), "query_identity": of.identity, "query_camera": of.camera}
+        first["average_precision"] = average_precision
+        for rank, image in enumerate(images, start=1):
+            ranked_image = {"rank": rank, "image": str(image.path), "identity": image.identity, "camera": image.camera}
+            rows.append({**first, **ranked_image, "correct": image.identity == of.identity})
     summary = (
         f"{trained.label}: mAP {precisions[has_match].mean():.1%} of {has_match.sum()} queries, the worst "
         f"{len(worst)} have AP {precisions[worst[0]]:.1%} to {precisions[worst[-1]]:.1%}"
@@ -87,11 +71,7 @@ def ranked(trained: Trained, output: Path, queries: int = 8) -> Written:
 
 
 def features(trained: Trained, name: str, images: list[Image]) -> Features:
-    """What evaluation compares, of the query or the gallery.
-
-    Raises:
-        UserError: a feature is not finite, or an image cannot be read.
-    """
+    """What evaluation compares, of the query or the gallery; UserError if a feature is not finite."""
     compared = embed(trained.model, images, trained.config.data, trained.config.evaluation, name)
     if not compared.isfinite().all():
         raise UserError(f"checkpoint {trained.folder}: the feature of a {name} image is not finite")
@@ -107,15 +87,13 @@ def plain_distances(query: Features, gallery: Features, metric: Literal["cosine"
 def average_precisions(query: Features, gallery: Features, distances_of: DistancesOf) -> Tensor:
     """AP of each query (Q,) float64 on the CPU, NaN without a match; memory does not grow with queries x gallery."""
     rows = max(1, ranking.CHUNK_DISTANCES // len(gallery.features))
-    found = []
-    with tqdm(total=len(query.features), desc="ranking", unit=" query", leave=False) as bar:
-        for start in range(0, len(query.features), rows):
-            chunk = slice(start, min(start + rows, len(query.features)))
-            _, rank, is_match = match_ranks(query, gallery, distances_of, chunk)
-            number = torch.arange(1, rank.shape[1] + 1, dtype=torch.float64, device=rank.device)
-            found.append(((number / rank).where(is_match, 0).sum(dim=1) / is_match.sum(dim=1)).cpu())
-            bar.update(len(rank))
-    return torch.cat(found)
+    precisions = []
+    for start in tqdm(range(0, len(query.features), rows), desc="ranking", unit=" chunk of queries", leave=False):
+        chunk = slice(start, min(start + rows, len(query.features)))
+        _, rank, is_match = match_ranks(query, gallery, distances_of, chunk)
+        number = torch.arange(1, rank.shape[1] + 1, dtype=torch.float64, device=rank.device)
+        precisions.append(((number / rank).where(is_match, 0).sum(dim=1) / is_match.sum(dim=1)).cpu())
+    return torch.cat(precisions)
 
 
 def first_images(query: Features, gallery: Features, distances_of: DistancesOf, index: int) -> list[int]:
@@ -155,12 +133,6 @@ def drawn(trained: Trained, lists: Sequence[tuple[Image, float, Sequence[Image]]
             sheet.picture(np.asarray(pixels), left, top, size)
             if rank:
                 sheet.axes.add_patch(Rectangle((left, top), *size, fill=False, ec=colour, lw=3, linestyle=line))
-            sheet.axes.text(
-                left + width / 2,
-                top - 0.06,
-                f"{rank} {mark}" if rank else "query",
-                ha="center",
-                fontsize=10,
-                color=colour if rank else "black",
-            )
+            text, colour = (f"{rank} {mark}", colour) if rank else ("query", "black")
+            sheet.axes.text(left + width / 2, top - 0.06, text, ha="center", fontsize=10, color=colour)
     return sheet.figure

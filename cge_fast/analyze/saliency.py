@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import torch
@@ -29,9 +30,6 @@ def saliency(checkpoints: Sequence[Trained], output: Path, images: int = 8) -> W
     The images are `images` of the first checkpoint's queries, evenly spaced. The table has a row for each image and
     checkpoint: where the maximum lies, as shares of the image's width and height from its top left, and which share of
     the saliency each stripe has (of the stripes' means, since stripes may overlap).
-
-    Raises:
-        UserError: a checkpoint has the label of another, or an image cannot be read.
     """
     require_labels_differ(checkpoints)
     queries = data.read(checkpoints[0].config.data).query
@@ -45,10 +43,8 @@ def saliency(checkpoints: Sequence[Trained], output: Path, images: int = 8) -> W
         for number, image in enumerate(chosen)
         for trained, table in zip(checkpoints, tables, strict=True)
     ]
-    texts = [
-        ", ".join(f"{sum(row[f'stripe_{i}'] for row in table) / count:.1%}" for i in range(1, stripes + 1))
-        for table in tables
-    ]
+    means = ([mean(row[f"stripe_{i}"] for row in table) for i in range(1, stripes + 1)] for table in tables)
+    texts = (", ".join(f"{share:.1%}" for share in shares) for shares in means)
     summary = f"saliency of the stripes from the top, mean of {count} images: {told(checkpoints, texts)}"
     return write(output, "saliency", drawn(checkpoints, chosen, maps, tables), rows, summary)
 
@@ -67,11 +63,8 @@ def described(saliency_map: Tensor, stripes: int) -> dict[str, float]:
     row, column = divmod(saliency_map.argmax().item(), width)
     means = adaptive_avg_pool2d(saliency_map[None], (stripes, 1)).flatten()
     shares = means / means.sum().clamp(min=torch.finfo(means.dtype).tiny)  # a map without any saliency has shares 0
-    return {
-        "maximum_x": (column + 0.5) / width,
-        "maximum_y": (row + 0.5) / height,
-        **{f"stripe_{number}": share for number, share in enumerate(shares.tolist(), start=1)},
-    }
+    by_stripe = {f"stripe_{number}": share for number, share in enumerate(shares.tolist(), start=1)}
+    return {"maximum_x": (column + 0.5) / width, "maximum_y": (row + 0.5) / height, **by_stripe}
 
 
 def drawn(

@@ -31,11 +31,7 @@ class Trained:
 
     @cached_property
     def loss(self) -> nn.Module:
-        """The classification loss, with classifier and memory.
-
-        Raises:
-            UserError: the checkpoint has none, or it does not fit the settings.
-        """
+        """The classification loss, with classifier and memory."""
         criterion = load_criterion(self.folder, self.config, self.device, VARIANTS)
         return criterion.classification.eval().requires_grad_(False)
 
@@ -51,17 +47,11 @@ class Trained:
 
 
 def open_checkpoint(
-    folder: Path,
-    label: str | None = None,
-    data: DataConfig | None = None,
-    evaluation: EvaluationConfig | None = None,
+    folder: Path, label: str | None = None, data: DataConfig | None = None, evaluation: EvaluationConfig | None = None
 ) -> Trained:
-    """Opens a checkpoint on the GPU if there is one.
+    """Opens a checkpoint, like runs/.../checkpoints/last, on the GPU if there is one.
 
-    Args:
-        folder: the checkpoint, like runs/.../checkpoints/last.
-        label: what to call it; without one, the name of its run's folder.
-        data, evaluation: settings to look with; without them, the checkpoint's own.
+    Without a label it is called by its run's folder; without settings to look with, it is looked at with its own.
 
     Raises:
         UserError: the folder is no checkpoint, or does not fit the settings.

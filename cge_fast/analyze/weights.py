@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from cge_fast.analyze.trained import Trained, require_cge, train_batches
-from cge_fast.analyze.written import COLOURS, HATCHES, Row, Written, told, write_comparison
+from cge_fast.analyze.written import COLOURS, HATCHES, Row, Written, labelled, told, write
 from cge_fast.losses.cge import revision_weights
 
 LOWEST, HIGHEST = 0.268, 0.732  # the bins' range: weights lie from sigmoid(-1) = 0.26894 to sigmoid(1) = 0.73106
@@ -22,9 +22,6 @@ def weights(checkpoints: Sequence[Trained], output: Path) -> Written:
     """Histograms of w = (prod_i sigmoid(s_i))^(1/n) over the training images, of the true and the false classes.
 
     weights.png and weights.csv, a panel for each checkpoint. Shares are of the weights of each kind.
-
-    Raises:
-        UserError: a checkpoint has no CGE, does not fit the data, or has the label of another.
     """
     require_cge(checkpoints, "weights")
     tables, texts = [], []
@@ -39,15 +36,11 @@ def weights(checkpoints: Sequence[Trained], output: Path) -> Written:
         )
         texts.append([f"{mean[kind]:.4f} ± {deviation[kind]:.4f}" for kind in range(len(CLASSES))])
     summary = "weights w: " + told(checkpoints, ("true {}, false {}".format(*text) for text in texts))
-    return write_comparison(output, "weights", drawn(checkpoints, tables, texts), checkpoints, tables, summary)
+    return write(output, "weights", drawn(checkpoints, tables, texts), labelled(checkpoints, tables), summary)
 
 
 def histogram(trained: Trained) -> tuple[Tensor, list[float], list[float]]:
-    """Counts (2, bins) int64, means and standard deviations of the weights of true and of false classes.
-
-    Raises:
-        UserError: data and checkpoint do not fit, or an image cannot be read.
-    """
+    """Counts (2, bins) int64, means and standard deviations of the weights of true and of false classes."""
     counts = torch.zeros(2, BINS, dtype=torch.int64)
     sums = torch.zeros(2, 3, dtype=torch.float64)  # of 1, w and w^2
     for images, labels in train_batches(trained):
@@ -72,15 +65,9 @@ def drawn(checkpoints: Sequence[Trained], tables: Sequence[Sequence[Row]], texts
     panels = figure.subplots(len(checkpoints), sharex=True, squeeze=False)[:, 0]
     for axes, trained, rows, moments in zip(panels, checkpoints, tables, texts, strict=True):
         for kind, name in enumerate(("true class", "false classes")):
-            axes.stairs(
-                [100 * row["share"] for row in rows[kind * BINS : (kind + 1) * BINS]],
-                EDGES,
-                fill=True,
-                alpha=0.65,
-                color=COLOURS[kind],
-                hatch=HATCHES[kind],
-                label=f"{name}: {moments[kind]}",
-            )
+            shares = [100 * row["share"] for row in rows[kind * BINS : (kind + 1) * BINS]]
+            look = {"color": COLOURS[kind], "hatch": HATCHES[kind], "label": f"{name}: {moments[kind]}"}
+            axes.stairs(shares, EDGES, fill=True, alpha=0.65, **look)
         axes.set(title=trained.title, ylabel="share of the weights, %")
         axes.set_xlim(min(row["from"] for row in filled), max(row["to"] for row in filled))
         axes.legend(title="mean ± standard deviation")

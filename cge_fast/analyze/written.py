@@ -44,18 +44,10 @@ def write_csv(file: Path, rows: Sequence[Row]) -> None:
         writer.writerows(rows)
 
 
-def write_comparison(
-    output: Path,
-    name: str,
-    figure: Figure,
-    checkpoints: Sequence[Trained],
-    tables: Sequence[Sequence[Row]],
-    summary: str,
-) -> Written:
-    """`write` of the checkpoints' tables one below the other, with a first column that names the checkpoint."""
+def labelled(checkpoints: Sequence[Trained], tables: Sequence[Sequence[Row]]) -> list[Row]:
+    """The checkpoints' tables one below the other, with a first column that names the checkpoint."""
     by_label = zip(checkpoints, tables, strict=True)
-    rows = [{"checkpoint": trained.label, **row} for trained, table in by_label for row in table]
-    return write(output, name, figure, rows, summary)
+    return [{"checkpoint": trained.label, **row} for trained, table in by_label for row in table]
 
 
 def told(checkpoints: Sequence[Trained], texts: Iterable[str]) -> str:

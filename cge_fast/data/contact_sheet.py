@@ -17,9 +17,6 @@ def contact_sheet(reid_set: ReidSet, file: Path, identities: int = 12) -> None:
     """Writes a PNG: a row for each of `identities` people, half of them of the test split; images say the camera.
 
     Images of any size are fitted into cells of 64 x 128 pixels (lower ones if none needs the height) beside a label.
-
-    Raises:
-        UserError: an image cannot be read.
     """
     rows = rows_of("train", reid_set.train, identities - identities // 2)
     rows += rows_of("test", [*reid_set.query, *reid_set.gallery], identities // 2)

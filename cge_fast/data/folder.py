@@ -1,5 +1,6 @@
 """A user's own crops: root/split/identity/camera_anything.jpg."""
 
+from collections import defaultdict
 from pathlib import Path
 
 from cge_fast.data.images import Image, ReidSet, image_files
@@ -15,17 +16,17 @@ def read_folder(root: Path) -> ReidSet:
     Raises:
         UserError: a split is missing or has no image, or a file is not where it must be or names no camera.
     """
-    found = [
+    entries = [
         (split, *described(path, root / split))
         for split in ("train", "query", "gallery")
         for path in image_files(root / split)
     ]
     # From 1 on, since identity 0 would be distractors.
-    names = sorted({identity for _, _, identity, _ in found})
+    names = sorted({identity for _, _, identity, _ in entries})
     identities = {name: number for number, name in enumerate(names, start=1)}
-    cameras = {name: number for number, name in enumerate(sorted({camera for *_, camera in found}))}
-    images = {"train": [], "query": [], "gallery": []}
-    for split, path, identity, camera in found:
+    cameras = {name: number for number, name in enumerate(sorted({camera for *_, camera in entries}))}
+    images = defaultdict(list)
+    for split, path, identity, camera in entries:
         images[split].append(Image(path, identities[identity], cameras[camera]))
     return ReidSet(**images)
 

@@ -44,22 +44,14 @@ def missing(kind: Literal["file", "folder"], path: Path, option: str = "data.roo
 
 
 def file_at(path: Path) -> Path:
-    """`path` itself.
-
-    Raises:
-        UserError: there is no such file.
-    """
+    """`path` itself; UserError if there is no such file."""
     if not path.is_file():
         raise missing("file", path)
     return path
 
 
 def all_there(images: list[Image], folder: Path, file: Path) -> list[Image]:
-    """The images below `folder` that an archive's list `file` names, all of them on the disk.
-
-    Raises:
-        UserError: there is no such folder, the list is empty, or an image is missing.
-    """
+    """The images below `folder` that an archive's list `file` names; UserError if there are none, or one is missing."""
     if not folder.is_dir():
         raise missing("folder", folder)
     if not images:
@@ -71,11 +63,7 @@ def all_there(images: list[Image], folder: Path, file: Path) -> list[Image]:
 
 
 def image_files(folder: Path, option: str = "data.root") -> list[Path]:
-    """The jpg and png files below a folder, at any depth, sorted; errors name the option that the folder came from.
-
-    Raises:
-        UserError: there is no such folder, or it holds no image.
-    """
+    """The jpg and png files below a folder, at any depth, sorted; UserError, which names `option`, if there is none."""
     if not folder.is_dir():
         raise missing("folder", folder, option)
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
@@ -85,11 +73,7 @@ def image_files(folder: Path, option: str = "data.root") -> list[Path]:
 
 
 def open_rgb(path: Path) -> PIL.Image.Image:
-    """Reads an image whole, as RGB.
-
-    Raises:
-        UserError: the file is missing, empty or corrupt.
-    """
+    """Reads an image whole, as RGB; UserError if the file is missing, empty or corrupt."""
     try:
         with warnings.catch_warnings(), PIL.Image.open(path) as image:
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)

@@ -22,10 +22,7 @@ DRAWING = 1  # number of the embedded sets' present drawing: a change of the pix
 SETS: dict[str, tuple[Callable[[Path], ReidSet], SetCounts | None]] = {
     "market1501": (market1501.read_market1501, market1501.PUBLISHED),
     "msmt17": (msmt17.read_msmt17, msmt17.PUBLISHED),
-    "msmt17-train-only": (
-        partial(msmt17.read_msmt17, train_lists=("list_train.txt",)),
-        msmt17.PUBLISHED_TRAIN_ONLY,
-    ),
+    "msmt17-train-only": (partial(msmt17.read_msmt17, train_lists=("list_train.txt",)), msmt17.PUBLISHED_TRAIN_ONLY),
     "cuhk03-detected": (partial(cuhk03.read_cuhk03, boxes="detected"), cuhk03.PUBLISHED["detected"]),
     "cuhk03-labeled": (partial(cuhk03.read_cuhk03, boxes="labeled"), cuhk03.PUBLISHED["labeled"]),
     "veri776": (veri776.read_veri776, veri776.PUBLISHED),
@@ -37,7 +34,7 @@ def read(config: DataConfig) -> ReidSet:
     """The images of the data set that `config` names.
 
     Raises:
-        UserError: the root is missing or does not hold such a set.
+        UserError: the root is missing or does not hold such a set, or its gallery has nothing to find.
     """
     if config.name in ("pedestrians", "pedestrians-trap"):
         reid_set = market1501.read_market1501(pedestrians(trap=config.name == "pedestrians-trap"))
@@ -52,17 +49,12 @@ def read(config: DataConfig) -> ReidSet:
         for split in ("train", "query", "gallery"):
             if not getattr(reid_set, split):
                 raise UserError(f"data.root: the {split} split of {config.name} holds no readable image")
-    require_match(reid_set)
-    return reid_set
-
-
-def require_match(reid_set: ReidSet) -> None:
-    """Raises UserError if the gallery has nothing to find: no query's identity from another camera than the query's."""
     cameras_of = defaultdict(set)
     for image in reid_set.gallery:
         cameras_of[image.identity].add(image.camera)
     if not any(cameras_of[query.identity] - {query.camera} for query in reid_set.query):
         raise UserError("data.root: the gallery has no query's identity from another camera, there is nothing to find")
+    return reid_set
 
 
 def pedestrians(trap: bool = False, seed: int = 0) -> Path:

@@ -12,8 +12,7 @@ from cge_fast.errors import UserError
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Gives a temporary folder to write to, which becomes `folder` at the end; after an exception nothing is left.
 
-    Raises:
-        UserError: `folder` exists and is not an empty folder.
+    UserError if `folder` exists and is not an empty folder.
     """
     folder = folder.resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -27,14 +26,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def once(folder: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write(folder)`, which writes the whole folder, unless it is there or another process writes it meanwhile.
-
-    Raises:
-        What `write` raises.
-    """
-    if not folder.is_dir():
-        try:
+    """Calls `write(folder)`, which writes it whole, unless it is there or another process writes it meanwhile."""
+    try:
+        if not folder.is_dir():
             write(folder)
-        except (OSError, UserError):
-            if not folder.is_dir():
-                raise
+    except (OSError, UserError):
+        if not folder.is_dir():
+            raise

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from cge_fast.analyze.levels import levels
 from cge_fast.analyze.loss_cdf import loss_cdf
 from cge_fast.analyze.saliency import saliency
+from cge_fast.analyze.stripes import levels
 from cge_fast.analyze.trained import open_checkpoint
 from cge_fast.analyze.weights import weights
 from cge_fast.experiments.runs import folder_of

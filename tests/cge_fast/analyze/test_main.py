@@ -20,6 +20,7 @@ def test_every_analysis_writes_a_picture_and_a_table_and_says_where(saved, tmp_p
     assert rows_of(tmp_path / "new" / "out" / table)
 
 
+@pytest.mark.slow
 def test_each_checkpoint_is_looked_at_with_its_own_settings_but_for_those_given(saved, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("cge_fast.analyze.trained.load_model", spy(seen))

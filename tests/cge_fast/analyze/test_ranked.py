@@ -53,7 +53,7 @@ def test_the_first_images_are_by_distance_then_by_index_without_junk(seed, image
     assert junk.any()
 
 
-@pytest.mark.parametrize("rerank", ["false", "true"])
+@pytest.mark.parametrize("rerank", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_rows_are_the_worst_queries_of_the_evaluation(opened, rows_of, tmp_path, market, rerank):
     other = shutil.copytree(market, tmp_path / "market")
     PIL.Image.new("RGB", (16, 24)).save(other / "query" / "0099_c1s1_000000_00.png")  # has no match
@@ -79,6 +79,7 @@ def test_rows_are_the_worst_queries_of_the_evaluation(opened, rows_of, tmp_path,
     assert f"mAP {evaluated.mAP:.1%} of 4 queries, the worst 2 have AP" in worst.summary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_precisions_and_lists_are_of_the_metric_that_is_set(opened, rows_of, tmp_path, monkeypatch, metric):
     trained = opened("mine", "--evaluation.metric", metric, change=few_and_long_features)

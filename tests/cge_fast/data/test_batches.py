@@ -1,5 +1,7 @@
 """Images on their way into batches."""
 
+import struct
+import zlib
 from collections import Counter
 
 import PIL.Image
@@ -139,8 +141,12 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, content):
 
 def test_an_image_that_claims_a_huge_size_is_named(tmp_path):
     path = tmp_path / "bomb.png"
-    PIL.Image.new("1", (20_000, 20_000)).save(path)
-    with pytest.raises(UserError, match=r"image .*bomb.png cannot be read"):
+    PIL.Image.new("1", (1, 1)).save(path)
+    content = bytearray(path.read_bytes())
+    content[16:24] = struct.pack(">II", 20_000, 20_000)  # width and height in the header, whose checksum follows
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"image .*bomb.png cannot be read \(Image size \(400000000 pixels\) exceeds"):
         open_rgb(path)
 
 

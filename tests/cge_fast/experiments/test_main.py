@@ -27,6 +27,7 @@ def arguments(table, market, tmp_path, *more):
     return [table, *where, "--seeds", "1", *more]
 
 
+@pytest.mark.slow
 def test_a_table_is_written_and_its_trainings_are_not_repeated_but_shared(tiny, market, tmp_path, capsys):
     main(arguments("table2", market, tmp_path))
     folder = tmp_path / "out" / "omniglot-small"
@@ -60,6 +61,7 @@ def test_the_baseline_is_scaled_by_the_mean_weight_of_cge_with_the_same_seed(tin
     assert 0.5 < mean_weight(source) < 0.74
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_is_continued(tiny, tmp_path, monkeypatch):
     row = comparison("BOT")[3]
     run_rows(tmp_path / "whole", [row], 1, tiny, jobs=1)
@@ -107,6 +109,7 @@ def test_a_figure_names_the_training_that_failed(tiny, market, tmp_path, monkeyp
         main(arguments("figure6", market, tmp_path))
 
 
+@pytest.mark.slow
 def test_trainings_with_other_settings_are_not_taken_for_these(tiny, market, tmp_path):
     row = comparison("BOT")[0]
     run_rows(tmp_path, [row], 1, tiny, jobs=1)
@@ -117,6 +120,7 @@ def test_trainings_with_other_settings_are_not_taken_for_these(tiny, market, tmp
     assert "holds a training with other settings" in failures["BOT", 0]
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_is_told_after_the_others_are_done(tiny, tmp_path):
     common = [*tiny, "--optim.epochs", "1"]
     rows = [row for row in comparison("BOT") if row.name in ("BOT", "BOT, logits x mean w", "CGE+BOT")]
@@ -126,6 +130,7 @@ def test_a_training_that_fails_is_told_after_the_others_are_done(tiny, tmp_path)
     assert ("BOT", 0) not in failures
 
 
+@pytest.mark.slow
 def test_rows_start_from_the_presets_first_training(tiny, market, tmp_path, monkeypatch):
     preset = Preset(shlex.join(tiny), rows=3, first=lambda: shlex.join(tiny))
     monkeypatch.setitem(presets.PRESETS["small"], "omniglot", preset)

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from cge_fast.analyze.levels import level_name, levels
-from cge_fast.analyze.precision import precision, train_stripe_correct
+from cge_fast.analyze.stripes import level_name, levels, precision, train_stripe_correct
 from cge_fast.errors import UserError
 from cge_reference.revise_logits import local_scores
 
