@@ -35,7 +35,6 @@ from bench.count.traffic import Problem
 from bench.gpus import GPU, GPUS
 from bench.results import Figure
 from bench.shapes import DTYPES, SHAPES
-from bench.work import work
 from cge_fast.errors import UserError
 from cge_kernels.common.device_functions import INTERPRETED
 from cge_kernels.tools import compiler
@@ -221,7 +220,7 @@ def predict(gpu: GPU, problem: Problem) -> list[OperatorPrediction]:
         for launch in tqdm(launches, desc=f"compiling {case}, {direction}", unit=" kernel", leave=False):
             kernels.append(predict_kernel(gpu, launch, [row for row in counted if row.launch == number]))
             number += 1
-        least = work(case.operator, problem.shape, problem.pooling, DTYPES[problem.dtype].itemsize)[direction]
+        least = problem.work_of(case)[direction]
         fastest = max(kernel.rate for kernel in kernels)
         floor = max(least.bytes / gpu.memory_bandwidth, least.flops / fastest) * MICRO
         names, beside = tuple(found.name for found in aten), sum(aten_us(found, gpu) for found in aten)
@@ -243,18 +242,19 @@ def measure(gpu: str, shape: str, dtype: str, poolings: list[str], details: bool
     figures = GPUS[gpu]
     print(f"PREDICTION for {figures.name}: nothing was measured, every time is computed.")
     print("Formulas and what they leave out: bench/predict.py. The GPU's figures: bench/gpus.toml.\n")
-    for pooling in poolings:
-        predictions = predict(figures, Problem(SHAPES[shape], dtype, pooling))
-        yield from operator_figures(f"{shape}, {dtype}, {figures.name}", pooling, predictions)
-        if details:
-            yield from kernel_figures(f"{shape}, {dtype}, {figures.name}", predictions)
+    predictions = predict(figures, Problem(SHAPES[shape], dtype, tuple(poolings)))
+    yield from operator_figures(f"{shape}, {dtype}, {figures.name}", poolings, predictions)
+    if details:
+        yield from kernel_figures(f"{shape}, {dtype}, {figures.name}", predictions)
 
 
-def operator_figures(setting: str, pooling: str, predictions: list[OperatorPrediction]) -> Iterator[Figure]:
-    """Under the names that `operators` has for them; the last is the head's step with the memory's write."""
+def operator_figures(setting: str, poolings: list[str], predictions: list[OperatorPrediction]) -> Iterator[Figure]:
+    """Under the names that `operators` has for them; the last are the head's steps with the memory's write."""
     times = {(str(one.case), one.direction): (one.predicted_us, one.floor_us) for one in predictions}
-    in_step = [(one.predicted_us, one.floor_us) for one in predictions if one.case.operator in traffic.STEP]
-    times[f"head and write, {pooling}", "step"] = tuple(map(sum, zip(*in_step, strict=True)))
+    for pooling in poolings:
+        parts = [one for one in predictions if traffic.is_in_step(one.case, pooling)]
+        total = sum(one.predicted_us for one in parts), sum(one.floor_us for one in parts)
+        times[f"head and write, {pooling}", "step"] = total
     for (subject, direction), (predicted, floor) in times.items():
         yield Figure("predict", setting, subject, "predicted", direction, "s", predicted / MICRO)
         yield Figure("predict", setting, subject, "floor", direction, "s", floor / MICRO)

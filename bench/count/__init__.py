@@ -1,7 +1,6 @@
 """Launches and bytes of a training step of the head, counted without a GPU.
 
-bench/count/launches.py and bench/count/traffic.py say what counts. At the paper's shape it takes a minute or two for
-each pooling.
+bench/count/launches.py and bench/count/traffic.py say what counts. At the paper's shape it takes a minute or two.
 """
 
 from collections import defaultdict
@@ -15,7 +14,6 @@ from bench.count import launches, traffic
 from bench.count.traffic import Problem
 from bench.results import Figure
 from bench.shapes import DTYPES, SHAPES, Shape
-from bench.work import work
 from cge_fast.errors import UserError
 from cge_kernels.tools.gpus import HARDWARE
 
@@ -39,12 +37,11 @@ def measure(
         raise UserError(f"pool_samples: must divide the batch {chosen.batch}, got {pool_samples}")
     for pooling in poolings:
         yield from count_launches(f"{shape}, {dtype}", chosen, dtype, pooling, details)
-    for pooling in poolings:
-        problem = Problem(chosen, dtype, pooling, pool_samples=pool_samples)
-        found = traffic.interpreted(traffic.count_traffic, problem, HARDWARE[target].target)
-        yield from count_bytes(f"{shape}, {dtype}, {target}", problem, found, HARDWARE[target].target)
-        if details:
-            yield from bytes_of_tensors(f"{shape}, {dtype}, {target}, {pooling}", found)
+    problem = Problem(chosen, dtype, tuple(poolings), pool_samples=pool_samples)
+    found = traffic.interpreted(traffic.count_traffic, problem, HARDWARE[target].target)
+    yield from count_bytes(f"{shape}, {dtype}, {target}", problem, found, HARDWARE[target].target)
+    if details:
+        yield from bytes_of_tensors(f"{shape}, {dtype}, {target}", found)
 
 
 def count_launches(setting: str, shape: Shape, dtype: str, pooling: str, by_name: bool) -> Iterator[Figure]:
@@ -67,20 +64,20 @@ def count_bytes(
         {place: sum(operation.moved for operation in aten) for place, (_, aten) in watched.items()}
         for watched in (traffic.watch(problem, OURS, target), traffic.watch(problem, EAGER))
     )
-    step: dict[str, int] = defaultdict(int)
+    steps: dict[str, dict[str, int]] = {pooling: defaultdict(int) for pooling in problem.poolings}
     for case, direction in eager:
-        itemsize = DTYPES[problem.dtype].itemsize
-        least = work(case.operator, problem.shape, problem.pooling, itemsize)[direction].bytes
         mine = [one for one in found if one.operator == f"{case}, {direction}"]
         distinct = sum(one.distinct for one in mine if not one.is_scratch)
         scratch = beside[case, direction] + sum(one.distinct for one in mine if one.is_scratch)
-        figures = {"at least": least, "distinct": distinct, "scratch and matmuls": scratch}
-        figures |= {OURS: distinct + scratch, EAGER: eager[case, direction]}
+        figures = {"at least": problem.work_of(case)[direction].bytes, "distinct": distinct}
+        figures |= {"scratch and matmuls": scratch, OURS: distinct + scratch, EAGER: eager[case, direction]}
         for contender, value in figures.items():
             yield Figure("traffic", setting, f"{case}, {direction}", contender, "moved", "B", value)
-            step[contender] += value if case.operator in traffic.STEP else 0
-    for contender, value in step.items():
-        yield Figure("traffic", setting, f"step, {problem.pooling}", contender, "moved", "B", value)
+            for pooling, step in steps.items():
+                step[contender] += value if traffic.is_in_step(case, pooling) else 0
+    for pooling, step in steps.items():
+        for contender, value in step.items():
+            yield Figure("traffic", setting, f"step, {pooling}", contender, "moved", "B", value)
 
 
 def bytes_of_tensors(setting: str, found: list[traffic.Traffic]) -> Iterator[Figure]:

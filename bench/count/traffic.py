@@ -32,6 +32,7 @@ from bench.cases import OURS, Case, contenders
 from bench.count.operations import Operation, Operations
 from bench.measure import apart
 from bench.shapes import DTYPES, Shape
+from bench.work import Work, work
 from cge_kernels import Launch, Target, launching
 from cge_kernels.common.device_functions import INTERPRETED
 
@@ -47,13 +48,13 @@ CPU = torch.device("cpu")
 class Problem:
     """What is counted.
 
-    dtype: of the map and of the memory that revision reads; pooling: "average" or "gem"; memory_format: of the map;
-    pool_samples: how many samples the pooling kernels run, the rest by multiplication.
+    dtype: of the map and of the memory that revision reads; poolings: "average", "gem" or both; memory_format: of the
+    map; pool_samples: how many samples the pooling kernels run, the rest by multiplication.
     """
 
     shape: Shape
     dtype: str = "bfloat16"
-    pooling: str = "gem"
+    poolings: tuple[str, ...] = ("gem",)
     memory_format: torch.memory_format = torch.contiguous_format
     pool_samples: int = 1
 
@@ -61,11 +62,19 @@ class Problem:
     def cases(self) -> list[Case]:
         """The step's operators, in its order, and the revision of given logits."""
         pool, loss, revise, write = "stripe_pool", "revised_cross_entropy", "revise_logits", "write_memory_"
-        return [Case(pool, self.pooling), Case(loss), Case(revise), Case(write)]
+        return [*(Case(pool, pooling) for pooling in self.poolings), Case(loss), Case(revise), Case(write)]
+
+    def work_of(self, case: Case) -> dict[str, Work]:
+        """What a case must move and compute, by direction."""
+        return work(case.operator, self.shape, case.pooling or "average", DTYPES[self.dtype].itemsize)
 
 
 Place = tuple[Case, str]  # a case and its direction
-STEP = ("stripe_pool", "revised_cross_entropy", "write_memory_")  # the operators of the head's step
+
+
+def is_in_step(case: Case, pooling: str) -> bool:
+    """Whether a case is part of the head's step with this pooling, the write of the memory included."""
+    return case.operator != "revise_logits" and case.pooling in (None, pooling)
 
 
 def watch(

@@ -30,7 +30,7 @@ POOLING = replace(
 
 
 def tiny_step() -> list[OperatorPrediction]:
-    return predict.predict(H100, Problem(SHAPES["tiny"], "bfloat16", "gem"))
+    return predict.predict(H100, Problem(SHAPES["tiny"]))
 
 
 @pytest.mark.slow

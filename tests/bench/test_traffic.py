@@ -41,7 +41,7 @@ def stored(one: Traffic) -> tuple[int, int]:
 
 def test_average_pooling_by_hand():
     shape = Shape(batch=2, channels=3, height=4, width=5, stripes=2, classes=2)
-    by_tensor, by_operator = counted(Problem(shape, "float32", "average", memory_format=torch.channels_last))
+    by_tensor, by_operator = counted(Problem(shape, "float32", ("average",), memory_format=torch.channels_last))
     forward, backward = "stripe_pool_kernel", "stripe_pool_backward_kernel"
     feature_map, global_feature, local = 2 * 3 * 4 * 5 * 4, 2 * 3 * 4, 2 * 2 * 3 * 4
     assert loaded(by_tensor[forward, "map"]) == (feature_map, feature_map)
@@ -56,7 +56,7 @@ def test_average_pooling_by_hand():
 
 
 # 20 classes in tiles of 16, 8 samples in one tile, 2 identities of 4 samples; the stripes share a row
-SMALL = Problem(Shape(batch=8, channels=20, height=5, width=3, stripes=2, classes=20), "bfloat16", "gem")
+SMALL = Problem(Shape(batch=8, channels=20, height=5, width=3, stripes=2, classes=20), "bfloat16", ("gem",))
 
 
 def test_revision_and_write_by_hand():
@@ -107,7 +107,7 @@ def test_the_step_is_the_sum_of_its_operators():
 
 @pytest.mark.slow
 def test_pooling_of_one_sample_stands_for_all():
-    whole = Problem(SMALL.shape, SMALL.dtype, SMALL.pooling, pool_samples=8)
+    whole = Problem(SMALL.shape, SMALL.dtype, SMALL.poolings, pool_samples=8)
     assert counted(whole) == counted(SMALL)
 
 
@@ -130,6 +130,16 @@ def test_launches_are_numbered():
     written = next(row for row in rows if (row.launch, row.tensor) == (11, "memory"))
     bytes_of_rows = 2 * 2 * 20 * 4  # 2 identities in 2 stripes, 20 channels
     assert (*loaded(written), *stored(written)) == (bytes_of_rows,) * 4
+
+
+def test_with_both_poolings_each_step_has_its_own():
+    both = Problem(SMALL.shape, SMALL.dtype, ("average", "gem"))
+    assert [str(case) for case in both.cases][:2] == ["stripe_pool, average", "stripe_pool, gem"]
+    steps = {
+        pooling: [str(case) for case in both.cases if traffic.is_in_step(case, pooling)] for pooling in both.poolings
+    }
+    assert steps["gem"] == ["stripe_pool, gem", "revised_cross_entropy", "write_memory_"]
+    assert steps["average"] == ["stripe_pool, average", *steps["gem"][1:]]
 
 
 def test_details_have_every_tensor_and_say_which_are_scratch():
