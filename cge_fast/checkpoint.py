@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from cge_fast import first_edition, sharded_checkpoint
+from cge_fast import first_edition
 from cge_fast.distributed import barrier, rank
 from cge_fast.errors import UserError
 from cge_kernels import ClassShard
@@ -92,6 +92,8 @@ def stage_rows(folder: Path, tensors: dict[str, Tensor], shard: ClassShard) -> N
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
     barrier()
+    from cge_fast import sharded_checkpoint  # which takes a second
+
     sharded_checkpoint.write(staged / LOSS_FOLDER, tensors, AXES, shard)
     barrier()
 
@@ -132,6 +134,8 @@ def load_loss(checkpoint: Path, shard: ClassShard | None = None) -> dict[str, Te
     if shard and (count := identities(checkpoint)) != shard.classes:
         raise UserError(f"data: checkpoint {checkpoint} has {count} classes, the data set {shard.classes}")
     if (folder := checkpoint / LOSS_FOLDER).is_dir():
+        from cge_fast import sharded_checkpoint  # which takes a second
+
         tensors = sharded_checkpoint.read(folder, AXES, shard)
         return {name: tensor for name, tensor in tensors.items() if name not in MOMENTS}
     if (checkpoint / LOSS).exists():
@@ -162,6 +166,8 @@ def load_moments(checkpoint: Path, moments: dict[str, Tensor], shard: ClassShard
     moments: what the optimizer's state in `load_training` holds, which is none of them if each rank wrote its rows.
     """
     if (folder := checkpoint / LOSS_FOLDER).is_dir():
+        from cge_fast import sharded_checkpoint  # which takes a second
+
         tensors = sharded_checkpoint.read(folder, AXES, shard)
         return {name: tensors[name] for name in MOMENTS}
     if MOMENTS[0] not in moments:

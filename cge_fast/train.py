@@ -1,16 +1,19 @@
-"""Trains a re-identification network: python -m cge_fast.train --help"""
+"""Trains a re-identification network: python -m cge_fast.train --help
+
+What takes seconds to import is imported once the command line is known to be right.
+"""
+
+from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-
-from cge_fast import checkpoint, errors
-from cge_fast.build import NO_VARIANTS, Run, Variants, build_run, chosen_backend
+from cge_fast import errors
 from cge_fast.cli import (
     as_dataclass,
     parse_settings,
@@ -20,18 +23,28 @@ from cge_fast.cli import (
     set_defaults,
     with_recipe_paths,
 )
-from cge_fast.distributed import rank
 from cge_fast.errors import UserError
-from cge_fast.loop import holds_run, resume, train
 from cge_fast.options import TrainConfig
-from cge_fast.profile import StepProfile
+
+if TYPE_CHECKING:
+    import torch
+
+    from cge_fast.build import Run
 
 PROGRAM = "cge_fast.train"
 
 
-def main(arguments: Sequence[str] | None = None, variants: Variants = NO_VARIANTS) -> None:
+def main(arguments: Sequence[str] | None = None, variants: Mapping[str, type] = MappingProxyType({})) -> None:
     """The program; `arguments` default to the command line's, and `loss.variant` is one of `variants`."""
     config, resuming, profiling = parse(sys.argv[1:] if arguments is None else arguments)
+
+    import torch.distributed as dist
+
+    from cge_fast.build import build_run, chosen_backend
+    from cge_fast.distributed import rank
+    from cge_fast.loop import resume, train
+    from cge_fast.profile import StepProfile
+
     check_output(config.output, resuming)
     device = start_ranks()
     try:
@@ -66,6 +79,8 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, bool, bool]:
     if parsed.resume:
         if parsed.output is None:
             raise UserError("output: --resume needs the folder of the run that it continues")
+        from cge_fast import checkpoint
+
         set_defaults(parser, read_settings(checkpoint.config_file(Path(parsed.output) / "checkpoints" / "last")))
         parsed = parse_settings(parser, arguments)
     config = as_dataclass(parser, parsed, TrainConfig)
@@ -75,6 +90,8 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, bool, bool]:
 
 def check_output(output: Path, resume: bool) -> None:
     """Raises UserError, before any work, if the run's folder holds another run or cannot be written."""
+    from cge_fast.loop import holds_run
+
     if not resume and holds_run(output):
         raise UserError(f"output: {output} holds a run already; continue it with --resume or choose another")
     existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
@@ -84,6 +101,9 @@ def check_output(output: Path, resume: bool) -> None:
 
 def start_ranks() -> torch.device:
     """Joins the other processes if torchrun started this one; returns this process's device."""
+    import torch
+    import torch.distributed as dist
+
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -41,7 +41,7 @@ class ReidCriterion(nn.Module):
     ):
         super().__init__()
         self.classification, self.metric, self.center = classification, metric, center
-        self.register_buffer("weights", torch.tensor(weights), persistent=False)
+        self.register_buffer("weights", torch.tensor(weights, dtype=torch.float32), persistent=False)
 
     @property
     def has_memory(self) -> bool:

@@ -15,7 +15,7 @@ PACKAGE = Path(cge_fast.__file__).parent
 
 @pytest.mark.parametrize(
     ("module", "not_imported"),
-    [("cge_fast.data", HEAVY), ("cge_fast.options", (*HEAVY, "torch")), ("cge_fast.cli", (*HEAVY, "torch"))],
+    [("cge_fast.data", HEAVY), ("cge_fast.options", (*HEAVY, "torch")), ("cge_fast.train", (*HEAVY, "torch"))],
 )
 def test_a_module_imports_nothing_heavy(module, not_imported):
     code = f"import sys, {module}; print(*(name for name in {not_imported!r} if name in sys.modules))"

@@ -26,7 +26,7 @@ MOST_CALLS = 8
 def run() -> Run:
     torch.manual_seed(0)
     model = ReidModel(torch.nn.Conv2d(3, 8, 4, stride=4), channels=8)
-    criterion = ReidCriterion(CGELoss(8, 4), MetricLoss(), CenterLoss(4, 8), (1.0, 1.0, 0.1))
+    criterion = ReidCriterion(CGELoss(8, 4), MetricLoss(), CenterLoss(4, 8), (1, 1, 0.1))
     return Run(
         config=TrainConfig(loss=LossConfig(center_weight=0.1)),
         device=torch.device("cpu"),
