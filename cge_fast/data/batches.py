@@ -68,7 +68,7 @@ class TrainImages(TestImages):
     def __init__(self, images: Sequence[Image], labels: Sequence[int], config: DataConfig):
         self.images, self.labels, self.transform = images, labels, train_transform(config)
 
-    def __getitem__(self, index_and_seed: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, index_and_seed: tuple[int, int]) -> tuple[Tensor, int]:  # type: ignore[override]
         index, seed = index_and_seed
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
