@@ -171,6 +171,7 @@ def test_an_empty_gallery_has_no_match():
         evaluate_reranking(torch.ones(1, 2), ids, ids, torch.ones(0, 2), ids[:0], ids[:0])
 
 
+@pytest.mark.slow
 def test_no_tensor_has_a_row_and_a_column_for_each_image(monkeypatch):
     """Every operation's result is watched: the largest must not grow with the square of the images."""
     from torch.utils._python_dispatch import TorchDispatchMode
