@@ -198,7 +198,7 @@ def loss_class(config: TrainConfig, variants: Variants = NO_VARIANTS) -> type[nn
     """CGELoss, SoftmaxLoss, or what `loss.variant` names.
 
     Raises:
-        UserError: there is no such variant.
+        UserError: there is no such variant, or it does not go with model.cge.
     """
     name = config.loss.variant
     if not name:
@@ -208,6 +208,8 @@ def loss_class(config: TrainConfig, variants: Variants = NO_VARIANTS) -> type[nn
             f"one of {', '.join(variants)}" if variants else "empty; python -m cge_fast.experiments.variants has some"
         )
         raise UserError(f"loss.variant: must be {known}, got {name}")
+    if hasattr(variants[name], "write_memory") != config.model.cge:
+        raise UserError(f"loss.variant: {name} goes with model.cge {str(not config.model.cge).lower()}")
     return variants[name]
 
 

@@ -90,7 +90,8 @@ def average_precisions(query: Features, gallery: Features, distances_of: Distanc
     precisions = []
     for start in tqdm(range(0, len(query.features), rows), desc="ranking", unit=" chunk of queries", leave=False):
         chunk = slice(start, min(start + rows, len(query.features)))
-        _, rank, is_match = match_ranks(query, gallery, distances_of, chunk)
+        _, identities, cameras = (part[chunk] for part in query)
+        rank, is_match = ranking.match_ranks(distances_of(chunk), identities, cameras, *gallery[1:])
         number = torch.arange(1, rank.shape[1] + 1, dtype=torch.float64, device=rank.device)
         precisions.append(((number / rank).where(is_match, 0).sum(dim=1) / is_match.sum(dim=1)).cpu())
     return torch.cat(precisions)
@@ -98,20 +99,12 @@ def average_precisions(query: Features, gallery: Features, distances_of: Distanc
 
 def first_images(query: Features, gallery: Features, distances_of: DistancesOf, index: int) -> list[int]:
     """Gallery indices of the first images of one query, without junk; equal distances by index."""
-    (row,), _, _ = match_ranks(query, gallery, distances_of, slice(index, index + 1))
+    chunk = slice(index, index + 1)
+    distance = distances_of(chunk)
+    ranking.match_ranks(distance, query.identities[chunk], query.cameras[chunk], *gallery[1:])  # writes NaN for junk
+    row = distance[0]
     first = ranking.order_keys(row, torch.arange(len(row), device=row.device)).argsort()[:SHOWN]
     return first[~row[first].isnan()].tolist()
-
-
-def match_ranks(
-    query: Features, gallery: Features, distances_of: DistancesOf, chunk: slice
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Distances (rows, G) of a slice of the queries, NaN for junk, and what `ranking.match_ranks` makes of them."""
-    distance = distances_of(chunk)
-    rank, is_match = ranking.match_ranks(
-        distance, query.identities[chunk], query.cameras[chunk], gallery.identities, gallery.cameras
-    )
-    return distance, rank, is_match
 
 
 def drawn(trained: Trained, lists: Sequence[tuple[Image, float, Sequence[Image]]]) -> Figure:

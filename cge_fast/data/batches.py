@@ -37,20 +37,11 @@ def train_transform(config: DataConfig) -> v2.Compose:
     """Resize, flip, pad and crop, normalise, random erasing: BagTricks' order."""
     size = (config.height, config.width)
     imagenet_mean, _ = NORMALISATIONS["imagenet"]
-    return v2.Compose(
-        [
-            *to_size(config),
-            v2.RandomHorizontalFlip(config.flip),
-            *([v2.RandomCrop(size, padding=config.pad)] if config.pad else []),
-            *normalised(config),
-            v2.RandomErasing(
-                config.erasing,
-                scale=(SMALLEST_ERASED_AREA, config.erasing_area),
-                ratio=ERASED_ASPECT,
-                value=imagenet_mean if config.erased == "mean" else 0,
-            ),
-        ]
-    )
+    erased, area = imagenet_mean if config.erased == "mean" else 0, (SMALLEST_ERASED_AREA, config.erasing_area)
+    flip = v2.RandomHorizontalFlip(config.flip)
+    crop = [v2.RandomCrop(size, padding=config.pad)] if config.pad else []
+    erase = v2.RandomErasing(config.erasing, scale=area, ratio=ERASED_ASPECT, value=erased)
+    return v2.Compose([*to_size(config), flip, *crop, *normalised(config), erase])
 
 
 def test_transform(config: DataConfig) -> v2.Compose:
@@ -58,36 +49,30 @@ def test_transform(config: DataConfig) -> v2.Compose:
     return v2.Compose([*to_size(config), *normalised(config)])
 
 
-class TrainImages(Dataset):
-    """Augmented images with labels, by (index, seed): the seed alone decides the augmentation."""
-
-    def __init__(self, images: Sequence[Image], labels: Sequence[int], config: DataConfig):
-        self.images, self.labels = images, labels
-        self.transform = train_transform(config)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index_and_seed: tuple[int, int]) -> tuple[Tensor, int]:
-        index, seed = index_and_seed
-        picture = open_rgb(self.images[index].path)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            return self.transform(picture), self.labels[index]
-
-
 class TestImages(Dataset):
     """Images as evaluation sees them."""
 
     def __init__(self, images: Sequence[Image], config: DataConfig):
-        self.images = images
-        self.transform = test_transform(config)
+        self.images, self.transform = images, test_transform(config)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
         return self.transform(open_rgb(self.images[index].path))
+
+
+class TrainImages(TestImages):
+    """Augmented images with labels, by (index, seed): the seed alone decides the augmentation."""
+
+    def __init__(self, images: Sequence[Image], labels: Sequence[int], config: DataConfig):
+        self.images, self.labels, self.transform = images, labels, train_transform(config)
+
+    def __getitem__(self, index_and_seed: tuple[int, int]) -> tuple[Tensor, int]:
+        index, seed = index_and_seed
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return super().__getitem__(index), self.labels[index]
 
 
 def train_labels(images: Sequence[Image]) -> list[int]:

@@ -1,14 +1,13 @@
 """How many identities, images and cameras the splits of a data set have, beside what was published of it."""
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, fields
+from typing import NamedTuple
 
 from cge_fast.data.images import ReidSet
 from cge_fast.errors import UserError
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """Of one split. Distractors count as one identity, as they do in the published tables."""
 
     identities: int
@@ -30,11 +29,11 @@ def count(reid_set: ReidSet) -> SetCounts:
 def table(found: SetCounts, published: SetCounts | None) -> str:
     """A line for each split: what was found and, if something was published, that beside it."""
     sides = (found,) if published is None else (found, published)
-    names = "".join(f"{column.name:>12}" for column in fields(Counts))
+    names = "".join(f"{column:>12}" for column in Counts._fields)
     heads = (f"{'found':8}" + names, f"    {'published':9}" + names)
     lines = ["".join(heads[: len(sides)])]
     for split in found:
-        cells = ["".join(f"{value:>12,}" for value in astuple(side[split])) for side in sides]
+        cells = ["".join(f"{value:>12,}" for value in side[split]) for side in sides]
         lines.append(f"{split:8}" + f"{'':13}".join(cells))
     return "\n".join(lines)
 
@@ -42,10 +41,10 @@ def table(found: SetCounts, published: SetCounts | None) -> str:
 def require_published(found: SetCounts, published: SetCounts) -> None:
     """Raises UserError, which names every count that differs, if the set is not the published one."""
     differing = [
-        f"{split} {column.name} {getattr(found[split], column.name):,}, not {getattr(published[split], column.name):,}"
+        f"{split} {column} {ours:,}, not {theirs:,}"
         for split in published
-        for column in fields(Counts)
-        if getattr(found[split], column.name) != getattr(published[split], column.name)
+        for column, ours, theirs in zip(Counts._fields, found[split], published[split], strict=True)
+        if ours != theirs
     ]
     if differing:
         raise UserError("data.root: these are not the published counts: " + "; ".join(differing))

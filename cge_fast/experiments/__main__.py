@@ -32,12 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("table", choices=list(titles), help="which table or figure")
     parser.add_argument("--data", choices=DATA, default="pedestrians", help="data set")
     parser.add_argument("--root", type=Path, default=None, help="folder of a data set that is not drawn")
-    parser.add_argument(
-        "--preset",
-        choices=list(PRESETS),
-        default="paper",
-        help="paper: the recipe untouched; small: short trainings for two cores, of pedestrians and omniglot",
-    )
+    presets = "paper: the recipe untouched; small: short trainings for two cores, of pedestrians and omniglot"
+    parser.add_argument("--preset", choices=list(PRESETS), default="paper", help=presets)
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each row of a table, seeds 0, 1, ...")
     parser.add_argument("--output", type=Path, default=Path("experiments"), help="folder of the trainings and tables")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, which share the processor's cores")

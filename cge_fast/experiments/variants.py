@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear, log_softmax, normalize
+from torch.nn.functional import adaptive_avg_pool1d, cross_entropy, linear, log_softmax, normalize
 
 from cge_fast import errors
 from cge_fast.errors import UserError
@@ -21,6 +21,30 @@ from cge_kernels import revise_logits, stripe_correct
 PROGRAM = "cge_fast.experiments.variants"
 FOCAL_ALPHA, FOCAL_GAMMA = 0.5, 1.0  # the CGE paper's
 SPHERE_MARGIN = 4  # m: SphereFace's and the CGE paper's
+
+
+def focal_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """-alpha * (1 - q)^gamma * log q, (B,), q the softmax probability of the label (Lin et al. 2017).
+
+    logits (B, N), floating; labels (B,), int64.
+    """
+    log_q = log_softmax(logits, dim=1).gather(1, labels[:, None]).squeeze(1)
+    return -FOCAL_ALPHA * (1 - log_q.exp()) ** FOCAL_GAMMA * log_q
+
+
+def sphere_logits(features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Logits (B, N) of SphereFace (Liu et al. 2017): |x| cos(theta_k), and |x| psi(theta_k) for the label.
+
+    theta_k is the angle between the feature x and class k's row; psi(theta) = (-1)^j cos(m theta) - 2j with
+    j = floor(m theta / pi), m = 4. features (B, C) and weight (N, C), floating; labels (B,), int64.
+    """
+    cosine = linear(normalize(features), normalize(weight))
+    own = cosine.gather(1, labels[:, None])
+    with torch.no_grad():
+        turns = (SPHERE_MARGIN * own.clamp(-1, 1).acos() / math.pi).floor()
+    multiple_angle = 8 * own**4 - 8 * own**2 + 1  # cos(4 theta)
+    psi = torch.where(turns % 2 == 0, multiple_angle, -multiple_angle) - 2 * turns
+    return features.norm(dim=1, keepdim=True) * cosine.scatter(1, labels[:, None], psi)
 
 
 class Scaled:
@@ -75,8 +99,7 @@ class InSteps:
 class Focal(InSteps):
     """Focal loss, which knows no label smoothing."""
 
-    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return focal_losses(logits, targets)
+    losses = staticmethod(focal_losses)
 
 
 class Sphere(InSteps):
@@ -147,13 +170,13 @@ class RevisedMaps(InSteps, CGELoss):
         return linear_float32(embeddings.rows, self.weight)  # (B, H, N): it commutes with the average over a row
 
     def revised(self, logits: Tensor, embeddings: MapEmbeddings) -> Tensor:
-        stripes, (batch, height, _) = embeddings.stripes.shape[1], logits.shape
-        ones = logits.new_ones(batch, self.num_classes)
-        weights = [  # of one stripe's memory revision gives sigmoid(s_i)
-            revise_logits(ones, embeddings.stripes[:, i : i + 1], self.memory[i : i + 1]) for i in range(stripes)
-        ]
-        share = rows_of_stripes(stripes, height).to(logits)
-        return torch.einsum("ibk,ih,bhk->bk", torch.stack(weights), share, logits) / height
+        stripes, (batch, height, _) = embeddings.stripes.split(1, dim=1), logits.shape
+        ones = logits.new_ones(batch, self.num_classes)  # of one stripe's memory revision gives sigmoid(s_i)
+        weights = [revise_logits(ones, *of_one) for of_one in zip(stripes, self.memory.split(1), strict=True)]
+        # Stripes may overlap: a row's shares of the stripes that it belongs to add up to 1.
+        belongs = (adaptive_avg_pool1d(torch.eye(height, device=logits.device)[None], len(stripes))[0] > 0).float()
+        shares = belongs / belongs.sum(dim=1, keepdim=True)
+        return torch.einsum("ibk,hi,bhk->bk", torch.stack(weights), shares, logits) / height
 
 
 class MemoryNotUsed(InSteps, CGELoss):
@@ -180,39 +203,6 @@ VARIANTS: dict[str, type[nn.Module]] = {"memory_not_used": MemoryNotUsed, "revis
         "cge_sphere_shuffled_memory": (Shuffled, Sphere, CGELoss),
     }.items()
 }
-
-
-def focal_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """-alpha * (1 - q)^gamma * log q, (B,), q the softmax probability of the label (Lin et al. 2017).
-
-    logits (B, N), floating; labels (B,), int64.
-    """
-    log_q = log_softmax(logits, dim=1).gather(1, labels[:, None]).squeeze(1)
-    return -FOCAL_ALPHA * (1 - log_q.exp()) ** FOCAL_GAMMA * log_q
-
-
-def sphere_logits(features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Logits (B, N) of SphereFace (Liu et al. 2017): |x| cos(theta_k), and |x| psi(theta_k) for the label.
-
-    theta_k is the angle between the feature x and class k's row; psi(theta) = (-1)^j cos(m theta) - 2j with
-    j = floor(m theta / pi), m = 4. features (B, C) and weight (N, C), floating; labels (B,), int64.
-    """
-    cosine = linear(normalize(features), normalize(weight))
-    own = cosine.gather(1, labels[:, None])
-    with torch.no_grad():
-        turns = (SPHERE_MARGIN * own.clamp(-1, 1).acos() / math.pi).floor()
-    multiple_angle = 8 * own**4 - 8 * own**2 + 1  # cos(4 theta)
-    psi = torch.where(turns % 2 == 0, multiple_angle, -multiple_angle) - 2 * turns
-    return features.norm(dim=1, keepdim=True) * cosine.scatter(1, labels[:, None], psi)
-
-
-def rows_of_stripes(stripes: int, height: int) -> Tensor:
-    """(n, H) float32: which stripes a row belongs to, as shares that add up to 1 for each row (stripes may overlap)."""
-    row = torch.arange(height)
-    first = torch.arange(stripes)[:, None] * height // stripes
-    last = -(-(torch.arange(stripes)[:, None] + 1) * height // stripes)  # rounded up
-    member = ((row >= first) & (row < last)).float()
-    return member / member.sum(dim=0)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -52,6 +52,7 @@ def test_a_figure_is_drawn_from_the_trainings(tiny, market, tmp_path, capsys):
     assert (folder / "levels.csv").read_text().count("CGE+BOT") >= 4
 
 
+@pytest.mark.slow
 def test_the_baseline_is_scaled_by_the_mean_weight_of_cge_with_the_same_seed(tiny, tmp_path):
     rows = [row for row in comparison("BOT") if row.scaled_by]
     assert run_rows(tmp_path, rows, 1, tiny, jobs=1) == {}

@@ -7,12 +7,13 @@ import pytest
 
 from cge_fast import train
 from cge_fast.build import loss_class
-from cge_fast.cli import RECIPES, read_settings
+from cge_fast.cli import RECIPES, as_dataclass, parse_settings, program_parser, read_settings, with_recipe_paths
 from cge_fast.experiments.figures import ROWS
 from cge_fast.experiments.presets import PRESETS
 from cge_fast.experiments.tables import AGW, TABLES, UPT, WITH, comparison
 from cge_fast.experiments.variants import VARIANTS
 from cge_fast.losses.cge import CGELoss
+from cge_fast.options import TrainConfig
 
 CONTROLS = [", logits x 0.5", ", logits x mean w"]
 OF_CGE = [", detached weights", ", shuffled memory"]
@@ -22,10 +23,19 @@ def parse(row):
     return parsed(row.options)
 
 
+@cache
+def parser():
+    """What train.parse makes anew for every command line."""
+    made = program_parser("", "")
+    made.add_argument("--config", action="config")
+    made.add_class_arguments(TrainConfig)
+    return made
+
+
 @cache  # tables share rows
 def parsed(options):
-    config, _, _ = train.parse(["--config", "pedestrians_cge", *options.split(), "--output", "run"])
-    return config
+    arguments = with_recipe_paths(["--config", "pedestrians_cge", *options.split()])
+    return as_dataclass(parser(), parse_settings(parser(), arguments), TrainConfig)
 
 
 SLOW = pytest.param("table7", marks=pytest.mark.slow)  # 60 rows

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, linear, normalize
 
 import cge_kernels
-from cge_fast import CGELoss, ReidModel, SoftmaxLoss
+from cge_fast import CGELoss, ReidModel, SoftmaxLoss, build
 from cge_fast.errors import UserError
 from cge_fast.experiments.variants import (
     VARIANTS,
@@ -23,6 +23,7 @@ from cge_fast.experiments.variants import (
     sphere_logits,
 )
 from cge_fast.losses.cge import revision_weights
+from cge_fast.options import LossConfig, ModelConfig, TrainConfig
 from cge_reference import stripe_pool
 
 BATCH, CHANNELS, CLASSES = 6, 8, 5
@@ -229,6 +230,13 @@ def test_a_shuffled_memory_revises_each_class_by_another_and_is_written_to_the_t
 def test_one_class_cannot_be_shuffled():
     with pytest.raises(ValueError, match="a shuffled memory needs at least 2 classes, got 1"):
         VARIANTS["shuffled_memory"](CHANNELS, 1)
+
+
+@pytest.mark.parametrize(("cge", "variant"), [(True, "focal"), (False, "cge_focal")])
+def test_a_variant_goes_with_a_memory_or_without(cge, variant):
+    config = TrainConfig(model=ModelConfig(cge=cge), loss=LossConfig(variant=variant))
+    with pytest.raises(UserError, match=f"^loss.variant: {variant} goes with model.cge {str(not cge).lower()}$"):
+        build.loss_class(config, VARIANTS)
 
 
 def softmax(row):
