@@ -21,16 +21,6 @@ from cge_kernels.stripe_pool.op import stripe_pool
 from cge_kernels.write_memory.op import write_memory_
 
 __all__ = [
-    "ClassShard",
-    "Launch",
-    "Target",
-    "backend",
-    "launching",
-    "revise_logits",
-    "revise_logits_one_pass",
-    "revised_cross_entropy",
-    "scratch_bytes",
-    "stripe_correct",
-    "stripe_pool",
-    "write_memory_",
-]
+    "ClassShard", "Launch", "Target", "backend", "launching", "revise_logits", "revise_logits_one_pass",
+    "revised_cross_entropy", "scratch_bytes", "stripe_correct", "stripe_pool", "write_memory_",
+]  # fmt: skip

@@ -10,15 +10,9 @@ from cge_reference.revise_logits import local_scores, revise
 
 @without_autocast
 def revised_cross_entropy(
-    features: Tensor,
-    weight: Tensor,
-    local_features: Tensor,
-    memory: Tensor,
-    labels: Tensor,
-    label_smoothing: float = 0.1,
-    local_gradient: bool = True,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor, labels: Tensor,
+    label_smoothing: float = 0.1, local_gradient: bool = True, bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Label-smoothed cross entropy of (features @ weight.T + bias) * w, with w as in `revise_logits`.
 
     The target is (1 - e) * onehot + e / N (the paper's equation 5). Features (B, C) and weight (N, C) are cast to the

@@ -11,12 +11,9 @@ NORM_EPS = 1e-12  # a mean feature below this norm counts as zero: it has no dir
 
 @torch.no_grad()
 def write_memory_(
-    memory: Tensor,
-    local_features: Tensor,
-    labels: Tensor,
-    momentum: float | Tensor,
+    memory: Tensor, local_features: Tensor, labels: Tensor, momentum: float | Tensor,
     low_precision_memory: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Writes the local features (B, n, C) of one optimizer step into the class memory (n, N, C), in place.
 
     For each identity y of the batch, with u_i = normalise(mean of its f_i):

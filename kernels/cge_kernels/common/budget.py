@@ -2,6 +2,7 @@
 
 import os
 
+import torch
 from torch import Tensor
 
 from cge_kernels.common.tiles import cdiv
@@ -23,9 +24,14 @@ def score_row(length: int) -> int:
     return cdiv(length, SCORE_ROW) * SCORE_ROW
 
 
-def scores_are_kept(local_features: Tensor, memory: Tensor) -> bool:
-    """Whether the scores of revise_logits' forward, float32, fit in the scratch budget until its backward."""
-    return local_features.shape[0] * memory.shape[0] * score_row(memory.shape[1]) * 4 <= scratch_bytes()
+def empty_scores(batch: int, memory: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Where revise_logits' forward keeps scores (n, B, row) and inv_norm (n, B) for its backward.
+
+    The scores have no columns if they do not fit in the scratch budget (as float32).
+    """
+    stripes, classes, _ = memory.shape
+    row = score_row(classes) if batch * stripes * score_row(classes) * 4 <= scratch_bytes() else 0
+    return memory.new_empty(stripes, batch, row, dtype=dtype), memory.new_empty(stripes, batch, dtype=dtype)
 
 
 def chunk_of_classes(batch: int, stripes: int, classes: int) -> int:
@@ -34,12 +40,16 @@ def chunk_of_classes(batch: int, stripes: int, classes: int) -> int:
     return min(score_row(classes), max(SCORE_ROW, fitting))
 
 
-def logits_are_kept(batch: int, stripes: int, classes: int) -> bool:
-    """Whether revised_cross_entropy keeps logits and scores, float32, for its backward: in half of the budget.
+def empty_saved(batch: int, memory: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Where revised_cross_entropy keeps logits and scores (n+1, N, row) and inv_norm (n, B) for its backward.
 
-    The other half is for their gradients, which the backward makes chunk by chunk.
+    The former have no rows if they do not fit in half of the budget (as float32). The other half is for their
+    gradients, which the backward makes chunk by chunk.
     """
-    return (stripes + 1) * classes * score_row(batch) * 4 <= scratch_bytes() // 2
+    stripes, classes, _ = memory.shape
+    rows = classes if (stripes + 1) * classes * score_row(batch) * 4 <= scratch_bytes() // 2 else 0
+    saved_logits = memory.new_empty(stripes + 1, rows, score_row(batch), dtype=dtype)
+    return saved_logits, memory.new_empty(stripes, batch, dtype=dtype)
 
 
 def chunk_of_logits(batch: int, stripes: int, classes: int) -> int:

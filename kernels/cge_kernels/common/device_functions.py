@@ -103,8 +103,3 @@ def sum_parts(parts_ptr, row, sample, sample_mask, stripe, parts, BLOCK_B: tl.co
 def log_sigmoid(score):
     """For scores in [-1, 1], where exp neither overflows nor vanishes."""
     return -tl.log(1.0 + tl.exp(-score))
-
-
-__all__ = [
-    "INTERPRETED", "NORM_EPS", "dot", "jit", "log_sigmoid", "multiply", "product", "sum_parts", "tl", "triton",
-]  # fmt: skip

@@ -134,14 +134,9 @@ def bind(kernel: Any, tensors: dict[str, Tensor | None], /, **scalars: Any) -> d
 
 
 def launch(
-    kernel: Any,
-    programs: int,
-    tiles: Tiles,
-    tensors: dict[str, Tensor | None],
-    options: dict[str, Any] | None = None,
-    /,
-    **scalars: Any,
-) -> None:
+    kernel: Any, programs: int, tiles: Tiles, tensors: dict[str, Tensor | None], options: dict[str, Any] | None = None,
+    /, **scalars: Any,
+) -> None:  # fmt: skip
     """Launches so many programs of a kernel, or gives the launch to the hook.
 
     tensors, scalars: what `bind` takes; scalars in upper case are the kernel's tl.constexpr parameters.

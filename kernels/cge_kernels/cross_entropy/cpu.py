@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cge_kernels.common.budget import chunk_of_logits, logits_are_kept, score_row
+from cge_kernels.common.budget import chunk_of_logits, empty_saved
 from cge_kernels.common.checks import accumulation_dtype
 from cge_kernels.cross_entropy.inputs import Inputs, Loss, Saved, Statistics
 from cge_kernels.revise_logits.cpu import NORM_EPS, inverse_norms
@@ -63,11 +63,10 @@ def labels_here(part: Inputs) -> tuple[Tensor, Tensor]:
 
 def revised_statistics(inputs: Inputs) -> tuple[Statistics, Tensor, Tensor]:
     """The statistics of the rows' classes, saved_logits and inv_norm as in `Saved`."""
-    batch, stripes, classes = inputs.sizes
+    batch, stripes, _ = inputs.sizes
     dtype = accumulation_dtype(inputs.features, inputs.weight, inputs.local_features, inputs.memory)
     inv_norm = inverse_norms(inputs.local_features, dtype)
-    rows = classes if logits_are_kept(batch, stripes, classes) else 0
-    saved_logits = inv_norm.new_empty(stripes + 1, rows, score_row(batch))
+    saved_logits, _ = empty_saved(batch, inputs.memory, dtype)
     saved_logits[:, :, batch:] = 0
     row_max = inv_norm.new_full((stripes + 1, batch), -torch.inf)
     argmax = inputs.labels.new_zeros((stripes + 1, batch), dtype=torch.int64)

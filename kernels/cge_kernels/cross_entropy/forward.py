@@ -6,16 +6,14 @@ samples for one classifier, the global one or that of a stripe.
 Logits and scores have classes as rows, so that a chunk of classes is contiguous, and a warp's lanes lie along samples.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from cge_kernels.common.budget import chunk_of_statistics, logits_are_kept, score_row
+from cge_kernels.common.budget import chunk_of_statistics, empty_saved, score_row
 from cge_kernels.common.device_functions import NORM_EPS, jit, log_sigmoid, multiply, product, sum_parts, tl
 from cge_kernels.common.launch import current_target, float32_precision, launch
 from cge_kernels.common.tiles import REDUCE_TILES, block_of_parts, cdiv, scores_tiles
-from cge_kernels.cross_entropy.inputs import Inputs, Loss, Statistics
+from cge_kernels.cross_entropy.inputs import Inputs, Loss, Statistics, empty_statistics
 from cge_kernels.revise_logits.forward import Casts, cast_and_norm
 
 FAR = 2**31 - 1  # a class beyond all others
@@ -200,19 +198,13 @@ def reduce_tiles_kernel(
             tl.store(all_label_logit_ptr + sample, label_logit, mask=sample_mask)
 
 
-class Partials(NamedTuple):
-    """Each tile's statistics, as cross_entropy_kernel stores them."""
-
-    row_max: Tensor  # (tiles, n+1, at least B) float32
-    argmax: Tensor  # the same, int32
-    sums: Tensor  # (tiles, 2, at least B) float32
-    label_logit: Tensor  # (B,) float32, only where the label is here
-
-
 def launch_cross_entropy(
     inputs: Inputs, casts: Casts, saved_logits: Tensor | None, inv_norm: Tensor | None
-) -> Partials | None:
-    """Fills saved_logits (n+1, rows, at least B) unless None; with inv_norm (n, B), fills it and returns statistics."""
+) -> Statistics | None:
+    """Fills saved_logits (n+1, rows, at least B) unless None; with inv_norm (n, B), fills it and returns statistics.
+
+    These have a first axis of class tiles (but label_logit), at least B samples, and int32 classes from first_class on.
+    """
     batch, stripes, classes = inputs.sizes
     weight, memory = inputs.weight, inputs.memory
     parts, row = casts.partial_sq_norms.shape[1], score_row(batch)
@@ -223,14 +215,14 @@ def launch_cross_entropy(
     if inv_norm is not None:
         row_max = inv_norm.new_empty(class_tiles, stripes + 1, row)
         sums, label_logit = inv_norm.new_empty(class_tiles, 2, row), inv_norm.new_empty(batch)
-        partials = Partials(row_max, torch.empty_like(row_max, dtype=torch.int32), sums, label_logit)
+        partials = Statistics(row_max, torch.empty_like(row_max, dtype=torch.int32), sums, label_logit)
     launch(
         cross_entropy_kernel, cdiv(batch, tiles["BLOCK_B"]) * class_tiles, tiles,
         {
             "features_cast": casts.features, "weight": weight, "bias": inputs.bias, "local_cast": casts.local,
             "partial_sq_norms": casts.partial_sq_norms, "memory": memory, "labels": inputs.labels,
             "saved_logits": saved_logits, "inv_norm": inv_norm,
-            **(partials._asdict() if partials else dict.fromkeys(Partials._fields)),
+            **(partials._asdict() if partials else dict.fromkeys(Statistics._fields)),
         },
         batch=batch, classes=classes, channels=memory.shape[2], feature_channels=weight.shape[1], parts=parts,
         first_class=inputs.first_class, partial_row=row,
@@ -243,7 +235,7 @@ def launch_cross_entropy(
 
 
 def launch_reduce_tiles(
-    partials: Partials, inputs: Inputs, statistics: Statistics | None, loss: Loss | None, is_first: bool,
+    partials: Statistics, inputs: Inputs, statistics: Statistics | None, loss: Loss | None, is_first: bool,
     label_smoothing: float,
 ) -> None:  # fmt: skip
     """Fills the loss or, if that is None, the statistics, which have those of the classes before unless it is_first."""
@@ -261,13 +253,6 @@ def launch_reduce_tiles(
     )  # fmt: skip
 
 
-def empty_statistics(features: Tensor, stripes: int) -> Statistics:
-    """Where reduce_tiles_kernel stores statistics."""
-    row_max = features.new_empty(stripes + 1, len(features), dtype=torch.float32)
-    argmax = torch.empty_like(row_max, dtype=torch.int64)
-    return Statistics(row_max, argmax, torch.empty_like(row_max[:2]), torch.empty_like(row_max[0]))
-
-
 def launch_chunks(
     inputs: Inputs, loss: Loss | None, label_smoothing: float
 ) -> tuple[Statistics | None, Tensor, Tensor]:
@@ -278,11 +263,10 @@ def launch_chunks(
     batch, stripes, classes = inputs.sizes
     inputs = inputs.contiguous()
     casts = cast_and_norm(inputs.local_features, inputs.memory, inputs.features)
-    rows = classes if logits_are_kept(batch, stripes, classes) else 0
-    saved_logits = inputs.features.new_empty(stripes + 1, rows, score_row(batch), dtype=torch.float32)
-    inv_norm = inputs.features.new_empty(stripes, batch, dtype=torch.float32)
-    chunk = classes if rows else chunk_of_statistics(batch, stripes, classes)
-    statistics = None if loss and chunk >= classes else empty_statistics(inputs.features, stripes)
+    saved_logits, inv_norm = empty_saved(batch, inputs.memory, torch.float32)
+    rows = saved_logits.shape[1]
+    chunk = rows or chunk_of_statistics(batch, stripes, classes)
+    statistics = None if loss and chunk >= classes else empty_statistics(inputs.features, stripes, torch.float32)
     for start in range(0, classes, chunk):
         end = min(start + chunk, classes)
         part = inputs.rows(slice(start, end))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 
@@ -60,3 +61,10 @@ class Saved(NamedTuple):
     lse: Tensor  # (B,)
     saved_logits: Tensor  # (n+1, rows or 0, at least B): logits, then each stripe's scores; 0 rows if there is no room
     inv_norm: Tensor  # (n, B): 1 / max(||f_i||, 1e-12)
+
+
+def empty_statistics(features: Tensor, stripes: int, dtype: torch.dtype) -> Statistics:
+    """Where statistics of the features' samples go."""
+    row_max = features.new_empty(stripes + 1, len(features), dtype=dtype)
+    argmax = torch.empty_like(row_max, dtype=torch.int64)
+    return Statistics(row_max, argmax, torch.empty_like(row_max[:2]), torch.empty_like(row_max[0]))

@@ -13,15 +13,8 @@ else the backward computes them again, chunk of classes by chunk. The other half
 import torch
 from torch import Tensor
 
-from cge_kernels.common.budget import logits_are_kept, score_row
-from cge_kernels.common.checks import (
-    accumulation_dtype,
-    check_local,
-    require_same_device,
-    require_shape,
-    require_tensor,
-    valid_labels,
-)
+from cge_kernels.common import checks
+from cge_kernels.common.budget import empty_saved
 from cge_kernels.common.dispatch import autocast_off, runs_on_reference, runs_on_triton
 from cge_kernels.common.sharding import ClassShard, has_all_classes, require_equal_lengths
 from cge_kernels.cross_entropy import cpu
@@ -38,7 +31,7 @@ def revised_cross_entropy_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     classes = memory.shape[1]
     if labels.device.type == "cpu":
-        valid_labels(labels, classes)
+        checks.valid_labels(labels, classes)
     inputs = Inputs(features, weight, local_features, memory, labels, bias, 0, classes)
     on_triton = runs_on_triton(features, weight, local_features, memory)
     run = launch_forward if on_triton else cpu.revised_cross_entropy
@@ -50,16 +43,10 @@ def revised_cross_entropy_op(
 @revised_cross_entropy_op.register_fake
 def _(features, weight, local_features, memory, labels, bias, label_smoothing, local_gradient):
     batch, stripes, _ = local_features.shape
-    dtype = accumulation_dtype(features, weight, local_features, memory)
-    rows = memory.shape[1] if logits_are_kept(batch, stripes, memory.shape[1]) else 0
-    return (
-        features.new_empty(batch, dtype=dtype),
-        features.new_empty(batch, dtype=dtype),
-        features.new_empty(batch, dtype=torch.bool),
-        features.new_empty(batch, stripes, dtype=torch.bool),
-        features.new_empty(stripes + 1, rows, score_row(batch), dtype=dtype),
-        features.new_empty(stripes, batch, dtype=dtype),
-    )
+    dtype = checks.accumulation_dtype(features, weight, local_features, memory)
+    loss, correct = features.new_empty(batch, dtype=dtype), features.new_empty(batch, stripes, dtype=torch.bool)
+    saved = empty_saved(batch, memory, dtype)
+    return loss, torch.empty_like(loss), correct.new_empty(batch), correct, *saved
 
 
 def setup_context(ctx, inputs, output) -> None:
@@ -86,16 +73,10 @@ revised_cross_entropy_op.register_autograd(backward, setup_context=setup_context
 
 
 def revised_cross_entropy(
-    features: Tensor,
-    weight: Tensor,
-    local_features: Tensor,
-    memory: Tensor,
-    labels: Tensor,
-    label_smoothing: float = 0.1,
-    local_gradient: bool = True,
-    bias: Tensor | None = None,
+    features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor, labels: Tensor,
+    label_smoothing: float = 0.1, local_gradient: bool = True, bias: Tensor | None = None,
     shard: ClassShard | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Label-smoothed cross entropy of (features @ weight.T + bias) * w, with w as in `revise_logits`.
 
     The target is (1 - e) * onehot + e / N (the paper's equation 5). The factors of both products are cast to the
@@ -128,19 +109,21 @@ def revised_cross_entropy(
             outside [0, N), or the ranks have different numbers of samples; on a GPU, where looking would synchronise,
             the loss of such a label is NaN, and nothing about it is correct.
     """
-    require_tensor("features", features, "(B, C)")
-    require_tensor("weight", weight, "(N, C)")
-    require_tensor("labels", labels, "(B,)", "an integer")
-    check_local(local_features, memory)
-    require_same_device(features=features, weight=weight, local_features=local_features, memory=memory, labels=labels)
+    checks.require_tensor("features", features, "(B, C)")
+    checks.require_tensor("weight", weight, "(N, C)")
+    checks.require_tensor("labels", labels, "(B,)", "an integer")
+    checks.check_local(local_features, memory)
+    checks.require_same_device(
+        features=features, weight=weight, local_features=local_features, memory=memory, labels=labels
+    )
     batch, classes = len(local_features), memory.shape[1]
     fitting = f"local_features {tuple(local_features.shape)} and memory {tuple(memory.shape)}"
-    require_shape("features", features, (batch, features.shape[1]), fitting)
-    require_shape("weight", weight, (classes, features.shape[1]), f"memory and features {tuple(features.shape)}")
-    require_shape("labels", labels, (batch,), fitting)
+    checks.require_shape("features", features, (batch, features.shape[1]), fitting)
+    checks.require_shape("weight", weight, (classes, features.shape[1]), f"memory and features {tuple(features.shape)}")
+    checks.require_shape("labels", labels, (batch,), fitting)
     if bias is not None:
-        require_tensor("bias", bias, "(N,)")
-        require_shape("bias", bias, (classes,), "weight")
+        checks.require_tensor("bias", bias, "(N,)")
+        checks.require_shape("bias", bias, (classes,), "weight")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
 
@@ -152,7 +135,7 @@ def revised_cross_entropy(
     if runs_on_reference():
         import cge_reference
 
-        valid_labels(labels, classes)
+        checks.valid_labels(labels, classes)
         return cge_reference.revised_cross_entropy(*arguments, label_smoothing, local_gradient, bias)
     loss, _, correct, stripe_correct, _, _ = revised_cross_entropy_op(
         *arguments, bias, float(label_smoothing), local_gradient

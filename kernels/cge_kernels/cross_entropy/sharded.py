@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cge_kernels.common.budget import logits_are_kept, score_row
+from cge_kernels.common.budget import empty_saved
 from cge_kernels.common.checks import accumulation_dtype, valid_labels
 from cge_kernels.common.dispatch import autocast_off, runs_on_triton
 from cge_kernels.common.sharding import ClassShard, gather_equal, reduce_to_own
 from cge_kernels.cross_entropy import cpu
 from cge_kernels.cross_entropy.backward import revised_cross_entropy_backward_op
 from cge_kernels.cross_entropy.forward import launch_statistics
-from cge_kernels.cross_entropy.inputs import Inputs, Statistics
+from cge_kernels.cross_entropy.inputs import Inputs, Statistics, empty_statistics
 
 
 @torch.library.custom_op("cge_kernels::revised_statistics", mutates_args=())
@@ -39,17 +39,9 @@ def revised_statistics_op(
 
 @revised_statistics_op.register_fake
 def _(features, weight, local_features, memory, labels, bias, first_class, all_classes):
-    batch, stripes, _ = local_features.shape
     dtype = accumulation_dtype(features, weight, local_features, memory)
-    rows = memory.shape[1] if logits_are_kept(batch, stripes, memory.shape[1]) else 0
-    return (
-        features.new_empty(stripes + 1, batch, dtype=dtype),
-        features.new_empty(stripes + 1, batch, dtype=torch.int64),
-        features.new_empty(2, batch, dtype=dtype),
-        features.new_empty(batch, dtype=dtype),
-        features.new_empty(stripes + 1, rows, score_row(batch), dtype=dtype),
-        features.new_empty(stripes, batch, dtype=dtype),
-    )
+    statistics = empty_statistics(features, len(memory), dtype)
+    return *statistics, *empty_saved(len(features), memory, dtype)
 
 
 class ShardedCrossEntropy(torch.autograd.Function):

@@ -3,14 +3,8 @@
 import torch
 from torch import Tensor
 
+from cge_kernels.common import checks
 from cge_kernels.common.budget import scratch_bytes
-from cge_kernels.common.checks import (
-    accumulation_dtype,
-    check_local,
-    require_same_device,
-    require_shape,
-    require_tensor,
-)
 
 
 @torch.no_grad()
@@ -31,13 +25,13 @@ def stripe_correct(local_features: Tensor, memory: Tensor, labels: Tensor) -> Te
         TypeError: an argument has another type or dtype.
         ValueError: ranks, shapes or devices do not fit, or the memory is not contiguous.
     """
-    check_local(local_features, memory)
-    require_tensor("labels", labels, "(B,)", "an integer")
-    require_shape("labels", labels, (len(local_features),), f"local_features {tuple(local_features.shape)}")
-    require_same_device(memory=memory, labels=labels)
+    checks.check_local(local_features, memory)
+    checks.require_tensor("labels", labels, "(B,)", "an integer")
+    checks.require_shape("labels", labels, (len(local_features),), f"local_features {tuple(local_features.shape)}")
+    checks.require_same_device(memory=memory, labels=labels)
     stripes, classes, _ = memory.shape
     batch = len(labels)
-    dtype = accumulation_dtype(local_features, memory)
+    dtype = checks.accumulation_dtype(local_features, memory)
     local = local_features.to(memory.dtype).to(dtype).transpose(0, 1)
     best = local.new_full((stripes, batch), -torch.inf)
     argmax = labels.new_zeros((stripes, batch), dtype=torch.int64)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from cge_kernels.common.budget import chunk_of_classes, score_row, scores_are_kept
+from cge_kernels.common.budget import chunk_of_classes, empty_scores
 from cge_kernels.common.checks import accumulation_dtype
 
 NORM_EPS = 1e-12  # lower bound of a local feature's length
@@ -45,12 +45,9 @@ def weights_of(scores: Tensor) -> Tensor:
 
 def revise_logits(logits: Tensor, local_features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Revised logits (B, N), scores (n, B, score_row) or (n, B, 0) if they are not kept, inv_norm (n, B)."""
-    stripes, classes, _ = memory.shape
-    dtype = accumulation_dtype(local_features, memory)
-    inv_norm = inverse_norms(local_features, dtype)
-    row = score_row(classes) if scores_are_kept(local_features, memory) else 0
-    scores = logits.new_empty(stripes, len(logits), row, dtype=dtype)
-    scores[:, :, classes:] = 0
+    inv_norm = inverse_norms(local_features, accumulation_dtype(local_features, memory))
+    scores, _ = empty_scores(len(logits), memory, inv_norm.dtype)
+    scores[:, :, memory.shape[1] :] = 0
     revised = torch.empty_like(logits, memory_format=torch.contiguous_format)
     for part, chunk in chunks_of_scores(local_features, memory, inv_norm, scores):
         revised[:, part] = weights_of(chunk).mul_(logits[:, part])
@@ -58,14 +55,9 @@ def revise_logits(logits: Tensor, local_features: Tensor, memory: Tensor) -> tup
 
 
 def revise_logits_backward(
-    grad: Tensor,
-    logits: Tensor,
-    local_features: Tensor,
-    memory: Tensor,
-    scores: Tensor,
-    inv_norm: Tensor,
+    grad: Tensor, logits: Tensor, local_features: Tensor, memory: Tensor, scores: Tensor, inv_norm: Tensor,
     local_gradient: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of the logits (B, N) and of the local features (B, n, C), the latter empty without local_gradient."""
     stripes, classes, _ = memory.shape
     dtype = inv_norm.dtype

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cge_kernels.common.budget import score_row, scores_are_kept
+from cge_kernels.common.budget import empty_scores, score_row
 from cge_kernels.common.device_functions import NORM_EPS, jit, log_sigmoid, multiply, product, sum_parts, tl
 from cge_kernels.common.launch import current_target, float32_precision, launch
 from cge_kernels.common.tiles import CAST_AND_NORM, block_of_parts, cdiv, scores_tiles
@@ -209,11 +209,8 @@ def launch_revise(
 
 def launch_forward(logits: Tensor, local_features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Revised logits (B, N), scores (n, B, score_row) or (n, B, 0) if they are not kept, inv_norm (n, B)."""
-    batch, (stripes, classes, _) = len(local_features), memory.shape
     casts = cast_and_norm(local_features, memory)
     revised = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    row = score_row(classes) if scores_are_kept(local_features, memory) else 0
-    scores = logits.new_empty(stripes, batch, row, dtype=torch.float32)
-    inv_norm = logits.new_empty(stripes, batch, dtype=torch.float32)
-    launch_revise(logits, casts, memory, revised, scores if row else None, inv_norm)
+    scores, inv_norm = empty_scores(len(local_features), memory, torch.float32)
+    launch_revise(logits, casts, memory, revised, scores if scores.shape[2] else None, inv_norm)
     return revised, scores, inv_norm

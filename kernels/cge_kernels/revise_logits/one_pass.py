@@ -17,14 +17,8 @@ aborted launch left. The launch is cooperative: the driver refuses a grid that w
 import torch
 from torch import Tensor
 
-from cge_kernels.common.budget import score_row, scores_are_kept
-from cge_kernels.common.checks import (
-    accumulation_dtype,
-    require_memory,
-    require_same_device,
-    require_shape,
-    require_tensor,
-)
+from cge_kernels.common import checks
+from cge_kernels.common.budget import empty_scores, score_row
 from cge_kernels.common.device_functions import jit, tl
 from cge_kernels.common.dispatch import autocast_off, runs_on_reference, runs_on_triton
 from cge_kernels.common.launch import current_target, float32_precision, launch
@@ -96,9 +90,7 @@ def launch_forward(
     local_features = feature_map.new_empty(batch, stripes, channels, dtype=torch.float32)
     converted = None if memory.dtype == torch.float32 else torch.empty_like(local_features, dtype=memory.dtype)
     revised = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    row = score_row(classes) if scores_are_kept(local_features, memory) else 0
-    scores = logits.new_empty(stripes, batch, row, dtype=torch.float32)
-    inv_norm = logits.new_empty(stripes, batch, dtype=torch.float32)
+    scores, inv_norm = empty_scores(batch, memory, torch.float32)
     launch(
         one_pass_kernel, min(target.multiprocessors, max(batch * channel_tiles, class_tiles)), matmul,
         {
@@ -106,7 +98,7 @@ def launch_forward(
             "local_cast": local_features if converted is None else converted,
             "partial_sq_norms": feature_map.new_empty(stripes, channel_tiles, score_row(batch), dtype=torch.float32),
             "counter": feature_map.new_zeros(1, dtype=torch.int32), "logits": logits, "memory": memory,
-            "revised": revised, "scores": scores if row else None, "inv_norm": inv_norm,
+            "revised": revised, "scores": scores if scores.shape[2] else None, "inv_norm": inv_norm,
         },
         {"launch_cooperative_grid": True},
         eps=eps, batch=batch, channels=channels, classes=classes, **map_constants(stripes, feature_map), **pool.blocks,
@@ -136,16 +128,9 @@ def one_pass_op(
 @one_pass_op.register_fake
 def _(feature_map, logits, memory, p, eps, local_gradient):
     batch, channels = feature_map.shape[:2]
-    stripes, classes, _ = memory.shape
-    local_features = feature_map.new_empty(batch, stripes, channels, dtype=accumulation_dtype(feature_map))
-    dtype = accumulation_dtype(local_features, memory)
-    row = score_row(classes) if scores_are_kept(local_features, memory) else 0
-    return (
-        torch.empty_like(logits, memory_format=torch.contiguous_format),
-        local_features,
-        logits.new_empty(stripes, batch, row, dtype=dtype),
-        logits.new_empty(stripes, batch, dtype=dtype),
-    )
+    local_features = feature_map.new_empty(batch, len(memory), channels, dtype=checks.accumulation_dtype(feature_map))
+    saved = empty_scores(batch, memory, checks.accumulation_dtype(local_features, memory))
+    return torch.empty_like(logits, memory_format=torch.contiguous_format), local_features, *saved
 
 
 def setup_context(ctx, inputs, output) -> None:
@@ -173,13 +158,9 @@ one_pass_op.register_autograd(backward, setup_context=setup_context)
 
 
 def revise_logits_one_pass(
-    feature_map: Tensor,
-    logits: Tensor,
-    memory: Tensor,
-    p: float | Tensor | None = None,
-    eps: float = 1e-6,
+    feature_map: Tensor, logits: Tensor, memory: Tensor, p: float | Tensor | None = None, eps: float = 1e-6,
     local_gradient: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Revised logits straight from the feature map, in one launch: stripe_pool with n = memory.shape[0], revise_logits.
 
     Args:
@@ -195,14 +176,14 @@ def revise_logits_one_pass(
     Raises:
         TypeError, ValueError: as `stripe_pool` and `revise_logits`.
     """
-    require_memory("memory", memory)
+    checks.require_memory("memory", memory)
     stripes, classes, _ = memory.shape
     p = check_pooling(feature_map, stripes, p)
-    require_tensor("logits", logits, "(B, N)")
-    require_same_device(feature_map=feature_map, logits=logits, memory=memory)
+    checks.require_tensor("logits", logits, "(B, N)")
+    checks.require_same_device(feature_map=feature_map, logits=logits, memory=memory)
     batch, map_channels = feature_map.shape[:2]
-    require_shape("memory", memory, (stripes, classes, map_channels), f"feature_map {tuple(feature_map.shape)}")
-    require_shape("logits", logits, (batch, classes), f"feature_map and memory {tuple(memory.shape)}")
+    checks.require_shape("memory", memory, (stripes, classes, map_channels), f"feature_map {tuple(feature_map.shape)}")
+    checks.require_shape("logits", logits, (batch, classes), f"feature_map and memory {tuple(memory.shape)}")
     if runs_on_reference():
         import cge_reference
 

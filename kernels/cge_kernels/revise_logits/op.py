@@ -14,14 +14,8 @@ backward computes them again, chunk of classes by chunk, in that room.
 import torch
 from torch import Tensor
 
-from cge_kernels.common.budget import score_row, scores_are_kept
-from cge_kernels.common.checks import (
-    accumulation_dtype,
-    check_local,
-    require_same_device,
-    require_shape,
-    require_tensor,
-)
+from cge_kernels.common import checks
+from cge_kernels.common.budget import empty_scores
 from cge_kernels.common.dispatch import autocast_off, runs_on_reference, runs_on_triton
 from cge_kernels.revise_logits import cpu
 from cge_kernels.revise_logits.backward import revise_logits_backward_op
@@ -39,14 +33,8 @@ def revise_logits_op(
 
 @revise_logits_op.register_fake
 def _(logits, local_features, memory, local_gradient):
-    batch, stripes, _ = local_features.shape
-    dtype = accumulation_dtype(local_features, memory)
-    row = score_row(memory.shape[1]) if scores_are_kept(local_features, memory) else 0
-    return (
-        torch.empty_like(logits, memory_format=torch.contiguous_format),
-        logits.new_empty(stripes, batch, row, dtype=dtype),
-        logits.new_empty(stripes, batch, dtype=dtype),
-    )
+    saved = empty_scores(len(logits), memory, checks.accumulation_dtype(local_features, memory))
+    return torch.empty_like(logits, memory_format=torch.contiguous_format), *saved
 
 
 def setup_context(ctx, inputs, output) -> None:
@@ -87,11 +75,11 @@ def revise_logits(logits: Tensor, local_features: Tensor, memory: Tensor, local_
         TypeError: an argument is not a floating tensor.
         ValueError: ranks, shapes or devices do not fit, or the memory is not contiguous.
     """
-    require_tensor("logits", logits, "(B, N)")
-    check_local(local_features, memory)
-    require_same_device(logits=logits, memory=memory)
+    checks.require_tensor("logits", logits, "(B, N)")
+    checks.check_local(local_features, memory)
+    checks.require_same_device(logits=logits, memory=memory)
     fitting = f"local_features and memory {tuple(memory.shape)}"
-    require_shape("logits", logits, (len(local_features), memory.shape[1]), fitting)
+    checks.require_shape("logits", logits, (len(local_features), memory.shape[1]), fitting)
     if runs_on_reference():
         import cge_reference
 

@@ -112,14 +112,9 @@ def stripe_pool(feature_map: Tensor, stripes: int, p: Tensor | None, eps: float)
 
 
 def stripe_pool_backward(
-    grad_global: Tensor | None,
-    grad_local: Tensor | None,
-    feature_map: Tensor,
-    global_feature: Tensor | None,
-    local_features: Tensor,
-    p: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+    grad_global: Tensor | None, grad_local: Tensor | None, feature_map: Tensor, global_feature: Tensor | None,
+    local_features: Tensor, p: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradient of the map, and of p (0-d; 0 for average pooling)."""
     _, _, height, width = feature_map.shape
     whole_map, *each_stripe = parts(height, local_features.shape[1])

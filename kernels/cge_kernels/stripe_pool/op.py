@@ -34,14 +34,9 @@ def _(feature_map, stripes, p, eps):
 
 @torch.library.custom_op("cge_kernels::stripe_pool_backward", mutates_args=())
 def stripe_pool_backward_op(
-    grad_global: Tensor | None,
-    grad_local: Tensor | None,
-    feature_map: Tensor,
-    global_feature: Tensor | None,
-    local_features: Tensor,
-    p: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+    grad_global: Tensor | None, grad_local: Tensor | None, feature_map: Tensor, global_feature: Tensor | None,
+    local_features: Tensor, p: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     run = triton.launch_backward if runs_on_triton(feature_map) else cpu.stripe_pool_backward
     with autocast_off(feature_map):
         return run(grad_global, grad_local, feature_map, global_feature, local_features, p, eps)

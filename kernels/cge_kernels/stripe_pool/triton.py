@@ -276,14 +276,9 @@ def launch_forward(feature_map: Tensor, stripes: int, p: Tensor | None, eps: flo
 
 
 def launch_backward(
-    grad_global: Tensor | None,
-    grad_local: Tensor | None,
-    feature_map: Tensor,
-    global_feature: Tensor | None,
-    local_features: Tensor,
-    p: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+    grad_global: Tensor | None, grad_local: Tensor | None, feature_map: Tensor, global_feature: Tensor | None,
+    local_features: Tensor, p: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradient of the map, and of p (0-d float32; 0 for average pooling)."""
     batch, channels = feature_map.shape[:2]
     grad_map = torch.empty_like(feature_map)

@@ -16,8 +16,7 @@ it compiles: there, spills are shown but not counted.
 import argparse
 import os
 import sys
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -94,42 +93,25 @@ def collect(hardware: Hardware, quick: bool) -> tuple[list[Compilation], set[tup
     return list(compilations.values()), never
 
 
-def compile_and_measure(compilation: Compilation) -> Resources:
-    """Never raises: what went wrong becomes the result's error."""
-    target = compilation.hardware.target
-    try:
-        with redirect_stdout(StringIO()):  # Triton prints the whole PTX that ptxas rejects
-            return measure(compile_launch(compilation.launch, target), target)
-    except Exception as error:
-        return Resources(error=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}")
-
-
 _work: list[Compilation] = []  # the pool's processes inherit it: kernels cannot be pickled
 
 
 def compile_item(index: int) -> Resources:
-    """What a process of the pool runs."""
-    return compile_and_measure(_work[index])
+    """Compiles and measures one of _work. Never raises: what went wrong becomes the result's error."""
+    launch, target = _work[index].launch, _work[index].hardware.target
+    try:
+        with redirect_stdout(StringIO()):  # Triton prints the whole PTX that ptxas rejects
+            return measure(compile_launch(launch, target), target)
+    except Exception as error:
+        return Resources(error=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}")
 
 
 def compile_all(compilations: list[Compilation]) -> list[Resources]:
     """Compiles on all processors."""
     _work[:] = compilations
+    print(f"compiling {len(compilations)} kernels", file=sys.stderr)
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
-        futures = [pool.submit(compile_item, index) for index in range(len(compilations))]
-        for _ in progress(as_completed(futures), len(futures)):
-            pass
-    return [future.result() for future in futures]
-
-
-def progress(items: Iterable, total: int) -> Iterable:
-    """The items, with tqdm's bar if it is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        print(f"compiling {total} kernels", file=sys.stderr)
-        return items
-    return tqdm(items, total=total, unit="kernel", desc="compiling")
+        return list(pool.map(compile_item, range(len(compilations))))
 
 
 def problem(compilation: Compilation, result: Resources) -> str:

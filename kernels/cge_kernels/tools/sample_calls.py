@@ -5,13 +5,13 @@ needs a shape here.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from cge_kernels.common.budget import SCRATCH_MB
 from cge_kernels.cross_entropy.backward import launch_backward as cross_entropy_backward
 from cge_kernels.cross_entropy.forward import launch_forward as cross_entropy_forward
 from cge_kernels.cross_entropy.forward import launch_statistics
@@ -68,20 +68,6 @@ def feature_maps(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
     return [contiguous, contiguous.to(memory_format=torch.channels_last), wider[..., 1:-1]]
 
 
-@contextmanager
-def scratch_megabytes(number: int | None) -> Iterator[None]:
-    """Inside, CGE_SCRATCH_MB is the number or, for None, its default."""
-    before = os.environ.pop("CGE_SCRATCH_MB", None)
-    if number is not None:
-        os.environ["CGE_SCRATCH_MB"] = str(number)
-    try:
-        yield
-    finally:
-        os.environ.pop("CGE_SCRATCH_MB", None)
-        if before is not None:
-            os.environ["CGE_SCRATCH_MB"] = before
-
-
 def call_pooling(shape: Shape, dtype: torch.dtype, every_variant: bool) -> None:
     """stripe_pool with average and GeM pooling, contiguous and channels_last.
 
@@ -102,8 +88,8 @@ def call_revision(shape: Shape, dtype: torch.dtype, memory_dtype: torch.dtype, e
     """
     memory = empty(shape.stripes, shape.classes, shape.channels, dtype=memory_dtype)
     logits = empty(shape.batch, shape.classes, dtype=dtype)
-    for megabytes in (None, 0)[: 2 if every_variant else 1]:
-        with scratch_megabytes(megabytes):
+    for megabytes in (SCRATCH_MB, 0)[: 2 if every_variant else 1]:
+        with mock.patch.dict(os.environ, CGE_SCRATCH_MB=str(megabytes)):
             for local_dtype in {torch.float32, memory_dtype} if every_variant else [torch.float32]:
                 local = empty(shape.batch, shape.stripes, shape.channels, dtype=local_dtype)
                 _, scores, inv_norm = revise_forward(logits, local, memory)
@@ -123,8 +109,8 @@ def call_cross_entropy(shape: Shape, dtype: torch.dtype, memory_dtype: torch.dty
     memory = empty(shape.stripes, shape.classes, shape.channels, dtype=memory_dtype)
     local = empty(shape.batch, shape.stripes, shape.channels)
     labels, grad = empty(shape.batch, dtype=torch.int64), empty(shape.batch)
-    for megabytes in (None, 0)[: 2 if every_variant else 1]:
-        with scratch_megabytes(megabytes):
+    for megabytes in (SCRATCH_MB, 0)[: 2 if every_variant else 1]:
+        with mock.patch.dict(os.environ, CGE_SCRATCH_MB=str(megabytes)):
             for feature_dtype in {torch.float32, dtype} if every_variant else [torch.float32]:
                 features = empty(shape.batch, shape.channels, dtype=feature_dtype)
                 weight = empty(shape.classes, shape.channels, dtype=feature_dtype)

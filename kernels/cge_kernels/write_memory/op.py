@@ -70,13 +70,9 @@ def _(memory, local_features, labels, momentum, low_precision_memory):
 
 
 def write_memory_(
-    memory: Tensor,
-    local_features: Tensor,
-    labels: Tensor,
-    momentum: float | Tensor,
-    low_precision_memory: Tensor | None = None,
-    shard: ClassShard | None = None,
-) -> Tensor:
+    memory: Tensor, local_features: Tensor, labels: Tensor, momentum: float | Tensor,
+    low_precision_memory: Tensor | None = None, shard: ClassShard | None = None,
+) -> Tensor:  # fmt: skip
     """Writes the local features of one optimizer step into the class memory, in place (the paper's module NLC).
 
     For each identity y of the batch, with u_i = normalise(mean of its f_i):
