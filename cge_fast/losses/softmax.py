@@ -9,8 +9,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from cge_fast.model import Embeddings
 from cge_kernels import ClassShard
-from cge_kernels.common.checks import require_shape, require_tensor
-from cge_kernels.cross_entropy.op import valid_labels
+from cge_kernels.common.checks import require_shape, require_tensor, valid_labels
 
 CLASSIFIER_STD = 0.001  # BagTricks' initialisation
 DRAWN_ROWS = 1024  # so that each draw is a multiple of 16 numbers, as torch draws them
