@@ -13,7 +13,7 @@ from cge_kernels.common.budget import chunk_of_statistics, empty_saved, score_ro
 from cge_kernels.common.device_functions import NORM_EPS, jit, log_sigmoid, multiply, product, sum_parts, tl
 from cge_kernels.common.launch import current_target, float32_precision, launch
 from cge_kernels.common.tiles import REDUCE_TILES, block_of_parts, cdiv, scores_tiles
-from cge_kernels.cross_entropy.inputs import Inputs, Loss, Statistics, empty_statistics
+from cge_kernels.cross_entropy.inputs import Inputs, Loss, Statistics, empty_loss, empty_statistics
 from cge_kernels.revise_logits.forward import Casts, cast_and_norm
 
 FAR = 2**31 - 1  # a class beyond all others
@@ -253,12 +253,10 @@ def launch_reduce_tiles(
     )  # fmt: skip
 
 
-def launch_chunks(
-    inputs: Inputs, loss: Loss | None, label_smoothing: float
-) -> tuple[Statistics | None, Tensor, Tensor]:
-    """Goes over the classes, all at once if their logits are kept, and fills the loss unless it is None.
+def launch_forward(inputs: Inputs, label_smoothing: float | None) -> tuple[Loss | Statistics, Tensor, Tensor]:
+    """Goes over the classes, all at once if their logits are kept: the loss or, if label_smoothing is None, statistics.
 
-    Returns the statistics of all classes, if there is no loss, saved_logits and inv_norm as in `Saved`.
+    Returns beside them saved_logits and inv_norm as in `Saved`.
     """
     batch, stripes, classes = inputs.sizes
     inputs = inputs.contiguous()
@@ -266,23 +264,12 @@ def launch_chunks(
     saved_logits, inv_norm = empty_saved(batch, inputs.memory, torch.float32)
     rows = saved_logits.shape[1]
     chunk = rows or chunk_of_statistics(batch, stripes, classes)
+    loss = None if label_smoothing is None else empty_loss(inputs.features, stripes, torch.float32)
     statistics = None if loss and chunk >= classes else empty_statistics(inputs.features, stripes, torch.float32)
     for start in range(0, classes, chunk):
         end = min(start + chunk, classes)
         part = inputs.rows(slice(start, end))
         partials = launch_cross_entropy(part, casts, saved_logits if rows else None, inv_norm)
-        launch_reduce_tiles(partials, part, statistics, loss if end == classes else None, start == 0, label_smoothing)
-    return statistics, saved_logits, inv_norm
-
-
-def launch_forward(inputs: Inputs, label_smoothing: float) -> tuple[Loss, Tensor, Tensor]:
-    """The loss of all classes, saved_logits and inv_norm as in `Saved`."""
-    loss = inputs.features.new_empty(len(inputs.features), dtype=torch.float32)
-    correct = torch.empty_like(loss, dtype=torch.bool)
-    results = Loss(loss, torch.empty_like(loss), correct, correct.new_empty(inputs.local_features.shape[:2]))
-    return results, *launch_chunks(inputs, results, label_smoothing)[1:]
-
-
-def launch_statistics(inputs: Inputs) -> tuple[Statistics, Tensor, Tensor]:
-    """The statistics of the rows' classes, saved_logits and inv_norm as in `Saved`."""
-    return launch_chunks(inputs, None, 0.0)
+        results = loss if end == classes else None
+        launch_reduce_tiles(partials, part, statistics, results, start == 0, label_smoothing or 0.0)
+    return loss or statistics, saved_logits, inv_norm

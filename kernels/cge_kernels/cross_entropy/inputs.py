@@ -68,3 +68,9 @@ def empty_statistics(features: Tensor, stripes: int, dtype: torch.dtype) -> Stat
     row_max = features.new_empty(stripes + 1, len(features), dtype=dtype)
     argmax = torch.empty_like(row_max, dtype=torch.int64)
     return Statistics(row_max, argmax, torch.empty_like(row_max[:2]), torch.empty_like(row_max[0]))
+
+
+def empty_loss(features: Tensor, stripes: int, dtype: torch.dtype) -> Loss:
+    """Where the results of the features' samples go."""
+    loss, correct = features.new_empty(len(features), dtype=dtype), features.new_empty(len(features), dtype=torch.bool)
+    return Loss(loss, torch.empty_like(loss), correct, correct.new_empty(len(features), stripes))

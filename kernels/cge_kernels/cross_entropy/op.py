@@ -20,7 +20,7 @@ from cge_kernels.common.sharding import ClassShard, has_all_classes, require_equ
 from cge_kernels.cross_entropy import cpu
 from cge_kernels.cross_entropy.backward import revised_cross_entropy_backward_op
 from cge_kernels.cross_entropy.forward import launch_forward
-from cge_kernels.cross_entropy.inputs import Inputs
+from cge_kernels.cross_entropy.inputs import Inputs, empty_loss
 from cge_kernels.cross_entropy.sharded import ShardedCrossEntropy
 
 
@@ -42,11 +42,8 @@ def revised_cross_entropy_op(
 
 @revised_cross_entropy_op.register_fake
 def _(features, weight, local_features, memory, labels, bias, label_smoothing, local_gradient):
-    batch, stripes, _ = local_features.shape
     dtype = checks.accumulation_dtype(features, weight, local_features, memory)
-    loss, correct = features.new_empty(batch, dtype=dtype), features.new_empty(batch, stripes, dtype=torch.bool)
-    saved = empty_saved(batch, memory, dtype)
-    return loss, torch.empty_like(loss), correct.new_empty(batch), correct, *saved
+    return *empty_loss(features, len(memory), dtype), *empty_saved(len(features), memory, dtype)
 
 
 def setup_context(ctx, inputs, output) -> None:

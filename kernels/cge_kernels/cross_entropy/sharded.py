@@ -16,7 +16,7 @@ from cge_kernels.common.dispatch import autocast_off, runs_on_triton
 from cge_kernels.common.sharding import ClassShard, gather_equal, reduce_to_own
 from cge_kernels.cross_entropy import cpu
 from cge_kernels.cross_entropy.backward import revised_cross_entropy_backward_op
-from cge_kernels.cross_entropy.forward import launch_statistics
+from cge_kernels.cross_entropy.forward import launch_forward
 from cge_kernels.cross_entropy.inputs import Inputs, Statistics, empty_statistics
 
 
@@ -31,9 +31,8 @@ def revised_statistics_op(
     """
     inputs = Inputs(features, weight, local_features, memory, labels, bias, first_class, all_classes)
     on_triton = runs_on_triton(features, weight, local_features, memory)
-    run = launch_statistics if on_triton else cpu.revised_statistics
     with autocast_off(features):
-        statistics, *saved = run(inputs)
+        statistics, *saved = launch_forward(inputs, None) if on_triton else cpu.revised_statistics(inputs)
     return *statistics, *saved
 
 
