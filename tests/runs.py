@@ -1,0 +1,35 @@
+"""Runs of the training program in tests, and what they leave behind."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from cge_fast import checkpoint, errors, train
+
+
+def run(arguments, capsys) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of the program."""
+    status = 0
+    try:
+        errors.run(lambda: train.main(arguments), "cge_fast.train")
+    except SystemExit as exit_:
+        status = exit_.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    last = folder / "checkpoints" / "last"
+    return checkpoint.load_model(last) | checkpoint.load_loss(last)
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
