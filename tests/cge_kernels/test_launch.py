@@ -209,15 +209,16 @@ def highest_addresses(launch: Launch, integer: int = 0) -> dict[str, int]:
     return highest
 
 
+CLASSES = 1_200_000
 CALLS = {
     # a map of 6000 * 2048 * 24 * 8 = 2.4e9 elements
     "stripe_pool": lambda: call_pooling(Shape(6000, 2048, 1), torch.float32, every_variant=False),
-    # a memory of 3 * 400,000 * 2,048 = 2.5e9 elements
-    "revise_logits": lambda: call_revision(Shape(2, 2048, 400_000), torch.float32, torch.float32, every_variant=False),
+    # a memory of which each stripe has 1,200,000 * 2,048 = 2.5e9 elements
+    "revise_logits": lambda: call_revision(Shape(2, 2048, CLASSES), torch.float32, torch.float32, every_variant=False),
     "revised_cross_entropy": lambda: call_cross_entropy(
-        Shape(2, 2048, 400_000), torch.float32, torch.float32, every_variant=False
+        Shape(2, 2048, CLASSES), torch.float32, torch.float32, every_variant=False
     ),
-    "write_memory_": lambda: call_write(Shape(1, 2048, 400_000), torch.float32),
+    "write_memory_": lambda: call_write(Shape(1, 2048, CLASSES), torch.float32),
 }
 
 
@@ -234,8 +235,8 @@ def test_what_lies_beyond_two_to_the_31_elements_has_64_bit_offsets(operator):
         if not large or "launch_cooperative_grid" in seen.options:  # a barrier needs memory
             continue
         if "BLOCK_K" in seen.constants:  # fewer and longer steps
-            seen.constants["BLOCK_K"] = 1024 if "BLOCK_N" in seen.constants else 32768
-        found = highest_addresses(seen, integer=399_999)
+            seen.constants["BLOCK_K"] = 1024 if "BLOCK_N" in seen.constants else 65536
+        found = highest_addresses(seen, integer=CLASSES - 1)
         touched = large.keys() & found.keys()  # average pooling's backward only writes
         assert touched, seen.kernel.fn.__name__
         number += 1

@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import triton
 
+from cge_kernels.tools.compiler import why_not
 from cge_kernels.tools.gpus import HARDWARE
 
 # The command line, with small kernels in place of the operators
@@ -126,19 +128,22 @@ def test_without_triton():
     assert result.stderr == "cge_kernels.tools.compile: Triton is not installed\n"
 
 
+WITHOUT_LINKER = why_not(HARDWARE["gfx1100"].target)
+needs_linker = pytest.mark.skipif(bool(WITHOUT_LINKER), reason=WITHOUT_LINKER or "AMD's code is linked")
+# older ones keep the reason on further lines
+IS_RECENT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)
+FAILURE = "CompilationError:" + (" arange's range must be a power of 2" if IS_RECENT else "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "targets", "problems", "summary"),
     [
         # sm_75 is compile-only: its spills are forgiven
-        ("spills", ["sm_80", "sm_75", "gfx1100"], ["spills", None, "spills"], "3 compiled, 0 failed, 2 spilled"),
+        ("spills", ["sm_80", "sm_75"], ["spills", None], "2 compiled, 0 failed, 1 spilled"),
+        pytest.param("spills", ["gfx1100"], ["spills"], "1 compiled, 0 failed, 1 spilled", marks=needs_linker),
         ("exceeds", ["sm_80"], ["exceeds 166912 shared bytes"], "1 compiled, 1 failed, 0 spilled"),
-        (
-            "fails",
-            ["sm_80"],
-            ["CompilationError: arange's range must be a power of 2"],
-            "0 compiled, 1 failed, 0 spilled",
-        ),
+        ("fails", ["sm_80"], [FAILURE], "0 compiled, 1 failed, 0 spilled"),
     ],
 )
 def test_exit_code(tmp_path, kernel, targets, problems, summary):
@@ -193,13 +198,15 @@ def test_a_real_launch(tmp_path):
     program.write_text(REVISION)
     result = run(str(program), "--target", "sm_80", "gfx942", "gfx90a")
     assert result.returncode == 0, result.stderr
+    assert ("gfx942 is skipped: " in result.stderr) == bool(WITHOUT_LINKER)
     revisions = {(row["dtype"], row["target"]): row for row in rows(result.stdout) if row["kernel"] == "revise_kernel"}
     instruction = {key: row["tensor cores"] for key, row in revisions.items()}
     assert instruction[("bf16+fp32", "sm_80")] == instruction[("fp32 tf32", "sm_80")] == "mma.sync"
-    assert instruction[("fp32 tf32", "gfx942")] == "mfma"
-    assert instruction[("bf16+fp32", "gfx942")] == instruction[("bf16+fp32", "gfx90a")] == "mfma"
-    never = revisions.pop(("fp32 tf32", "gfx90a"))
-    assert {never[name] for name in ("registers", "spilled", "shared", "occupancy", "tensor cores")} == {"-"}
+    if not WITHOUT_LINKER:
+        assert instruction[("fp32 tf32", "gfx942")] == "mfma"
+        assert instruction[("bf16+fp32", "gfx942")] == instruction[("bf16+fp32", "gfx90a")] == "mfma"
+        never = revisions.pop(("fp32 tf32", "gfx90a"))
+        assert {never[name] for name in ("registers", "spilled", "shared", "occupancy", "tensor cores")} == {"-"}
     for row in revisions.values():
         assert int(row["registers"]) > 0
         assert int(row["shared"]) > 0
