@@ -1,0 +1,1 @@
+"""Evaluation: features of query and gallery, their ranking, and re-ranking."""

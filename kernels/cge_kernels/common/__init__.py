@@ -1,0 +1,1 @@
+"""What the operators share: dispatch, launches, tile sizes, argument checks, the scratch budget, sharding."""

@@ -1,0 +1,1 @@
+"""revised_cross_entropy, the loss in training: classifier, cosines, weights and softmax over the classes."""
