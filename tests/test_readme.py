@@ -20,6 +20,7 @@ def examples(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_loop_has_under_25_lines_and_runs():
     (loop,) = examples("README.md")
     assert len(loop.splitlines()) < 25

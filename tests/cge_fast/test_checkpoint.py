@@ -88,6 +88,7 @@ def save_and_die(folder, epoch, best, operation, save=save) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("best", [True, False])
 def test_a_kill_between_any_two_file_operations_leaves_loadable_checkpoints(tmp_path, best):
     operation, died, seen = 0, True, set()
@@ -122,6 +123,7 @@ def test_a_kill_during_the_first_save_leaves_no_checkpoint_or_a_whole_one(tmp_pa
         operation += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_next", [save, save_sharded])
 def test_a_kill_in_a_sharded_save_leaves_no_rows_to_the_next_checkpoint(tmp_path, save_next):
     operation, died = 0, True
@@ -146,6 +148,7 @@ def write_two_shards(rank, folder):
         checkpoint.save(folder, Contents(5, model(1.0), None, {"epoch": 1}), "seed: 1\n", 1, True)
 
 
+@pytest.mark.slow
 def test_missing_and_damaged_files_of_rows_are_named(tmp_path):
     on_ranks(2, write_two_shards, tmp_path / "run", folder=tmp_path)
     assert loaded_epochs(tmp_path / "run") == {"last": 1, "best": 1}

@@ -84,6 +84,7 @@ def train_without_batch_norm(rank, options):
     train_run(build.build_run(config, torch.device("cpu")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -87,6 +87,7 @@ def test_embeddings_are_those_of_evaluation_in_batches_of_any_size(last, suffix,
         np.testing.assert_allclose(found, features[:batch], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_neck_and_flip_are_the_checkpoints(last, tmp_path):
     plain, _ = eager(last)
     change_evaluation(last, neck="before", flip_test=True)

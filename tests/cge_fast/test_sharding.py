@@ -210,6 +210,7 @@ def save_both(rank, folder, options):
         save(run, is_best=False)
 
 
+@pytest.mark.slow
 def test_whole_and_sharded_checkpoints_hold_the_same(options, tmp_path):
     settings = ("--data.identities", "3", "--loss.metric_weight", "0", "--loss.center_weight", "0.01")
     on_ranks(3, save_both, tmp_path, [*options, *settings], folder=tmp_path)

@@ -50,6 +50,7 @@ def test_metrics_have_a_row_for_each_epoch(options, tmp_path, capsys):
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_seed_are_equal_whatever_the_number_of_workers(options, tmp_path, capsys):
     run(options, capsys)
     run([*options, "--output", str(tmp_path / "other"), "--data.workers", "2"], capsys)
@@ -152,6 +153,7 @@ def test_more_instances_than_an_identity_has_images(options, capsys):
     assert run([*options, "--data.identities", "2", "--data.instances", "8"], capsys)[0] == 0
 
 
+@pytest.mark.slow
 def test_profile_prints_the_share_that_is_not_the_backbone_and_writes_a_trace(options, tmp_path, capsys, monkeypatch):
     def evaluated_slowly(*arguments):
         time.sleep(1)

@@ -53,6 +53,7 @@ def test_float64_on_the_cpu():
     check(arguments, "cpu")
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     sizes=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(2, 40), st.integers(1, 40), st.integers(1, 40)),
@@ -62,6 +63,7 @@ def test_odd_sizes(sizes, backend):
     check(draw(*sizes), backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("classes", "backend"), [(2, "triton"), (3, "triton"), (257, "triton"), (2, "cpu"), (1041, "cpu"), (4999, "cpu")]
 )
@@ -98,6 +100,7 @@ def test_bias_detached_weights_and_smoothing(local_gradient, label_smoothing, ba
     assert (ours["grad_local_features"] is None) != local_gradient
 
 
+@pytest.mark.slow
 def test_more_samples_classes_and_channels_than_one_tile(backend):
     check(draw(67, 2, 67, 35), backend)
 

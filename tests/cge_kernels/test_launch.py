@@ -222,6 +222,7 @@ CALLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="addresses are seen in the interpreter")
 @pytest.mark.parametrize("operator", CALLS)
 def test_what_lies_beyond_two_to_the_31_elements_has_64_bit_offsets(operator):

@@ -58,6 +58,7 @@ def test_it_is_pooling_then_revision(any_backend):
     torch.testing.assert_close(revised, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_same_bits_from_run_to_run(backend):
     first, second = (check_parity("revise_logits_one_pass", draw(p=3.0), backend) for _ in range(2))
     assert all(first[name].equal(second[name]) for name in first)

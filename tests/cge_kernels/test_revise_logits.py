@@ -39,6 +39,7 @@ def test_kept_and_chunked_scores_in_every_dtype_on_the_cpu(dtype, local_gradient
     check(draw(5, 3, 37, 8, dtype=dtype) | {"local_gradient": local_gradient}, "cpu")
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     sizes=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 40), st.integers(1, 40)),
@@ -55,6 +56,7 @@ def test_chunks_of_odd_sizes(sizes, backend):
     check(draw(*sizes), backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory_dtype", [torch.float32, torch.bfloat16])
 def test_more_samples_classes_and_channels_than_one_tile(memory_dtype, backend):
     check(draw(65, 2, 67, 67, memory_dtype=memory_dtype), backend)
@@ -146,6 +148,7 @@ def test_the_same_bits_from_run_to_run(backend):
     assert all(first[name].equal(second[name]) for name in first)
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(
     order=st.permutations(range(4)),

@@ -75,6 +75,7 @@ def test_blocks_of_any_size_on_the_cpu(dtype, layout, p):
         check(draw_map(2, 6, height, 3, dtype=dtype, layout=layout), stripes, p, "cpu")
 
 
+@pytest.mark.slow
 @settings(max_examples=24, deadline=None)
 @given(data=st.data(), p=st.sampled_from([None, 0.7, 1.0, 2.7]), backend=st.sampled_from(["triton", "cpu"]))
 def test_every_height_and_number_of_stripes(data, p, backend):
@@ -178,6 +179,7 @@ def test_the_same_bits_from_run_to_run(p, backend):
             assert first is second is None or first.equal(second)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(
     order=st.permutations(range(3)),

@@ -51,6 +51,7 @@ def check(memory, local_features, labels, momentum, backend, low_precision_memor
     assert_within_budget(memory, truth, reference, doubled * tolerance, "memory")
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     batch=st.integers(0, 7),
@@ -178,6 +179,7 @@ def test_the_same_bits_from_run_to_run(backend):
     assert first.equal(second)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(power=st.integers(-8, 8), backend=st.sampled_from(["triton", "cpu"]))
 def test_the_length_of_all_features_changes_no_bit(power, backend):

@@ -8,6 +8,7 @@ from cge_fast.analyze.__main__ import PROGRAM, main
 from cge_fast.build import load_model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["levels", "precision", "loss-cdf", "saliency", "weights", "ranked"])
 def test_every_analysis_writes_a_picture_and_a_table_and_says_where(saved, tmp_path, capsys, rows_of, name):
     main([name, "--checkpoint", str(saved("mine")), "--output", str(tmp_path / "new" / "out")])

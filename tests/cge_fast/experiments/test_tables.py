@@ -41,6 +41,7 @@ def parsed(options):
 SLOW = pytest.param("table7", marks=pytest.mark.slow)  # 60 rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", [SLOW if table == "table7" else table for table in (TABLES | ROWS)])
 def test_every_rows_options_are_settings(table):
     rows = (TABLES | ROWS)[table]
