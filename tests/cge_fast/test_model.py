@@ -34,6 +34,7 @@ def test_the_settings_reach_the_backbone(tmp_path):
     assert loss_of(network).isfinite()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_ibn_and_non_local_blocks_train_in_the_chosen_precision(precision):
     settings = ModelConfig(backbone="resnet50_ibn_a", non_local="one", stripes=1)

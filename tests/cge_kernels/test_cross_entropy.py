@@ -77,6 +77,7 @@ def test_thousands_of_classes_in_the_widest_tiles():
     check(arguments | {"memory": arguments["memory"].bfloat16()}, "triton", skip=FLAGS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [15, 16, 17, 32, 33, 65, 200])
 def test_without_scratch_classes_go_by_16_and_labels_at_the_edges_are_found(monkeypatch, classes, backend):
     monkeypatch.setenv("CGE_SCRATCH_MB", "0")

@@ -143,6 +143,7 @@ def test_a_write_before_the_backward_is_an_error(backend):
         revised.sum().backward()
 
 
+@pytest.mark.slow
 def test_the_same_bits_from_run_to_run(backend):
     first, second = (check(draw(5, 3, 35, 33), backend) for _ in range(2))
     assert all(first[name].equal(second[name]) for name in first)

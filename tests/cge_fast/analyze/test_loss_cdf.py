@@ -17,6 +17,7 @@ def larger_logits(run):
         loss.memory.div_(loss.memory.norm(dim=2, keepdim=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cge", "variant"),
     [

@@ -45,6 +45,7 @@ def test_a_table_is_written_and_its_trainings_are_not_repeated_but_shared(tiny, 
     assert line == "| CGE, n = 4 |" + " - |" * 7 + " 0 | - |"
 
 
+@pytest.mark.slow
 def test_a_figure_is_drawn_from_the_trainings(tiny, market, tmp_path, capsys):
     main(arguments("figure4", market, tmp_path))
     folder = tmp_path / "out" / "omniglot-small" / "figure4"
