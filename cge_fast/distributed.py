@@ -32,9 +32,7 @@ class _GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:
-        parts = [torch.empty_like(tensor) for _ in range(world_size())]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
+        return sharding.gather_equal(tensor)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
