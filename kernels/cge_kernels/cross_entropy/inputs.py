@@ -1,14 +1,12 @@
 """What the functions of revised_cross_entropy hand to each other."""
 
-from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """The tensors that the loss is made from, with the rows of all N classes or of a run of them."""
 
     features: Tensor  # (B, C)
@@ -29,12 +27,12 @@ class Inputs:
         """The same of some of the rows."""
         bias = None if self.bias is None else self.bias[part]
         weight, memory = self.weight[part], self.memory[:, part]
-        return replace(self, weight=weight, memory=memory, bias=bias, first_class=self.first_class + part.start)
+        return self._replace(weight=weight, memory=memory, bias=bias, first_class=self.first_class + part.start)
 
     def contiguous(self) -> Self:
         """The same with those tensors contiguous of which the kernels expect it."""
         bias = None if self.bias is None else self.bias.contiguous()
-        return replace(self, weight=self.weight.contiguous(), labels=self.labels.contiguous(), bias=bias)
+        return self._replace(weight=self.weight.contiguous(), labels=self.labels.contiguous(), bias=bias)
 
 
 class Statistics(NamedTuple):
