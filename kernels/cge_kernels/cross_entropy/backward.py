@@ -8,7 +8,7 @@ and of the local features' gradient. In the end the latter goes through the norm
 import torch
 from torch import Tensor
 
-from cge_kernels.common.budget import chunk_of_logits, score_row
+from cge_kernels.common.budget import chunk_of_logits, empty_logits, lie_by_sample, score_row
 from cge_kernels.common.device_functions import NORM_EPS, jit, log_sigmoid, product, tl
 from cge_kernels.common.dispatch import autocast_off, runs_on_triton
 from cge_kernels.common.launch import current_target, launch
@@ -22,24 +22,27 @@ from cge_kernels.revise_logits.forward import cast_and_norm
 @jit
 def grad_logits_kernel(
     grad_ptr, lse_ptr, labels_ptr, saved_logits_ptr, grad_logits_ptr,
-    batch, classes, saved_logits_stride_0, saved_logits_stride_1, grad_logits_stride_0, first_class, all_classes,
-    label_smoothing,
+    batch, classes, end_class, saved_logits_stride_0, saved_logits_stride_1, saved_logits_stride_2,
+    grad_logits_stride_0, grad_logits_stride_1, grad_logits_stride_2, first_class, all_classes, label_smoothing,
     STRIPES: tl.constexpr, LOCAL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program for BLOCK_N classes x BLOCK_B samples.
 
     grad_ptr, lse_ptr: (B,) float32
     labels_ptr: (B,), any integer, of all_classes
-    saved_logits_ptr: (n+1, at least `classes`, row) float32, logits and scores of `classes` classes from first_class on
-    grad_logits_ptr: (n+1 or, unless LOCAL, 1, at least `classes`, row) in the matmuls' dtype, the result: gradients of
-        the logits, then of each stripe's scores
+    saved_logits_ptr: (n+1, at least `classes`, at least B) float32, logits and scores of `classes` classes from
+        first_class on; samples or classes contiguous
+    grad_logits_ptr: (n+1 or, unless LOCAL, 1, at least `classes`, at least B) in the matmuls' dtype, the result:
+        gradients of the logits, then of each stripe's scores; what is contiguous is the same
+    end_class: `classes` or, so that several can be loaded at once, a multiple of 16 up to which both have room
     """
     batch_tiles = tl.cdiv(batch, BLOCK_B)
     sample = (tl.program_id(0) % batch_tiles * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     identity = (tl.program_id(0) // batch_tiles * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     sample_mask = sample < batch
-    mask = (identity < classes)[:, None] & sample_mask[None, :]
-    offsets = identity[:, None] * saved_logits_stride_1 + sample[None, :]
+    mask = (identity < end_class)[:, None] & sample_mask[None, :]
+    offsets = identity[:, None] * saved_logits_stride_1 + sample[None, :] * saved_logits_stride_2
+    grad_offsets = identity[:, None] * grad_logits_stride_1 + sample[None, :] * grad_logits_stride_2
     saved_stride = tl.cast(saved_logits_stride_0, tl.int64)
     grad_stride = tl.cast(grad_logits_stride_0, tl.int64)
     log_weight = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
@@ -54,13 +57,13 @@ def grad_logits_kernel(
     is_label = identity[:, None] + first_class == label[None, :]
     target = label_smoothing / all_classes + tl.where(is_label, 1.0 - label_smoothing, 0.0)
     grad_revised = grad.to(tl.float32)[None, :] * (tl.exp(revised - lse[None, :]) - target)
-    tl.store(grad_logits_ptr + offsets, grad_revised * weight, mask=mask)
+    tl.store(grad_logits_ptr + grad_offsets, grad_revised * weight, mask=mask)
     if LOCAL:
         common = grad_revised * revised / STRIPES
         for stripe in range(STRIPES):
             score = tl.load(saved_logits_ptr + (stripe + 1) * saved_stride + offsets, mask=mask, other=0.0)
             grad_score = common / (1.0 + tl.exp(score))
-            tl.store(grad_logits_ptr + (stripe + 1) * grad_stride + offsets, grad_score, mask=mask)
+            tl.store(grad_logits_ptr + (stripe + 1) * grad_stride + grad_offsets, grad_score, mask=mask)
 
 
 @jit
@@ -98,11 +101,13 @@ def launch_grad_logits(
 ) -> None:
     """Fills grad_logits (n+1 or 1, at least rows, at least B) from saved_logits (n+1, at least rows, at least B)."""
     batch, stripes, classes = inputs.sizes
+    by_sample = lie_by_sample(saved_logits)
+    tiles = GRAD_LOGITS["by sample" if by_sample else "by class"]
     launch(
-        grad_logits_kernel, cdiv(batch, GRAD_LOGITS["BLOCK_B"]) * cdiv(classes, GRAD_LOGITS["BLOCK_N"]), GRAD_LOGITS,
+        grad_logits_kernel, cdiv(batch, tiles["BLOCK_B"]) * cdiv(classes, tiles["BLOCK_N"]), tiles,
         {"grad": grad, "lse": lse, "labels": inputs.labels, "saved_logits": saved_logits, "grad_logits": grad_logits},
-        batch=batch, classes=classes, first_class=inputs.first_class, all_classes=inputs.all_classes,
-        label_smoothing=label_smoothing,
+        batch=batch, classes=classes, end_class=score_row(classes) if by_sample else classes,
+        first_class=inputs.first_class, all_classes=inputs.all_classes, label_smoothing=label_smoothing,
         STRIPES=stripes, LOCAL=len(grad_logits) > 1,
     )  # fmt: skip
 
@@ -156,7 +161,9 @@ def launch_backward(
     if not saved.saved_logits.shape[1]:
         scratch = features.new_empty(stripes + 1, chunk, row, dtype=torch.float32)
         casts = cast_and_norm(inputs.local_features, memory, features)
-    grad_logits = features.new_empty(stripes + 1 if local_gradient else 1, chunk, row, dtype=memory.dtype)
+    by_sample = lie_by_sample(saved.saved_logits)
+    gradients_of = stripes + 1 if local_gradient else 1
+    grad_logits = empty_logits(features, (gradients_of, chunk, batch), memory.dtype, by_sample)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad_bias = weight.new_empty(0) if inputs.bias is None else torch.empty_like(inputs.bias)
     grad_features = features.new_empty(1, batch, features.shape[1], dtype=torch.float32)
