@@ -27,6 +27,7 @@ ROUNDING = {
     torch.float16: 2.0**-11,
     torch.bfloat16: 2.0**-9 if GPU else 2.0**-7,
 }
+TF32 = 2.0**-10  # of a float32 operand on tensor cores that may cut it off
 RESULTS = {
     "stripe_pool": ("global_feature", "local_features"),
     "revise_logits": ("revised",),
@@ -154,8 +155,11 @@ class Rounding(NamedTuple):
 def rounding_of(arguments: Arguments) -> Rounding:
     """What an operator on these arguments rounds."""
     sums, memory = accumulation(arguments), arguments.get("memory")
-    is_cast = memory is not None and memory.dtype != sums
-    return Rounding(ROUNDING[sums], ROUNDING[memory.dtype] if is_cast else 0.0)
+    if memory is None or memory.dtype == sums:
+        takes_tf32 = memory is not None and GPU and sums == torch.float32
+        takes_tf32 = takes_tf32 and torch.get_float32_matmul_precision() != "highest"
+        return Rounding(ROUNDING[sums], TF32 if takes_tf32 else 0.0)
+    return Rounding(ROUNDING[sums], ROUNDING[memory.dtype])
 
 
 EPS = 1e-6  # stripe_pool's lower bound of the activations

@@ -51,13 +51,13 @@ def kept_parts(batch: int, memory: Tensor) -> int:
 
 
 def empty_logits(like: Tensor, sizes: tuple[int, int, int], dtype: torch.dtype, by_sample: bool) -> Tensor:
-    """(classifiers, classes, at least B) of sizes (classifiers, classes, B), each row padded.
+    """(classifiers, at least classes, at least B), for sizes (classifiers, classes, B).
 
-    Contiguous are the samples of a class or, if they lie by_sample, the classes of a sample.
+    Contiguous, and padded to a score_row, are the samples of a class or, if they lie by_sample, a sample's classes.
     """
     classifiers, classes, batch = sizes
     if by_sample:
-        return like.new_empty(classifiers, batch, score_row(classes), dtype=dtype)[:, :, :classes].transpose(1, 2)
+        return like.new_empty(classifiers, batch, score_row(classes), dtype=dtype).transpose(1, 2)
     return like.new_empty(classifiers, classes, score_row(batch), dtype=dtype)
 
 
@@ -67,18 +67,18 @@ def lie_by_sample(logits: Tensor) -> bool:
 
 
 def empty_saved(batch: int, memory: Tensor, dtype: torch.dtype, on_triton: bool | None = None) -> tuple[Tensor, Tensor]:
-    """Where revised_cross_entropy keeps logits and scores (n+1, N, at least B) and inv_norm (n, B) for its backward.
+    """Where revised_cross_entropy keeps logits and scores (n+1, at least N, at least B) and inv_norm (n, B).
 
     The former have no rows if they do not fit in half of the budget (as float32). The other half is for their
     gradients, which the backward makes chunk by chunk. They lie by sample where kernels take `kept_parts`.
-
     on_triton: whether it is kernels that fill them; None: as the backend in force has it.
     """
     stripes, classes, _ = memory.shape
-    rows = classes if (stripes + 1) * classes * score_row(batch) * 4 <= scratch_bytes() // 2 else 0
     if on_triton is None:
         on_triton = dtype == torch.float32 and runs_on_triton(memory)
-    by_sample = on_triton and rows > 0 and kept_parts(batch, memory) > 0
+    by_sample = on_triton and kept_parts(batch, memory) > 0
+    fits = by_sample or (stripes + 1) * classes * score_row(batch) * 4 <= scratch_bytes() // 2
+    rows = classes if fits else 0
     saved_logits = empty_logits(memory, (stripes + 1, rows, batch), dtype, by_sample)
     return saved_logits, memory.new_empty(stripes, batch, dtype=dtype)
 

@@ -173,7 +173,7 @@ def launch_backward(
         part = inputs.rows(rows)
         if scratch is not None:
             launch_cross_entropy(part, casts, scratch, None)
-        saved_logits = saved.saved_logits[:, rows] if scratch is None else scratch
+        saved_logits = saved.saved_logits[:, start : start + score_row(chunk)] if scratch is None else scratch
         launch_grad_logits(part, grad, saved.lse, saved_logits, grad_logits, label_smoothing)
         gradients = grad_logits[:, : rows.stop - start, :batch]
         in_float32 = weight.dtype == torch.float32

@@ -59,7 +59,9 @@ class Saved(NamedTuple):
     """What the backward takes beside the inputs."""
 
     lse: Tensor  # (B,)
-    saved_logits: Tensor  # (n+1, rows or 0, at least B): logits, then each stripe's scores; 0 rows if there is no room
+    saved_logits: (
+        Tensor  # (n+1, at least rows or 0, at least B): logits, then each stripe's scores; 0: there is no room
+    )
     inv_norm: Tensor  # (n, B): 1 / max(||f_i||, 1e-12)
 
 

@@ -113,7 +113,7 @@ def loss_kernel(
     bias_ptr: (N,) or None
     local_ptr: (B, n, C'), any strides
     labels_ptr: (B,), any integer, of all_classes; those here are `classes` from first_class on
-    saved_logits_ptr: (n+1, N, B) float32, classes contiguous, the row as long as that of the products: the result
+    saved_logits_ptr: (n+1, row, B) float32, classes contiguous, a result; of no meaning beyond N
     inv_norm_ptr: (n, B) float32, 1 / max(||f_i||, 1e-12), a result too
     Further results, either these, whose label_logit is 0 where the label is none of the classes here:
     row_max_ptr: (n+1, B) float32
