@@ -37,6 +37,8 @@ POOL = {
     "positions": Tiles({"BLOCK_C": 16, "BLOCK_S": 64}, num_warps=4),
     "channels": Tiles({"BLOCK_C": 64, "BLOCK_S": 16}, num_warps=4),
 }
+# In revise_logits_one_pass, of which a multiprocessor holds 2 or 3 programs: together they must have as much in flight.
+ONE_PASS_POOL = {"positions": {"BLOCK_C": 64, "BLOCK_S": 64}, "channels": {"BLOCK_C": 128, "BLOCK_S": 32}}
 POOL_BACKWARD = {
     "positions": Tiles({"BLOCK_C": 16, "BLOCK_S": 64}, num_warps=4),
     "channels": Tiles({"BLOCK_C": 64, "BLOCK_S": 8}, num_warps=4),
@@ -137,11 +139,16 @@ def loss_tiles(target: Target, stripes: int, classes: int, channels: int) -> Til
     return Tiles(blocks, min(16, max(1, block // (4 * target.warp_size))))
 
 
-def one_pass_tiles(target: Target, dtype: torch.dtype, batch: int, classes: int) -> Tiles:
-    """For the matmul of revise_logits_one_pass, N x B."""
+def one_pass_tiles(target: Target, dtype: torch.dtype, batch: int, classes: int) -> tuple[Tiles, int]:
+    """For the matmul of revise_logits_one_pass, N x B, and how many programs of such tiles the machine holds at once."""
     tiles = matmul_tiles(SCORES, target, dtype)
     narrow = replace(tiles, widths=tuple(width for width in tiles.widths if width <= WIDEST_IN_ONE_PASS))
-    return filling_tiles(narrow, "BLOCK_N", target, batch, classes)
+    filling = filling_tiles(narrow, "BLOCK_N", target, batch, classes)
+    if target.multiprocessors == 1:  # the interpreter, whose programs run one after another, has no barrier
+        return filling, 1
+    if filling.max_registers and dtype != torch.float32 and filling["BLOCK_N"] == 16:
+        return replace(filling, max_registers=168), 3 * target.multiprocessors  # 3 * 128 threads * 168 registers
+    return filling, 2 * target.multiprocessors
 
 
 def grad_local_tiles(target: Target, dtype: torch.dtype, batch: int, columns: int) -> Tiles:

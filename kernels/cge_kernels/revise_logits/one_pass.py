@@ -1,8 +1,9 @@
 """Pooling, local classification and revision in one launch, from feature map to revised logits.
 
-A persistent grid of at most one program per multiprocessor: its programs pool the map tile by tile (stripe_pool's
-pool_tile), meet at a grid-wide barrier, and revise the logits tile by tile (forward.py's revise_tile). Between them
-lie only the local features and their squared lengths, which the L2 cache holds.
+A persistent grid of as many programs as are resident: they pool the map tile by tile (stripe_pool's pool_tile), meet at
+a grid-wide barrier, and revise the logits tile by tile (forward.py's revise_tile). Between them lie only the local
+features and their squared lengths, which the L2 cache holds. The matmul leaves room for two or three programs on each
+multiprocessor; so that the pooling has enough loads in flight there, its tiles are larger than stripe_pool's.
 
 It pays where the logits do not depend on this map's pooling: scoring against given logits, distillation, a classifier
 on another branch. In CGE's own training the logits come from the global feature of the same map, so it has been read
@@ -22,7 +23,7 @@ from cge_kernels.common.budget import empty_scores, score_row
 from cge_kernels.common.device_functions import jit, tl
 from cge_kernels.common.dispatch import autocast_off, runs_on_reference, runs_on_triton
 from cge_kernels.common.launch import current_target, float32_precision, launch
-from cge_kernels.common.tiles import POOL, block_of_parts, cdiv, contiguous_axis, one_pass_tiles
+from cge_kernels.common.tiles import ONE_PASS_POOL, block_of_parts, cdiv, contiguous_axis, one_pass_tiles
 from cge_kernels.revise_logits import cpu
 from cge_kernels.revise_logits.backward import revise_logits_backward_op
 from cge_kernels.revise_logits.forward import revise_tile
@@ -84,7 +85,8 @@ def launch_forward(
     batch, channels = feature_map.shape[:2]
     stripes, classes, _ = memory.shape
     target = current_target(feature_map)
-    pool, matmul = POOL[contiguous_axis(feature_map)], one_pass_tiles(target, memory.dtype, batch, classes)
+    pool = ONE_PASS_POOL[contiguous_axis(feature_map)]
+    matmul, programs = one_pass_tiles(target, memory.dtype, batch, classes)
     channel_tiles = cdiv(channels, pool["BLOCK_C"])
     class_tiles = cdiv(batch, matmul["BLOCK_B"]) * cdiv(classes, matmul["BLOCK_N"])
     local_features = feature_map.new_empty(batch, stripes, channels, dtype=torch.float32)
@@ -92,7 +94,7 @@ def launch_forward(
     revised = torch.empty_like(logits, memory_format=torch.contiguous_format)
     scores, inv_norm = empty_scores(batch, memory, torch.float32)
     launch(
-        one_pass_kernel, min(target.multiprocessors, max(batch * channel_tiles, class_tiles)), matmul,
+        one_pass_kernel, min(programs, max(batch * channel_tiles, class_tiles)), matmul,
         {
             "map": feature_map, "p": p, "local": local_features, "converted": converted,
             "local_cast": local_features if converted is None else converted,
@@ -101,7 +103,7 @@ def launch_forward(
             "revised": revised, "scores": scores if scores.shape[2] else None, "inv_norm": inv_norm,
         },
         {"launch_cooperative_grid": True},
-        eps=eps, batch=batch, channels=channels, classes=classes, **map_constants(stripes, feature_map), **pool.blocks,
+        eps=eps, batch=batch, channels=channels, classes=classes, **map_constants(stripes, feature_map), **pool,
         PRECISION=float32_precision(target), BLOCK_PARTS=block_of_parts(channel_tiles),
     )  # fmt: skip
     return revised, local_features, scores, inv_norm
