@@ -159,11 +159,10 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--gpu", choices=list(GPUS), default="h100", help="whose figures are taken")
     parser.add_argument("--shape", choices=list(SHAPES), default="msmt17", help="B, C, H, W, n and N")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of the map and the memory read")
-    parser.add_argument("--details", action="store_true", help="also programs, bytes, FLOPs and times of each kernel")
 
 
-def measure(gpu: str, shape: str, dtype: str, details: bool) -> Iterator[Figure]:
-    """Predicted time and floor of each operator and direction, and of the head's step; with details of each kernel."""
+def measure(gpu: str, shape: str, dtype: str) -> Iterator[Figure]:
+    """Predicted time and floor of each operator and direction and of the head's step; what is known of each kernel."""
     chosen, problem = GPUS[gpu], Problem(SHAPES[shape], dtype)
     print(f"PREDICTION for {chosen['name']}: nothing was measured, every time is computed.\n\n{__doc__}")
     setting, found = f"{shape}, {dtype}, {chosen['name']}", predict(chosen, problem)
@@ -178,7 +177,7 @@ def measure(gpu: str, shape: str, dtype: str, details: bool) -> Iterator[Figure]
     for subject, parts in by_subject(values, problem.poolings).items():
         for name, value in parts.items():
             yield Figure("predict", setting, subject, name, "time", "s", value)
-    for place, (kernels, _) in found.items() if details else ():
+    for place, (kernels, _) in found.items():
         for kernel in kernels:
             yield from kernel_figures(setting, place, kernel, chosen)
 

@@ -102,7 +102,7 @@ def test_what_is_printed(monkeypatch, capsys):
         (Case("revise_logits"), "forward"): ([MATMUL], []),  # no part of the head's step
     }
     monkeypatch.setattr(predict, "predict", lambda *_: operators)
-    figures = list(predict.measure("h100", "msmt17", "bfloat16", details=True))
+    figures = list(predict.measure("h100", "msmt17", "bfloat16"))
     printed = capsys.readouterr().out
     assert printed.startswith("PREDICTION for H100 SXM5: nothing was measured")
     assert "predicted = launch + max(memory, latency, L2, math)" in printed

@@ -24,9 +24,8 @@ def counted(problem: Problem) -> tuple[dict[tuple[str, str], Traffic], dict[tupl
     """What was counted by kernel and tensor (of a kernel that two operators launch: the latter's), and bytes by
     operator and contender."""
     found = rows_of(problem)
-    by_operator = {
-        (figure.subject, figure.contender): figure.value for figure in count.byte_figures("", problem, found)
-    }
+    moved = count.moved_bytes(problem, found)
+    by_operator = {(subject, contender): value for subject, one in moved.items() for contender, value in one.items()}
     return {(one.kernel, one.tensor): one for one in found if one.distinct}, by_operator
 
 
@@ -138,12 +137,6 @@ def test_with_both_poolings_each_step_has_its_own():
     for pooling in both.poolings:
         step = traffic.by_subject(values, both.poolings)[f"head, {pooling}, step"]
         assert step == {f"stripe_pool, {pooling}": 1, "revised_cross_entropy": 1, "write_memory_": 1}
-
-
-def test_details_have_every_tensor_and_say_which_are_scratch():
-    figures = {(figure.subject, figure.quantity): figure.value for figure in count.tensor_figures("", rows_of(SMALL))}
-    saved = "revised_cross_entropy, forward: cross_entropy_kernel: saved_logits (scratch)"
-    assert figures[saved, "stored"] == 3 * 20 * 16 * 4
 
 
 @pytest.mark.slow
