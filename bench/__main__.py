@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "the evaluator beside one in plain NumPy",
     "count": "launches, bytes and operations of a training step, without a GPU",
     "predict": "what the operators should take on a GPU, from counts and data sheets",
+    "gpu": "one command for whoever has a GPU: checks and measures everything on it",
     "tables": "prints the tables of a results file",
 }
 USAGE = "\n".join(
