@@ -7,8 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from bench import tables
-from bench.results import append, read
+from bench.results import append, document, read
 from cge_fast import errors
 from cge_fast.errors import UserError
 
@@ -17,10 +16,11 @@ COMMANDS = {
     "loss": "time and memory of the loss over the number of identities",
     "step": "images per second of the whole training step",
     "host": "what the host takes to launch an operator's kernels",
-    "sharding": "memory and traffic of one process where classes are sharded",
+    "sharding": "memory and traffic of one process where classes are sharded, by formula",
     "evaluate": "the evaluator beside one in plain NumPy",
     "count": "launches, bytes and operations of a training step, without a GPU",
     "predict": "what the operators should take on a GPU, from counts and data sheets",
+    "gpu": "one command for whoever has a GPU: checks and measures everything on it",
     "tables": "prints the tables of a results file",
 }
 USAGE = "\n".join(
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--csv", type=Path, help="results file; figures are appended")
     if command == "tables":
         file = parser.parse_args(rest).csv or Path(__file__).with_name("results.csv")
-        print(tables.document(read(file)))
+        print(document(read(file)))
         return
     module = import_module(f"bench.{command}")
     parser.description = module.__doc__
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for figure in append(module.measure(**options), file):
             found.append(figure)
     finally:  # Ctrl-C ends the measuring; what was found until then is shown
-        print(tables.document(found))
+        print(document(found))
 
 
 if __name__ == "__main__":

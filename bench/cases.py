@@ -16,8 +16,7 @@ from bench.shapes import Shape
 from bench.work import INSTANCES
 from cge_fast import CGEHead
 
-OURS, EAGER, COMPILED = "cge_kernels", "eager", "torch.compile"  # the latter two run cge_reference
-BACKENDS = {OURS: "auto", EAGER: "reference"}
+OURS, EAGER, COMPILED = CONTENDERS = ["cge_kernels", "eager", "torch.compile"]  # the latter two run cge_reference
 POOLINGS = ("average", "gem")
 MOMENTUM = 0.5
 
@@ -34,36 +33,47 @@ class Case:
 
 
 CASES = [
-    Case("stripe_pool", "average"),
-    Case("stripe_pool", "gem"),
+    *(Case("stripe_pool", pooling) for pooling in POOLINGS),
     Case("revise_logits"),
-    Case("revise_logits_one_pass", "average"),
-    Case("revise_logits_one_pass", "gem"),
+    *(Case("revise_logits_one_pass", pooling) for pooling in POOLINGS),
     Case("revised_cross_entropy"),
     Case("write_memory_"),
-    Case("head", "average"),
-    Case("head", "gem"),
+    *(Case("head", pooling) for pooling in POOLINGS),
 ]
 
 
 def contenders(
-    case: Case, shape: Shape, dtype: torch.dtype, device: torch.device, with_compiled: bool = True, **layout: Any
+    case: Case, shape: Shape, dtype: torch.dtype, device: torch.device, with_compiled: bool = True
 ) -> dict[str, Contender]:
     """This project, cge_reference eager and, unless it is left out, cge_reference under torch.compile.
 
-    They share their arguments. dtype: of the feature map and of the memory that is multiplied; everything else is
-    float32. layout: the feature map's memory_format.
+    They share their arguments. A backward starts from ones for every result that has a gradient, and ends at what
+    requires one; the head's is that of its loss, and then writes the memory. dtype: of the feature map and of the
+    memory that is multiplied; everything else is float32.
     """
     torch._dynamo.reset()  # else the limit of recompilations would end it after a few shapes
-    taken, parameters = arguments(case, shape, dtype, device, **layout), []
-    function: Callable = getattr(cge_kernels, case.operator, None)
-    if case.operator == "head":
-        made = head(case, shape, device)
-        function, parameters = partial(loss, made), list(made.parameters())
-    functions = {OURS: function, EAGER: under_reference(function)}
+    taken = arguments(case, shape, dtype, device)
+    function: Callable = head(case, shape, device) if case.operator == "head" else getattr(cge_kernels, case.operator)
+    parameters = function.parameters() if case.operator == "head" else ()
+    learnt = [leaf for leaf in (*taken, *parameters) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    ways: dict[str, Callable] = {OURS: lambda function: function, EAGER: under_reference}
     if with_compiled:
-        functions[COMPILED] = under_reference(torch.compile(function, dynamic=False))
-    return {name: contender(partial(function, *taken), [*taken, *parameters]) for name, function in functions.items()}
+        ways[COMPILED] = lambda function: under_reference(torch.compile(function, dynamic=False))
+
+    def contender(way: Callable) -> Contender:
+        write = way(function.write_memory) if case.operator == "head" else None
+
+        def backward(result: Any) -> tuple[Tensor, ...]:
+            if write:
+                gradients = torch.autograd.grad(result.loss, learnt)
+                write(result.stripes, taken[1], MOMENTUM)
+                return gradients
+            outputs = [output for output in tree_leaves(result) if output.requires_grad]
+            return torch.autograd.grad(outputs, learnt, [ones(output.shape, output.device) for output in outputs])
+
+        return Contender(partial(way(function), *taken), backward if learnt else None, device)
+
+    return {name: contender(way) for name, way in ways.items()}
 
 
 def under_reference(function: Callable) -> Callable:
@@ -76,21 +86,20 @@ def under_reference(function: Callable) -> Callable:
     return call
 
 
-def arguments(
-    case: Case,
-    shape: Shape,
-    dtype: torch.dtype,
-    device: torch.device,
-    memory_format: torch.memory_format = torch.contiguous_format,
-) -> tuple[Any, ...]:
+@cache
+def ones(shape: torch.Size, device: torch.device) -> Tensor:
+    """A gradient that does not count as time or memory of what is measured."""
+    return torch.ones(shape, device=device)
+
+
+def arguments(case: Case, shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
     """Random arguments of a case: like features that were pooled after a ReLU, none is negative."""
     b, c, n, k = shape.batch, shape.channels, shape.stripes, shape.classes
     learnt = partial(torch.rand, device=device, requires_grad=True)
     labels = torch.arange(b, device=device) // INSTANCES % k
 
     def feature_map() -> Tensor:
-        activations = torch.randn(b, c, shape.height, shape.width, device=device).relu_()
-        return activations.to(dtype, memory_format=memory_format).requires_grad_()
+        return torch.randn(b, c, shape.height, shape.width, device=device).relu_().to(dtype).requires_grad_()
 
     def memory() -> Tensor:
         return normalize(torch.rand(n, k, c, device=device), dim=2)
@@ -119,27 +128,3 @@ def head(case: Case, shape: Shape, device: torch.device) -> CGEHead:
     made = CGEHead(shape.channels, shape.classes, shape.stripes, gem=case.pooling == "gem").to(device)
     made.loss.memory.copy_(normalize(torch.rand_like(made.loss.memory), dim=2))
     return made
-
-
-def loss(module: Callable[..., Any], feature_map: Tensor, labels: Tensor) -> Tensor:
-    """A head's loss."""
-    return module(feature_map, labels).loss
-
-
-def contender(forward: Callable[[], Any], taken: list[Any]) -> Contender:
-    """Its backward starts from ones for every result that has a gradient, and ends at what requires one."""
-    learnt = [argument for argument in taken if isinstance(argument, Tensor) and argument.requires_grad]
-    if not learnt:
-        return Contender(forward)
-
-    def backward(result: Any) -> None:
-        outputs = [output for output in tree_leaves(result) if output.requires_grad]
-        torch.autograd.grad(outputs, learnt, [ones(output.shape, output.device) for output in outputs])
-
-    return Contender(forward, backward)
-
-
-@cache
-def ones(shape: torch.Size, device: torch.device) -> Tensor:
-    """A gradient that does not count as time or memory of what is measured."""
-    return torch.ones(shape, device=device)

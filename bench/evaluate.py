@@ -7,8 +7,9 @@ evaluation alone; memory is the process's largest resident memory less what it w
 import resource
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +18,12 @@ from jsonargparse.typing import PositiveInt
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench.measure import apart
+from bench.measure import apart, take_turns
 from bench.results import Figure
 from cge_fast.evaluation.ranking import evaluate_ranking
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """How many images are compared, of how many identities from how many cameras, and the features' channels."""
 
     queries: int
@@ -49,19 +49,15 @@ def measure(sizes: list[str], repeats: int) -> Iterator[Figure]:
     """Time, memory and mAP of each evaluator at each size."""
     for name in sizes:
         size = SIZES[name]
-        runs: dict[str, list[tuple[float, ...]]] = {"cge_fast": [], "NumPy": []}
-        for _ in range(repeats):
-            for evaluator, found in runs.items():
-                found.append(apart(run, evaluator, size))
-        for evaluator, found in runs.items():
-            seconds, memory, mean_average_precision = zip(*found, strict=True)
+        runs = {evaluator: partial(apart, run, evaluator, size) for evaluator in ("cge_fast", "NumPy")}
+        for evaluator, found in take_turns(runs, repeats, warmup=0).items():
             place = "evaluate", f"C {size.channels}", f"{name}: {size.queries:,} x {size.gallery:,}", evaluator
-            yield Figure.median(*place, "time", "s", samples=seconds)
-            yield Figure(*place, "above the features", "B", median(memory))
-            yield Figure(*place, "mAP", "%", 1e2 * mean_average_precision[0])
+            yield Figure.median(*place, "time", "s", samples=found["time"])
+            yield Figure(*place, "above the features", "B", median(found["memory"]))
+            yield Figure(*place, "mAP", "%", 1e2 * found["mAP"][0])
 
 
-def run(evaluator: str, size: Size) -> tuple[float, int, float]:
+def run(evaluator: str, size: Size) -> dict[str, float]:
     """Draws features of the size and evaluates them once: seconds, peak bytes above the features, and the mAP."""
     drawn = draw(size)
     before, start = peak_memory(), time.perf_counter()
@@ -69,7 +65,8 @@ def run(evaluator: str, size: Size) -> tuple[float, int, float]:
         mean_average_precision, _ = numpy_ranking(*(tensor.numpy() for tensor in drawn))
     else:
         mean_average_precision = evaluate_ranking(*drawn, progress=True).mAP
-    return time.perf_counter() - start, peak_memory() - before, mean_average_precision
+    seconds = time.perf_counter() - start
+    return {"time": seconds, "memory": peak_memory() - before, "mAP": mean_average_precision}
 
 
 def draw(size: Size) -> list[Tensor]:

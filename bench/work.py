@@ -25,10 +25,13 @@ class Work:
         return Work(self.bytes + other.bytes, self.flops + other.flops)
 
 
-def work(operator: str, shape: Shape, pooling: str = "average", itemsize: int = NUMBER) -> dict[str, Work]:
-    """An operator's work by direction: "forward" and, if it has one, "backward" and both as "step".
+NONE = Work(0, 0)
 
-    operator: one of cge_kernels', or "head", the whole of CGEHead's step without the memory's write.
+
+def work(operator: str, shape: Shape, pooling: str = "average", itemsize: int = NUMBER) -> dict[str, Work]:
+    """An operator's work by direction: "forward", "backward" if it has one, and both as "step".
+
+    operator: one of cge_kernels', or "head", the whole of CGEHead's step, whose backward ends with the memory's write.
     pooling: "average" or "gem", of the operators that pool. itemsize: bytes of a number of the feature map, of its
     gradient and of the memory that is multiplied; the head's classifier, and its memory, are float32.
     """
@@ -65,6 +68,7 @@ def work(operator: str, shape: Shape, pooling: str = "average", itemsize: int = 
             pool = work("stripe_pool", shape, pooling, itemsize)
             loss = work("revised_cross_entropy", shape)
             forward, backward = (pool[direction] + loss[direction] for direction in ("forward", "backward"))
+            backward += work("write_memory_", shape)["forward"]
         case _:
             raise ValueError(f"operator must be one of cge_kernels' or 'head', got {operator!r}")
-    return {"forward": forward, **({"backward": backward, "step": forward + backward} if backward else {})}
+    return {"forward": forward, **({"backward": backward} if backward else {}), "step": forward + (backward or NONE)}

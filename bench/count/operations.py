@@ -14,8 +14,8 @@ Bytes: each argument read once and each result written once, of elements that li
 counts once). Indexing reads, and an indexed assignment writes, only what the index names.
 """
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,7 @@ aten = torch.ops.aten
 ON_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
-@dataclass(frozen=True)
-class Operation:
+class Operation(NamedTuple):
     """One operation that would launch a kernel: its name ("aten.mul"), the bytes that it reads and writes, and FLOPs.
 
     FLOPs are those of the matmuls that cge_kernels leaves to a library, whose dtype is its operands'; else 0.
@@ -101,7 +100,5 @@ def moved_bytes(func: torch._ops.OpOverload, inputs: list[Tensor], outputs: list
 
 def distinct_bytes(tensor: Tensor) -> int:
     """Bytes of a tensor's elements, those of an expanded dimension counted once."""
-    elements = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        elements *= size if stride or not size else 1
-    return elements * tensor.itemsize
+    apart = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not size)
+    return math.prod(apart) * tensor.itemsize

@@ -15,22 +15,22 @@ Bytes are those of elements, not of the 32-byte sectors that a GPU moves. Of an 
 - eager: the same operator of cge_reference, as bench/count/operations.py counts the bytes of ATen operations.
 """
 
+import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
-import torch
 from torch import Tensor
-from tqdm import tqdm
 from triton.runtime.interpreter import InterpreterBuilder
 
 import cge_kernels
-from bench.cases import OURS, Case, contenders
+from bench.cases import OURS, POOLINGS, Case, contenders
 from bench.count.operations import Operation, Operations
-from bench.measure import apart
+from bench.measure import CPU, apart
 from bench.shapes import DTYPES, Shape
 from bench.work import Work, work
 from cge_kernels import Launch, Target, launching
@@ -41,21 +41,18 @@ SCRATCH = {
     *("local_cast", "partial_sq_norms", "scores", "inv_norm", "grad_scores", "projection", "earlier", "grad_p"),
     *("features_cast", "saved_logits", "row_max", "argmax", "sums", "label_logit", "lse"),
 }
-CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What is counted.
 
-    dtype: of the map and of the memory that revision reads; poolings: "average", "gem" or both; memory_format: of the
-    map; pool_samples: how many samples the pooling kernels run, the rest by multiplication.
+    dtype: of the map and of the memory that revision reads; pool_samples: how many samples the pooling kernels run, the
+    rest by multiplication.
     """
 
     shape: Shape
     dtype: str = "bfloat16"
-    poolings: tuple[str, ...] = ("gem",)
-    memory_format: torch.memory_format = torch.contiguous_format
+    poolings: tuple[str, ...] = POOLINGS
     pool_samples: int = 1
 
     @property
@@ -72,15 +69,24 @@ class Problem:
 Place = tuple[Case, str]  # a case and its direction
 
 
-def is_in_step(case: Case, pooling: str) -> bool:
-    """Whether a case is part of the head's step with this pooling, the write of the memory included."""
-    return case.operator != "revise_logits" and case.pooling in (None, pooling)
+def by_subject(values: dict[Place, dict[str, float]], poolings: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The values by the name of their place, and their sums over the head's step with each pooling."""
+    found = {f"{case}, {direction}": value for (case, direction), value in values.items()}
+    for pooling in poolings:
+        step = Counter[str]()
+        for (case, _), value in values.items():
+            step.update(value if case.operator != "revise_logits" and case.pooling in (None, pooling) else {})
+        found[f"head, {pooling}, step"] = step
+    return found
 
 
 def watch(
-    problem: Problem, contender: str, target: Target | None = None
+    cases: list[Case], contender: str, problem: Problem, target: Target | None = None
 ) -> dict[Place, tuple[list[Launch], list[Operation]]]:
-    """By operator and direction a contender's launches of our kernels, which do not run, and its ATen operations."""
+    """By case and direction a contender's launches of our kernels, which do not run, and its ATen operations.
+
+    So results are arbitrary, but no launch depends on them.
+    """
     taken = {}
 
     def watched(place: Place, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -90,24 +96,21 @@ def watch(
         taken[place] = launches, operations.found
         return result
 
-    layout = {"memory_format": problem.memory_format}
-    with cge_kernels.backend("triton" if contender == OURS else "reference"):
-        for case in problem.cases:
-            one = contenders(case, problem.shape, DTYPES[problem.dtype], CPU, with_compiled=False, **layout)[contender]
-            if one.backward:  # once before, so that the gradients that it starts from are there
-                with launching(lambda launch: None):
-                    one.backward(one.forward())
+    with cge_kernels.backend("triton"):
+        for case in cases:
+            one = contenders(case, problem.shape, DTYPES[problem.dtype], CPU, with_compiled=False)[contender]
+            with launching(lambda launch: None):  # once before, so that the gradients that it starts from are there
+                one.step()
             result = watched((case, "forward"), one.forward)
             if one.backward:
                 watched((case, "backward"), one.backward, result)
     return taken
 
 
-@dataclass(frozen=True)
-class Traffic:
+class Traffic(NamedTuple):
     """Bytes that one launch loads from and stores to one of its tensors: all, and those of distinct elements."""
 
-    operator: str
+    operator: str  # its case and direction
     launch: int  # its number in the step
     kernel: str
     tensor: str
@@ -147,9 +150,8 @@ class Accesses:
 
         A single number is the same for all of them.
         """
-        distinct = int(self.touched[direction].sum())
-        all_distinct = distinct if self.touched[direction].size == 1 else distinct * times
-        return self.total[direction] * self.itemsize * times, all_distinct * self.itemsize
+        distinct = int(self.touched[direction].sum()) * (1 if self.touched[direction].size == 1 else times)
+        return self.total[direction] * self.itemsize * times, distinct * self.itemsize
 
 
 def run_counted(operator: str, number: int, launch: Launch, times: int) -> list[Traffic]:
@@ -161,7 +163,6 @@ def run_counted(operator: str, number: int, launch: Launch, times: int) -> list[
         RuntimeError: it touches an address outside of them.
     """
     name = launch.kernel.__name__
-    programs = launch.grid[0] // times
     accesses = {key: Accesses(value) for key, value in launch.args.items() if isinstance(value, Tensor)}
 
     def record(directions: Sequence[str], pointer: Any, mask: Any) -> None:
@@ -186,13 +187,11 @@ def run_counted(operator: str, number: int, launch: Launch, times: int) -> list[
         return patch.object(InterpreterBuilder, method, patched)
 
     with (
-        tqdm(total=programs, desc=f"{operator}: {name}", unit=" program", leave=False) as bar,
-        before("set_grid_idx", lambda *_: bar.update()),
         before("create_masked_load", lambda pointer, mask, *_: record(["load"], pointer, mask)),
         before("create_masked_store", lambda pointer, _, mask, *__: record(["store"], pointer, mask)),
         before("create_atomic_rmw", lambda _, pointer, __, mask, *___: record(["load", "store"], pointer, mask)),
     ):
-        replace(launch, grid=(programs,)).run()
+        replace(launch, grid=(launch.grid[0] // times,)).run()
     return [
         Traffic(operator, number, name, key.removesuffix("_ptr"), *a.bytes("load", times), *a.bytes("store", times))
         for key, a in accesses.items()
@@ -202,13 +201,13 @@ def run_counted(operator: str, number: int, launch: Launch, times: int) -> list[
 def count_traffic(problem: Problem, target: Target) -> list[Traffic]:
     """Traffic of our kernels with the target's tiles. Kernels must be interpreted in this process."""
     # What a launch reads may be anything: no address depends on it but for labels.
-    taken = watch(problem, OURS, target)
-    launches = [(*place, launch) for place, (found, _) in taken.items() for launch in found]
+    taken = watch(problem.cases, OURS, problem, target)
     found: list[Traffic] = []
-    for number, (case, direction, launch) in enumerate(launches):
+    for number, (place, launch) in enumerate((place, launch) for place, (some, _) in taken.items() for launch in some):
+        print(f"counting {', '.join(map(str, place))}: {launch.kernel.__name__}", file=sys.stderr)
         is_alike = launch.kernel.__name__ in OWN_ONE_SAMPLE
         times = problem.shape.batch // problem.pool_samples if is_alike else 1
-        found += run_counted(f"{case}, {direction}", number, launch, times)
+        found += run_counted(", ".join(map(str, place)), number, launch, times)
     return found
 
 

@@ -5,11 +5,14 @@ from collections import Counter
 import pytest
 import torch
 
-from bench import count
 from bench.cases import EAGER, OURS, POOLINGS, Case
-from bench.count import launches
+from bench.count import count_launches
 from bench.count.operations import Operations
+from bench.count.traffic import Problem
 from bench.shapes import SHAPES
+
+MOST_OWN = 8  # what a step of the head may launch of our own kernels
+TINY = Problem(SHAPES["tiny"], "float32")
 
 
 def counted(function) -> Counter[str]:
@@ -42,7 +45,7 @@ def test_bytes_of_operations():
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_a_step_launches_each_of_our_kernels_once(pooling):
     (own, beside), (no_kernel, eager) = (
-        launches.count(Case("head", pooling), SHAPES["tiny"], "float32", contender) for contender in (OURS, EAGER)
+        count_launches(Case("head", pooling), contender, TINY) for contender in (OURS, EAGER)
     )
     assert own == dict.fromkeys(
         (
@@ -57,7 +60,7 @@ def test_a_step_launches_each_of_our_kernels_once(pooling):
         ),
         1,
     )
-    assert own.total() <= launches.MOST_OWN
+    assert own.total() <= MOST_OWN
     assert no_kernel.total() == 0
     assert eager["aten.mm"] == 3  # the classifier, forward, and its two gradients
     assert beside["aten.mm"] == 0
@@ -69,17 +72,9 @@ def test_a_step_launches_each_of_our_kernels_once(pooling):
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_one_pass_is_one_launch_forward(pooling):
     case = Case("revise_logits_one_pass", pooling)
-    own, beside = launches.count(case, SHAPES["tiny"], "float32", OURS)
+    own, beside = count_launches(case, OURS, TINY)
     kernels = ("one_pass_kernel", "grad_scores_kernel", "grad_local_kernel", "stripe_pool_backward_kernel")
     assert own == dict.fromkeys(kernels, 1)
-    _, eager = launches.count(case, SHAPES["tiny"], "float32", EAGER)
+    _, eager = count_launches(case, EAGER, TINY)
     assert own.total() + beside.total() < eager.total()
     assert "aten.ones" not in beside | eager  # gradients that a backward starts from are no part of it
-
-
-def test_figures_are_the_totals_and_by_name_each_launch():
-    figures = list(count.count_launches("tiny", SHAPES["tiny"], "float32", "gem", by_name=True))
-    for contender in (OURS, EAGER):
-        mine = [figure for figure in figures if (figure.subject, figure.contender) == ("head, gem", contender)]
-        named = sum(figure.value for figure in mine if figure.bench == "launches by name")
-        assert named == next(figure.value for figure in mine if figure.quantity == "all kernels")

@@ -1,43 +1,32 @@
 """Memory and time of the loss over the number of identities."""
 
-import pytest
+from unittest.mock import patch
 
-from bench import loss
+from bench import loss, operators
 from bench.cases import EAGER, OURS
-from bench.measure import Ceilings
-from bench.shapes import Shape
+from bench.results import Figure
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """No compiler, no process of its own, and a rate that needs no large matmul."""
-    monkeypatch.setattr(loss, "missing_compiler", lambda: "no C++ compiler")
-    monkeypatch.setattr(loss, "apart", lambda function, *arguments: function(*arguments))
-    monkeypatch.setattr(loss, "measure_ceilings", lambda *_: Ceilings(bandwidth=1.0, flops=2.0))
+def measure(**sizes: int) -> dict[tuple[str, str], Figure]:
+    """Figures by contender and quantity, without compiler and with rates that need no large matmul."""
+    with patch.object(operators, "missing_compiler", lambda: "none"), patch.object(loss, "measure_ceilings") as rates:
+        rates.return_value = (1e9, 2.0)
+        figures = list(loss.measure(**sizes, contenders=[OURS, EAGER], rounds=1))
+    assert {figure.subject for figure in figures} == {f"N {n:,}" for n in sizes["classes"]}
+    return {(figure.contender, figure.quantity): figure for figure in figures}
 
 
 def test_ours_needs_less_memory(monkeypatch):
     monkeypatch.setenv("CGE_SCRATCH_MB", "1")
-    figures = list(loss.measure(classes=[4000], batch=64, channels=8, contenders=[OURS, EAGER], rounds=1))
-    extra = {figure.contender: figure.value for figure in figures if figure.quantity == "extra memory"}
+    found = measure(classes=[4000], batch=64, channels=8)
     # eager holds the scores of 3 stripes and the logits, 4 MiB, at least; ours half a mebibyte of each kind of scratch
-    assert extra[OURS] <= 1.5 * 2**20 < 3.9 * 2**20 <= extra[EAGER]
-    assert {figure.subject for figure in figures} == {"N 4,000"}
+    assert found[OURS, "extra memory"].value <= 1.5 * 2**20 < 3.9 * 2**20 <= found[EAGER, "extra memory"].value
 
 
-@pytest.mark.parametrize("contender", [OURS, EAGER])
-def test_figures_by_hand(contender, monkeypatch):
-    monkeypatch.setattr(loss, "apart", lambda function, *arguments: (3 << 20, [0.5, 0.5, 0.5], 2e6))
-    step, extra, share = loss.measure(classes=[1000], batch=4, channels=8, contenders=[contender], rounds=3)
-    assert (step.value, step.contender, extra.value) == (0.5, contender, 3 << 20)
-    # 9 products of 2 * 4 * 1000 * 8 FLOPs
-    assert share.value == pytest.approx(100 * 9 * 2 * 4 * 1000 * 8 / 0.5 / 2e6)
-
-
-@pytest.mark.parametrize("contender", [OURS, EAGER])
-def test_one_contender_at_one_size(contender):
-    shape = Shape(batch=4, channels=4, height=3, width=1, classes=50)
-    extra, seconds, matmul = loss.measure_here(contender, shape, rounds=2)
-    assert extra > 0
-    assert len(seconds) == 2
-    assert matmul == 2.0
+def test_figures_by_hand(monkeypatch):
+    monkeypatch.setattr(operators, "take_turns", lambda runs, *_: {name: {"step": [0.5, 0.6, 0.7]} for name in runs})
+    found = measure(classes=[1000], batch=4, channels=8)
+    assert {name: found[name, "step"].value for name in (OURS, EAGER)} == {OURS: 0.6, EAGER: 0.6}
+    # 9 products of 2 * 4 * 1000 * 8 FLOPs, at 2 a second
+    assert found["floor", "step"].value == 9 * 2 * 4 * 1000 * 8 / 2
+    assert {figure.bench for figure in found.values()} >= {"loss, step", "loss, extra memory"}

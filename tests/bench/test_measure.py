@@ -6,34 +6,33 @@ import pytest
 import torch
 
 from bench import measure
-from bench.measure import Contender, Instant, apart, peak_bytes, take_turns
-
-CPU = torch.device("cpu")
+from bench.measure import Contender, Instant, apart, extra_bytes, take_turns
 
 
 def test_contenders_take_turns_and_each_is_first_at_times():
     calls = []
     contenders = {name: Contender(lambda name=name: calls.append(name)) for name in "abc"}
-    times = take_turns(contenders, CPU, rounds=3)
+    times = take_turns(contenders, rounds=3)
     rounds = [tuple(calls[i : i + 3]) for i in range(0, len(calls), 3)]
     assert len(rounds) == measure.WARMUP + 3
     assert rounds[-3:] == [("a", "b", "c"), ("b", "c", "a"), ("c", "a", "b")]
     assert {len(times[name]["forward"]) for name in "abc"} == {3}
-    assert set(times["a"]) == {"forward"}
+    assert times["a"]["forward"] == times["a"]["step"]
+    assert set(times["a"]) == {"forward", "step"}
 
 
 def test_backward_takes_what_forward_returns(monkeypatch):
     moments = iter(range(100))  # forward lasts 1, backward 1
     monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(moments)))
     taken = []
-    found = measure.run(Contender(lambda: "result", taken.append), CPU)
+    found = Contender(lambda: "result", taken.append)()
     assert taken == ["result"]
     assert found == {"forward": 1.0, "backward": 1.0, "step": 2.0}
 
 
-def test_rounds_end_early_but_not_before_five(monkeypatch):
-    times = take_turns({"slow": Contender(lambda: None)}, CPU, rounds=100, seconds=0.0)
-    assert len(times["slow"]["forward"]) == measure.FEWEST_ROUNDS
+def test_rounds_end_early_but_not_before_five():
+    times = take_turns({"slow": lambda: {"calls": 1.0}}, rounds=100, seconds=0.0)
+    assert times == {"slow": {"calls": [1.0] * measure.FEWEST_ROUNDS}}
 
 
 def test_on_a_gpu_moments_are_events(monkeypatch):
@@ -57,7 +56,7 @@ def test_on_a_gpu_moments_are_events(monkeypatch):
     assert end - start == pytest.approx(3e-3)
 
 
-def test_peak_memory_is_the_most_that_is_held_at_a_time():
+def test_extra_memory_is_the_most_that_is_held_at_a_time_beyond_the_results():
     source = torch.ones(1000)
 
     def forward():
@@ -66,13 +65,7 @@ def test_peak_memory_is_the_most_that_is_held_at_a_time():
         del first
         return second + second  # and 8,000, less 4,000
 
-    assert peak_bytes(Contender(forward), CPU) == 16_000
-
-
-def test_ceilings_bound_from_below():
-    measured = measure.Ceilings(bandwidth=100.0, flops=10.0)
-    assert measured.seconds(moved=200, flops=5) == 2.0
-    assert measured.seconds(moved=200, flops=50) == 5.0
+    assert extra_bytes(Contender(forward)) == 8_000
 
 
 @pytest.mark.slow

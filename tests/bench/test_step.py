@@ -29,27 +29,18 @@ def tiny(cache, monkeypatch):
 
 def test_every_step_is_measured_beyond_an_epoch_and_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = step.timed_steps("compact", TINY, steps=7)
-    assert list(found) == [OURS, EAGER]
-    for parts in found.values():
-        assert {part: len(seconds) for part, seconds in parts.items()} == {"step": 7, "head": 7, "waiting for data": 7}
-        for whole, head, waiting in zip(*parts.values(), strict=True):
-            assert head > 0
-            assert waiting >= 0
-            assert head + waiting < whole
+    figures = {(one.contender, one.quantity): one for one in step.measure(["compact"], steps=7, identities=None)}
+    assert {name for name, _ in figures} == {OURS, EAGER}
+    for contender in (OURS, EAGER):
+        images, whole, head, waiting = (
+            figures[contender, quantity] for quantity in ("images", "step", "head", "waiting")
+        )
+        assert images.setting == "B 4, 24x16"
+        assert [figure.unit for figure in (images, whole, head, waiting)] == ["images/s", "s", "%", "%"]
+        assert images.value == pytest.approx(4 / whole.value)  # of 7 steps the medians are the same step's
+        assert 0 < head.low <= head.high < 100
+        assert 0 <= waiting.low <= waiting.high < 100
     assert not list(tmp_path.iterdir())
-
-
-def test_figures_follow_from_the_parts(monkeypatch):
-    parts = {"step": [0.1, 0.2, 0.4], "head": [0.04, 0.08, 0.16], "waiting for data": [0.01, 0.02, 0.04]}
-    monkeypatch.setattr(step, "timed_steps", lambda backbone, data, steps: {OURS: parts})
-    figures = list(step.measure(["compact"], steps=3, identities=5))
-    assert [(figure.quantity, figure.unit) for figure in figures] == [
-        ("images", "images/s"), ("step", "s"), ("share of head", "%"), ("share of waiting for data", "%"),
-    ]  # fmt: skip
-    assert [figure.value for figure in figures] == pytest.approx([10 / 0.2, 0.2, 40, 10])
-    assert figures[0].setting == "B 10, 24x16"
-    assert [figure.mark for figure in figures] == ["~", "~", "", ""]
 
 
 def test_too_many_identities_are_named():

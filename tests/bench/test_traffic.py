@@ -3,7 +3,6 @@
 from functools import cache
 
 import pytest
-import torch
 
 from bench import count
 from bench.cases import EAGER, OURS
@@ -25,9 +24,8 @@ def counted(problem: Problem) -> tuple[dict[tuple[str, str], Traffic], dict[tupl
     """What was counted by kernel and tensor (of a kernel that two operators launch: the latter's), and bytes by
     operator and contender."""
     found = rows_of(problem)
-    by_operator = {
-        (figure.subject, figure.contender): figure.value for figure in count.count_bytes("", problem, found, H100)
-    }
+    moved = count.moved_bytes(problem, found)
+    by_operator = {(subject, contender): value for subject, one in moved.items() for contender, value in one.items()}
     return {(one.kernel, one.tensor): one for one in found if one.distinct}, by_operator
 
 
@@ -41,7 +39,7 @@ def stored(one: Traffic) -> tuple[int, int]:
 
 def test_average_pooling_by_hand():
     shape = Shape(batch=2, channels=3, height=4, width=5, stripes=2, classes=2)
-    by_tensor, by_operator = counted(Problem(shape, "float32", ("average",), memory_format=torch.channels_last))
+    by_tensor, by_operator = counted(Problem(shape, "float32", ("average",)))
     forward, backward = "stripe_pool_kernel", "stripe_pool_backward_kernel"
     feature_map, global_feature, local = 2 * 3 * 4 * 5 * 4, 2 * 3 * 4, 2 * 2 * 3 * 4
     assert loaded(by_tensor[forward, "map"]) == (feature_map, feature_map)
@@ -85,7 +83,7 @@ def test_revision_and_write_by_hand():
     # of the loss two kernels read the labels, and the library's matmuls, which are not counted here, do the rest
     loss = "revised_cross_entropy, forward"
     assert by_operator[loss, "distinct"] - by_operator[loss, "at least"] == b * 8
-    others = {subject for subject, _ in by_operator} - {loss, "revised_cross_entropy, backward", "step, gem"}
+    others = {subject for subject, _ in by_operator} - {loss, "revised_cross_entropy, backward", "head, gem, step"}
     assert len(others) == 5
     assert all(by_operator[subject, "distinct"] == by_operator[subject, "at least"] for subject in others)
 
@@ -99,9 +97,9 @@ def test_the_step_is_the_sum_of_its_operators():
             for operator in operators
             for direction in ("forward", "backward")
         ]
-        assert by_operator["step, gem", contender] == sum(parts)
-    assert by_operator["step, gem", OURS] == (
-        by_operator["step, gem", "distinct"] + by_operator["step, gem", "scratch and matmuls"]
+        assert by_operator["head, gem, step", contender] == sum(parts)
+    assert by_operator["head, gem, step", OURS] == (
+        by_operator["head, gem, step", "distinct"] + by_operator["head, gem, step", "scratch and matmuls"]
     )
 
 
@@ -135,21 +133,10 @@ def test_launches_are_numbered():
 def test_with_both_poolings_each_step_has_its_own():
     both = Problem(SMALL.shape, SMALL.dtype, ("average", "gem"))
     assert [str(case) for case in both.cases][:2] == ["stripe_pool, average", "stripe_pool, gem"]
-    steps = {
-        pooling: [str(case) for case in both.cases if traffic.is_in_step(case, pooling)] for pooling in both.poolings
-    }
-    assert steps["gem"] == ["stripe_pool, gem", "revised_cross_entropy", "write_memory_"]
-    assert steps["average"] == ["stripe_pool, average", *steps["gem"][1:]]
-
-
-def test_details_have_every_tensor_and_say_which_are_scratch():
-    figures = list(count.bytes_of_tensors("", rows_of(SMALL)))
-    (saved,) = (
-        figure for figure in figures
-        if figure.subject == "revised_cross_entropy, forward: cross_entropy_kernel"
-        and (figure.contender, figure.quantity) == ("saved_logits (scratch)", "stored")
-    )  # fmt: skip
-    assert saved.value == 3 * 20 * 16 * 4
+    values = {(case, "forward"): {str(case): 1.0} for case in both.cases}
+    for pooling in both.poolings:
+        step = traffic.by_subject(values, both.poolings)[f"head, {pooling}, step"]
+        assert step == {f"stripe_pool, {pooling}": 1, "revised_cross_entropy": 1, "write_memory_": 1}
 
 
 @pytest.mark.slow

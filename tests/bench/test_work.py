@@ -37,14 +37,16 @@ def test_half_precision_halves_map_and_memory():
 
 
 def test_the_head_is_the_sum_of_its_operators():
-    parts = [work(operator, SHAPE)["backward"] for operator in ("stripe_pool", "revised_cross_entropy")]
-    assert work("head", SHAPE)["backward"] == parts[0] + parts[1]
+    parts = [work(operator, SHAPE) for operator in ("stripe_pool", "revised_cross_entropy", "write_memory_")]
+    assert work("head", SHAPE)["forward"] == parts[0]["forward"] + parts[1]["forward"]
+    assert work("head", SHAPE)["step"] == parts[0]["step"] + parts[1]["step"] + parts[2]["step"]
 
 
 def test_a_step_is_both_directions():
     parts = work("revise_logits", SHAPE)
     assert parts["step"] == parts["forward"] + parts["backward"]
-    assert list(work("write_memory_", SHAPE)) == ["forward"]
+    write = work("write_memory_", SHAPE)
+    assert write == {"forward": write["step"], "step": write["step"]}
 
 
 def test_an_unknown_operator_is_named():

@@ -72,16 +72,18 @@ def test_it_is_one_launch():
     assert kernels == ["one_pass_kernel"]
 
 
-def test_the_grid_is_resident_as_a_whole():
+def test_the_grid_has_as_many_programs_as_are_resident():
+    """What a multiprocessor holds of them, cge_kernels.tools.compile checks."""
     launches = []
     arguments = {
-        name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in draw(classes=3000).items()
+        name: value.cpu() if isinstance(value, torch.Tensor) else value
+        for name, value in draw(torch.bfloat16, batch=64, classes=20).items()
     }
-    for multiprocessors in (1, 4, 1000):
+    for multiprocessors, programs in (1, 1), (4, 12), (1000, 64):
         target = cge_kernels.Target("cuda", 90, 32, multiprocessors, 227 * 1024)
         with cge_kernels.backend("triton"), cge_kernels.launching(launches.append, target):
             cge_kernels.revise_logits_one_pass(**arguments)
-        assert launches[-1].grid[0] <= multiprocessors
+        assert launches[-1].grid[0] == programs  # 64: one for each sample, whose channels are one tile
         assert launches[-1].options["launch_cooperative_grid"]
     counters = [launch.args["counter_ptr"] for launch in launches]
     assert len({counter.data_ptr() for counter in counters}) == 3  # a fresh counter for each call

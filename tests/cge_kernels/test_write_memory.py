@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from error_budget import ROUNDING, assert_within_budget
+from error_budget import ROUNDING, check_write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import GPU, KERNEL_DEVICE, draw_sample
@@ -15,40 +15,6 @@ def draw(batch=5, stripes=2, classes=4, channels=3, seed=0):
     """memory, local_features and labels."""
     sample = draw_sample(batch, stripes, classes, channels, seed=seed)
     return sample.memory, sample.local_features, sample.labels
-
-
-def write_tolerance(unit, memory, local_features, labels, momentum):
-    """Of each row, from float64 arguments.
-
-    A mean of K instances has K roundings of the sum of their sizes, which cancelling instances magnify against the
-    mean's length; a length of C numbers has C. The blend adds a few, and magnifies them if it is short.
-    """
-    _, classes, channels = memory.shape
-    tolerance = torch.zeros_like(memory)
-    for identity in range(classes):
-        instances = local_features[labels == identity].transpose(0, 1)  # (n, K, C)
-        count = instances.shape[1]
-        mean = instances.mean(dim=1, keepdim=True)
-        length = mean.norm(dim=2, keepdim=True)
-        cancelled = instances.abs().mean(dim=1, keepdim=True).norm(dim=2, keepdim=True) / length
-        error = (count + 4) * unit * cancelled + (channels + 8) * unit
-        old = memory[:, identity : identity + 1]
-        blend = momentum * old + (1 - momentum) * mean / length
-        blend = torch.where((old == 0).all(dim=2, keepdim=True), mean / length, blend)
-        tolerance[:, identity : identity + 1] = 2 * error / blend.norm(dim=2, keepdim=True) + (channels + 8) * unit
-    return tolerance.nan_to_num(nan=0.0)  # of classes without instances
-
-
-def check(memory, local_features, labels, momentum, backend, low_precision_memory=None):
-    """Writes in place, within the budget of the reference in the same dtypes."""
-    truth = cge_reference.write_memory_(memory.double(), local_features.double(), labels, momentum)
-    reference = cge_reference.write_memory_(memory.clone(), local_features, labels, momentum)
-    tolerance = write_tolerance(ROUNDING[memory.dtype], memory.double(), local_features.double(), labels, momentum)
-    with cge_kernels.backend(backend):
-        written = cge_kernels.write_memory_(memory, local_features, labels, momentum, low_precision_memory)
-    assert written is memory
-    doubled = 2 if memory.dtype == torch.float64 else 1  # the truth has such roundings too then
-    assert_within_budget(memory, truth, reference, doubled * tolerance, "memory")
 
 
 @pytest.mark.slow
@@ -67,7 +33,7 @@ def test_written_rows(batch, channels, seed, momentum, dtype, is_transposed, bac
     local_features = local_features.to(dtype)
     if is_transposed:
         local_features = local_features.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-    check(memory, local_features, labels, momentum, backend)
+    check_write(memory, local_features, labels, momentum, backend)
 
 
 @pytest.mark.parametrize("features_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -77,7 +43,7 @@ def test_every_dtype_on_the_cpu(features_dtype, memory_dtype, low_precision_dtyp
     memory, local_features, labels = draw(6, 3, 4, 8)
     memory = memory.to(memory_dtype)
     rounded = None if low_precision_dtype is None else memory.to(low_precision_dtype)
-    check(memory, local_features.to(features_dtype), labels, 0.3, "cpu", rounded)
+    check_write(memory, local_features.to(features_dtype), labels, 0.3, "cpu", rounded)
     if rounded is not None:
         written = labels.unique()
         assert rounded[:, written].equal(memory[:, written].to(low_precision_dtype))
@@ -85,7 +51,7 @@ def test_every_dtype_on_the_cpu(features_dtype, memory_dtype, low_precision_dtyp
 
 def test_the_papers_channels(backend):
     memory, local_features, labels = draw(6, 3, 4, 2048)
-    check(memory, local_features, labels, 0.5, backend)
+    check_write(memory, local_features, labels, 0.5, backend)
 
 
 def test_the_low_precision_memory_is_refreshed_in_the_written_rows_only(any_backend):
@@ -141,7 +107,7 @@ def test_an_empty_batch_writes_nothing_and_identities_outside_the_batch_stay_unt
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
 def test_labels_of_any_integer_dtype_and_stride(dtype, backend):
     memory, local_features, labels = draw()
-    check(memory, local_features, labels.to(dtype).repeat_interleave(2)[::2], 0.5, backend)
+    check_write(memory, local_features, labels.to(dtype).repeat_interleave(2)[::2], 0.5, backend)
 
 
 def test_no_graph_is_kept(any_backend):

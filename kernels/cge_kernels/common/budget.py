@@ -5,7 +5,9 @@ import os
 import torch
 from torch import Tensor
 
-from cge_kernels.common.tiles import cdiv
+from cge_kernels.common.dispatch import runs_on_triton
+from cge_kernels.common.launch import current_target
+from cge_kernels.common.tiles import cdiv, parts_of_channels
 
 SCRATCH_MB = 256  # default of CGE_SCRATCH_MB
 SCORE_ROW = 16  # rows of scores are padded to a multiple of this: each starts on a 32-byte boundary in any dtype
@@ -40,15 +42,44 @@ def chunk_of_classes(batch: int, stripes: int, classes: int) -> int:
     return min(score_row(classes), max(SCORE_ROW, fitting))
 
 
-def empty_saved(batch: int, memory: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Where revised_cross_entropy keeps logits and scores (n+1, N, row) and inv_norm (n, B) for its backward.
+def kept_parts(batch: int, memory: Tensor) -> int:
+    """`parts_of_channels` for these sizes on the memory's GPU; 0, too, if logits and scores of the parts do not fit."""
+    stripes, classes, channels = memory.shape
+    parts = parts_of_channels(current_target(memory), memory.dtype, batch, stripes, classes, channels)
+    fits = (1 + parts) * (stripes + 1) * batch * score_row(classes) * 4 <= scratch_bytes() // 2
+    return parts if fits else 0
+
+
+def empty_logits(like: Tensor, sizes: tuple[int, int, int], dtype: torch.dtype, by_sample: bool) -> Tensor:
+    """(classifiers, at least classes, at least B), for sizes (classifiers, classes, B).
+
+    Contiguous, and padded to a score_row, are the samples of a class or, if they lie by_sample, a sample's classes.
+    """
+    classifiers, classes, batch = sizes
+    if by_sample:
+        return like.new_empty(classifiers, batch, score_row(classes), dtype=dtype).transpose(1, 2)
+    return like.new_empty(classifiers, classes, score_row(batch), dtype=dtype)
+
+
+def lie_by_sample(logits: Tensor) -> bool:
+    """Whether the classes of a sample are contiguous, as `empty_logits` has it."""
+    return logits.stride(1) < logits.stride(2)
+
+
+def empty_saved(batch: int, memory: Tensor, dtype: torch.dtype, on_triton: bool | None = None) -> tuple[Tensor, Tensor]:
+    """Where revised_cross_entropy keeps logits and scores (n+1, at least N, at least B) and inv_norm (n, B).
 
     The former have no rows if they do not fit in half of the budget (as float32). The other half is for their
-    gradients, which the backward makes chunk by chunk.
+    gradients, which the backward makes chunk by chunk. They lie by sample where kernels take `kept_parts`.
+    on_triton: whether it is kernels that fill them; None: as the backend in force has it.
     """
     stripes, classes, _ = memory.shape
-    rows = classes if (stripes + 1) * classes * score_row(batch) * 4 <= scratch_bytes() // 2 else 0
-    saved_logits = memory.new_empty(stripes + 1, rows, score_row(batch), dtype=dtype)
+    if on_triton is None:
+        on_triton = dtype == torch.float32 and runs_on_triton(memory)
+    by_sample = on_triton and kept_parts(batch, memory) > 0
+    fits = by_sample or (stripes + 1) * classes * score_row(batch) * 4 <= scratch_bytes() // 2
+    rows = classes if fits else 0
+    saved_logits = empty_logits(memory, (stripes + 1, rows, batch), dtype, by_sample)
     return saved_logits, memory.new_empty(stripes, batch, dtype=dtype)
 
 

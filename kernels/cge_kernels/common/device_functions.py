@@ -65,25 +65,24 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr):
 
 @jit
 def multiply(
-    rows_ptr, columns_ptr, row_mask, column_mask, depth, column_stride, accumulator,
-    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+    rows_ptr, columns_ptr, row_mask, column_mask, first, end, depth, row_stride, column_stride, accumulator,
+    dtype: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """accumulator (rows, columns) + rows @ columns, over a common axis of length depth.
+    """accumulator (rows, columns) + rows @ columns, both converted to a dtype, over first..end-1 of a common axis.
 
-    rows_ptr (rows, 1) and columns_ptr (1, columns) point to their first numbers; the numbers of a row are contiguous,
-    those of a column column_stride apart. Rows are converted to the columns' dtype.
+    rows_ptr (rows, 1) and columns_ptr (1, columns) point to their numbers 0 of `depth`; the numbers of a row are
+    row_stride apart, those of a column column_stride. first, and end unless it is depth, are multiples of BLOCK_K.
     """
     block = tl.arange(0, BLOCK_K)
-    for start in range(0, depth, BLOCK_K):
+    for start in range(first, end, BLOCK_K):
         channel = start + block
         inside = channel < depth
-        rows = tl.load(rows_ptr + channel[None, :], mask=row_mask[:, None] & inside[None, :], other=0.0)
+        wide = channel.to(tl.int64)
+        rows = tl.load(rows_ptr + wide[None, :] * row_stride, mask=row_mask[:, None] & inside[None, :], other=0.0)
         columns = tl.load(
-            columns_ptr + channel.to(tl.int64)[:, None] * column_stride,
-            mask=inside[:, None] & column_mask[None, :],
-            other=0.0,
+            columns_ptr + wide[:, None] * column_stride, mask=inside[:, None] & column_mask[None, :], other=0.0
         )
-        accumulator = dot(rows.to(columns.dtype), columns, accumulator, PRECISION)
+        accumulator = dot(rows.to(dtype), columns.to(dtype), accumulator, PRECISION)
     return accumulator
 
 

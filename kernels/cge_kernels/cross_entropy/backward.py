@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cge_kernels.common.budget import chunk_of_logits, score_row
+from cge_kernels.common.budget import chunk_of_logits, empty_logits, lie_by_sample, score_row
 from cge_kernels.common.device_functions import NORM_EPS, jit, log_sigmoid, product, tl
 from cge_kernels.common.dispatch import autocast_off
 from cge_kernels.common.launch import Tiles, current_target
@@ -25,8 +25,8 @@ from cge_kernels.revise_logits.forward import cast_and_norm
 @jit
 def grad_logits_kernel(
     grad_ptr, lse_ptr, labels_ptr, saved_logits_ptr, grad_logits_ptr,
-    batch, classes, grad_stride_0, saved_logits_stride_0, saved_logits_stride_1, grad_logits_stride_0, first_class,
-    all_classes, label_smoothing,
+    batch, classes, end_class, grad_stride_0, saved_logits_stride_0, saved_logits_stride_1, saved_logits_stride_2,
+    grad_logits_stride_0, grad_logits_stride_1, grad_logits_stride_2, first_class, all_classes, label_smoothing,
     STRIPES: tl.constexpr, LOCAL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program for BLOCK_N classes x BLOCK_B samples.
@@ -34,16 +34,19 @@ def grad_logits_kernel(
     grad_ptr: (B,) float32, any stride
     lse_ptr: (B,) float32
     labels_ptr: (B,), any integer, of all_classes
-    saved_logits_ptr: (n+1, at least `classes`, row) float32, logits and scores of `classes` classes from first_class on
-    grad_logits_ptr: (n+1 or, unless LOCAL, 1, at least `classes`, row) in the matmuls' dtype, the result: gradients of
-        the logits, then of each stripe's scores
+    saved_logits_ptr: (n+1, at least `classes`, at least B) float32, logits and scores of `classes` classes from
+        first_class on; samples or classes contiguous
+    grad_logits_ptr: (n+1 or, unless LOCAL, 1, at least `classes`, at least B) in the matmuls' dtype, the result:
+        gradients of the logits, then of each stripe's scores; what is contiguous is the same
+    end_class: `classes` or, so that several can be loaded at once, a multiple of 16 up to which both have room
     """
     batch_tiles = tl.cdiv(batch, BLOCK_B)
     sample = (tl.program_id(0) % batch_tiles * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     identity = (tl.program_id(0) // batch_tiles * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     sample_mask = sample < batch
-    mask = (identity < classes)[:, None] & sample_mask[None, :]
-    offsets = identity[:, None] * saved_logits_stride_1 + sample[None, :]
+    mask = (identity < end_class)[:, None] & sample_mask[None, :]
+    offsets = identity[:, None] * saved_logits_stride_1 + sample[None, :] * saved_logits_stride_2
+    grad_offsets = identity[:, None] * grad_logits_stride_1 + sample[None, :] * grad_logits_stride_2
     saved_stride = tl.cast(saved_logits_stride_0, tl.int64)
     grad_stride = tl.cast(grad_logits_stride_0, tl.int64)
     log_weight = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
@@ -53,20 +56,19 @@ def grad_logits_kernel(
     weight = tl.exp(log_weight / STRIPES)
     revised = tl.load(saved_logits_ptr + offsets, mask=mask, other=0.0) * weight
     label = tl.load(labels_ptr + sample, mask=sample_mask, other=-1).to(tl.int64)
-    grad = tl.load(
-        grad_ptr + sample * grad_stride_0, mask=sample_mask & (label >= 0) & (label < all_classes), other=0.0
-    )
+    is_valid = sample_mask & (label >= 0) & (label < all_classes)
+    grad = tl.load(grad_ptr + sample * grad_stride_0, mask=is_valid, other=0.0)
     lse = tl.load(lse_ptr + sample, mask=sample_mask, other=0.0)
     is_label = identity[:, None] + first_class == label[None, :]
     target = label_smoothing / all_classes + tl.where(is_label, 1.0 - label_smoothing, 0.0)
     grad_revised = grad.to(tl.float32)[None, :] * (tl.exp(revised - lse[None, :]) - target)
-    tl.store(grad_logits_ptr + offsets, grad_revised * weight, mask=mask)
+    tl.store(grad_logits_ptr + grad_offsets, grad_revised * weight, mask=mask)
     if LOCAL:
         common = grad_revised * revised / STRIPES
         for stripe in range(STRIPES):
             score = tl.load(saved_logits_ptr + (stripe + 1) * saved_stride + offsets, mask=mask, other=0.0)
             grad_score = common / (1.0 + tl.exp(score))
-            tl.store(grad_logits_ptr + (stripe + 1) * grad_stride + offsets, grad_score, mask=mask)
+            tl.store(grad_logits_ptr + (stripe + 1) * grad_stride + grad_offsets, grad_score, mask=mask)
 
 
 @jit
@@ -106,11 +108,12 @@ def launch_grad_logits(
     """Fills grad_logits (n+1 or 1, at least rows, at least B) from saved_logits (n+1, at least rows, at least B)."""
 
     def prepare() -> tuple[int, Tiles, dict[str, Any]]:
-        batch, stripes, classes = inputs.sizes
-        programs = cdiv(batch, GRAD_LOGITS["BLOCK_B"]) * cdiv(classes, GRAD_LOGITS["BLOCK_N"])
-        scalars = {"batch": batch, "classes": classes, "label_smoothing": label_smoothing}
+        (batch, stripes, classes), by_sample = inputs.sizes, lie_by_sample(saved_logits)
+        tiles = GRAD_LOGITS["by sample" if by_sample else "by class"]
+        scalars = {"batch": batch, "classes": classes, "end_class": score_row(classes) if by_sample else classes}
         scalars |= {"first_class": inputs.first_class, "all_classes": inputs.all_classes}
-        return programs, GRAD_LOGITS, {**scalars, "STRIPES": stripes, "LOCAL": len(grad_logits) > 1}
+        scalars |= {"label_smoothing": label_smoothing, "STRIPES": stripes, "LOCAL": len(grad_logits) > 1}
+        return cdiv(batch, tiles["BLOCK_B"]) * cdiv(classes, tiles["BLOCK_N"]), tiles, scalars
 
     plan.launch(
         grad_logits_kernel,
@@ -181,9 +184,8 @@ def launch_backward(
         scratch = features.new_empty((stripes + 1, chunk, score_row(batch)), dtype=torch.float32)
         casts = cast_and_norm(plan, local, memory, features)
     features_cast, in_float32 = features.to(memory.dtype), weight.dtype == torch.float32
-    grad_logits = features.new_empty(
-        (stripes + 1 if local_gradient else 1, chunk, score_row(batch)), dtype=memory.dtype
-    )
+    sizes = (stripes + 1 if local_gradient else 1, chunk, batch)
+    grad_logits = empty_logits(features, sizes, memory.dtype, lie_by_sample(saved.saved_logits))
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad_bias = weight.new_empty(0) if inputs.bias is None else torch.empty_like(inputs.bias)
     grad_features = features.new_empty(features.shape, dtype=torch.float32)
@@ -193,7 +195,9 @@ def launch_backward(
         part = inputs if chunk >= classes else inputs.rows(rows)
         if recomputes:
             launch_cross_entropy(plan, part, casts, scratch, None)
-        saved_logits = scratch if recomputes else saved.saved_logits if part is inputs else saved.saved_logits[:, rows]
+        saved_logits = scratch if recomputes else saved.saved_logits
+        if not (recomputes or part is inputs):
+            saved_logits = saved_logits[:, start : start + score_row(chunk)]
         launch_grad_logits(plan, part, grad, saved.lse, saved_logits, grad_logits, label_smoothing)
         gradients = grad_logits[:, : rows.stop - start, :batch].transpose(1, 2)
         grad_rows = grad_weight[rows] if in_float32 else torch.empty_like(part.weight, dtype=torch.float32)

@@ -66,7 +66,7 @@ def revised_statistics(inputs: Inputs) -> tuple[Statistics, Tensor, Tensor]:
     batch, stripes, _ = inputs.sizes
     dtype = accumulation_dtype(inputs.features, inputs.weight, inputs.local_features, inputs.memory)
     inv_norm = inverse_norms(inputs.local_features, dtype)
-    saved_logits, _ = empty_saved(batch, inputs.memory, dtype)
+    saved_logits, _ = empty_saved(batch, inputs.memory, dtype, on_triton=False)
     saved_logits[:, :, batch:] = 0
     row_max = inv_norm.new_full((stripes + 1, batch), -torch.inf)
     argmax = inputs.labels.new_zeros((stripes + 1, batch), dtype=torch.int64)

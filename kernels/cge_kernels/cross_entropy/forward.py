@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cge_kernels.common.budget import chunk_of_statistics, empty_saved, score_row
+from cge_kernels.common.budget import chunk_of_statistics, empty_saved, kept_parts, score_row
 from cge_kernels.common.device_functions import NORM_EPS, jit, log_sigmoid, multiply, product, sum_parts, tl
 from cge_kernels.common.launch import Tiles, current_target, float32_precision
 from cge_kernels.common.plan import Piece, Plan
 from cge_kernels.common.tiles import REDUCE_TILES, block_of_parts, cdiv, scores_tiles
-from cge_kernels.cross_entropy.inputs import Inputs, Loss, Statistics, empty_loss, empty_statistics
+from cge_kernels.cross_entropy import split
+from cge_kernels.cross_entropy.inputs import Inputs, Loss, Statistics, as_dict, empty_loss, empty_statistics
+from cge_kernels.cross_entropy.split import FAR
 from cge_kernels.revise_logits.forward import Casts, cast_and_norm
-
-FAR = 2**31 - 1  # a class beyond all others
 
 
 @jit
@@ -81,8 +81,8 @@ def cross_entropy_kernel(
         score = multiply(
             memory_ptr + tl.cast(stripe, tl.int64) * memory_stride_0 + identity_wide * channels,
             local_cast_ptr + tl.cast(stripe, tl.int64) * local_cast_stride_1 + sample[None, :] * local_cast_stride_0,
-            class_mask, sample_mask, channels, local_cast_stride_2, tl.zeros([BLOCK_N, BLOCK_B], tl.float32),
-            PRECISION, BLOCK_K,
+            class_mask, sample_mask, 0, channels, channels, 1, local_cast_stride_2,
+            tl.zeros([BLOCK_N, BLOCK_B], tl.float32), memory_ptr.dtype.element_ty, PRECISION, BLOCK_K,
         )  # fmt: skip
         sq_norms = sum_parts(
             partial_sq_norms_ptr, partial_sq_norms_stride_1, sample, sample_mask, stripe, parts, BLOCK_B, BLOCK_PARTS
@@ -99,8 +99,8 @@ def cross_entropy_kernel(
         log_weight += log_sigmoid(score)
     logit = multiply(
         weight_ptr + identity_wide * weight_stride_0, features_cast_ptr + sample[None, :] * features_cast_stride_0,
-        class_mask, sample_mask, feature_channels, features_cast_stride_1,
-        tl.zeros([BLOCK_N, BLOCK_B], tl.float32), PRECISION, BLOCK_W,
+        class_mask, sample_mask, 0, feature_channels, feature_channels, 1, features_cast_stride_1,
+        tl.zeros([BLOCK_N, BLOCK_B], tl.float32), memory_ptr.dtype.element_ty, PRECISION, BLOCK_W,
     )  # fmt: skip
     if bias_ptr is not None:
         logit += tl.load(bias_ptr + identity, mask=class_mask, other=0.0).to(tl.float32)[:, None]
@@ -269,11 +269,6 @@ def launch_reduce_tiles(
     )  # fmt: skip
 
 
-def as_dict(results: Statistics | Loss | None, kind: type[Statistics] | type[Loss]) -> dict[str, Tensor | None]:
-    """The results by name; without them None for each."""
-    return dict.fromkeys(kind._fields) if results is None else results._asdict()
-
-
 def launch_forward(
     plan: Plan, inputs: Inputs, label_smoothing: float | None
 ) -> tuple[Loss | Statistics, Tensor, Tensor]:
@@ -283,8 +278,10 @@ def launch_forward(
     """
     batch, stripes, classes = inputs.sizes
     inputs = inputs.contiguous()
+    if parts := plan.once(lambda: kept_parts(batch, inputs.memory)):
+        return split.launch_forward(plan, inputs, parts, label_smoothing)
     casts = cast_and_norm(plan, inputs.local_features, inputs.memory, inputs.features)
-    saved_logits, inv_norm = empty_saved(batch, inputs.memory, torch.float32)
+    saved_logits, inv_norm = empty_saved(batch, inputs.memory, torch.float32, on_triton=True)
     rows = saved_logits.shape[1]
     chunk = rows or chunk_of_statistics(batch, stripes, classes)
     loss = None if label_smoothing is None else empty_loss(inputs.features, stripes, torch.float32)

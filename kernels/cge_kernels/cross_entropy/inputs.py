@@ -57,7 +57,7 @@ class Saved(NamedTuple):
     """What the backward takes beside the inputs."""
 
     lse: Tensor  # (B,)
-    saved_logits: Tensor  # (n+1, rows or 0, at least B): logits, then each stripe's scores; 0 rows if there is no room
+    saved_logits: Tensor  # (n+1, at least rows, at least B): logits, then each stripe's scores; no rows if no room
     inv_norm: Tensor  # (n, B): 1 / max(||f_i||, 1e-12)
 
 
@@ -72,3 +72,8 @@ def empty_loss(features: Tensor, stripes: int, dtype: torch.dtype) -> Loss:
     """Where the results of the features' samples go."""
     loss, correct = features.new_empty(len(features), dtype=dtype), features.new_empty(len(features), dtype=torch.bool)
     return Loss(loss, torch.empty_like(loss), correct, correct.new_empty(len(features), stripes))
+
+
+def as_dict(results: Statistics | Loss | None, kind: type[Statistics] | type[Loss]) -> dict[str, Tensor | None]:
+    """The results by name; without them None for each."""
+    return dict.fromkeys(kind._fields) if results is None else results._asdict()

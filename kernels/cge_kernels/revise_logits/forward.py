@@ -96,8 +96,8 @@ def revise_tile(
         local_columns = local_cast_ptr + tl.cast(stripe, tl.int64) * local_stride_i + sample[None, :] * local_stride_b
         accumulator = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
         accumulator = multiply(
-            memory_rows, local_columns, class_mask, sample_mask, channels, local_stride_c, accumulator,
-            PRECISION, BLOCK_K,
+            memory_rows, local_columns, class_mask, sample_mask, 0, channels, channels, 1, local_stride_c, accumulator,
+            memory_ptr.dtype.element_ty, PRECISION, BLOCK_K,
         )  # fmt: skip
         sq_norm = sum_parts(partial_sq_norms_ptr, partial_row, sample, sample_mask, stripe, parts, BLOCK_B, BLOCK_PARTS)
         inv_norm = 1.0 / tl.maximum(tl.sqrt_rn(sq_norm), NORM_EPS)

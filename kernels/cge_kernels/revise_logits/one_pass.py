@@ -1,8 +1,9 @@
 """Pooling, local classification and revision in one launch, from feature map to revised logits.
 
-A persistent grid of at most one program per multiprocessor: its programs pool the map tile by tile (stripe_pool's
-pool_tile), meet at a grid-wide barrier, and revise the logits tile by tile (forward.py's revise_tile). Between them
-lie only the local features and their squared lengths, which the L2 cache holds.
+A persistent grid of as many programs as are resident: they pool the map tile by tile (stripe_pool's pool_tile), meet at
+a grid-wide barrier, and revise the logits tile by tile (forward.py's revise_tile). Between them lie only the local
+features and their squared lengths, which the L2 cache holds. The matmul leaves room for two or three programs on each
+multiprocessor; so that the pooling has enough loads in flight there, its tiles are larger than stripe_pool's.
 
 It pays where the logits do not depend on this map's pooling: scoring against given logits, distillation, a classifier
 on another branch. In CGE's own training the logits come from the global feature of the same map, so it has been read
@@ -25,7 +26,7 @@ from cge_kernels.common.device_functions import jit, tl
 from cge_kernels.common.dispatch import autocast_off, autograd_function, is_traced, runs_on_reference
 from cge_kernels.common.launch import Tiles, current_target, float32_precision
 from cge_kernels.common.plan import Call, Piece, Plan
-from cge_kernels.common.tiles import POOL, block_of_parts, cdiv, contiguous_axis, one_pass_tiles
+from cge_kernels.common.tiles import ONE_PASS_POOL, block_of_parts, cdiv, contiguous_axis, one_pass_tiles
 from cge_kernels.revise_logits import cpu
 from cge_kernels.revise_logits.backward import revise_backward, revise_logits_backward_op
 from cge_kernels.revise_logits.forward import revise_tile
@@ -87,18 +88,18 @@ def launch_forward(
     batch, channels = feature_map.shape[:2]
     stripes, classes, _ = memory.shape
     converts = memory.dtype != torch.float32
-    channel_tiles = cdiv(channels, POOL[contiguous_axis(feature_map)]["BLOCK_C"])
+    channel_tiles = cdiv(channels, ONE_PASS_POOL[contiguous_axis(feature_map)]["BLOCK_C"])
 
     def pieces() -> list[Piece]:
         converted = Piece((batch, stripes, channels), memory.dtype)
         return [Piece((stripes, channel_tiles, score_row(batch)), torch.float32), *[converted][:converts]]
 
     def prepare() -> tuple[int, Tiles, dict[str, Any], dict[str, Any]]:
-        target, pool = current_target(feature_map), POOL[contiguous_axis(feature_map)]
-        matmul = one_pass_tiles(target, memory.dtype, batch, classes)
+        target, pool = current_target(feature_map), ONE_PASS_POOL[contiguous_axis(feature_map)]
+        matmul, resident = one_pass_tiles(target, memory.dtype, batch, classes)
         class_tiles = cdiv(batch, matmul["BLOCK_B"]) * cdiv(classes, matmul["BLOCK_N"])
-        programs = min(target.multiprocessors, max(batch * channel_tiles, class_tiles))
-        scalars = {"eps": eps, "batch": batch, "channels": channels, "classes": classes, **pool.blocks}
+        programs = min(resident, max(batch * channel_tiles, class_tiles))
+        scalars = {"eps": eps, "batch": batch, "channels": channels, "classes": classes, **pool}
         scalars |= {"PRECISION": float32_precision(target), "BLOCK_PARTS": block_of_parts(channel_tiles)}
         scalars |= map_constants(stripes, feature_map)
         return programs, matmul, scalars, {"launch_cooperative_grid": True}

@@ -9,8 +9,8 @@ registers of a thread, bytes that a thread spills (NVIDIA: loaded and stored in 
 bytes of a program, programs per multiprocessor and what limits them, and the tensor cores' instruction. '-' stands for
 float32 products in a precision that the launcher never chooses for this target.
 
-The exit code is 0 if everything compiles, fits in shared memory and spills nothing. sm_75 is compiled only to see that
-it compiles: there, spills are shown but not counted.
+The exit code is 0 if everything compiles, fits in shared memory, spills nothing and, if it has a grid-wide barrier, is
+resident as a whole. sm_75 is compiled only to see that it compiles: there, spills are shown but not counted.
 """
 
 import argparse
@@ -121,6 +121,11 @@ def problem(compilation: Compilation, result: Resources) -> str:
         return result.error
     if result.shared > hardware.target.shared_bytes:
         return f"exceeds {hardware.target.shared_bytes} shared bytes"
+    options = compilation.launch.options
+    programs, _ = hardware.occupancy(result.registers, result.shared, options["num_warps"])
+    resident = programs * hardware.target.multiprocessors
+    if "launch_cooperative_grid" in options and compilation.launch.grid[0] > resident:
+        return f"exceeds {resident} resident programs"
     return "spills" if result.spilled and not hardware.compile_only else ""
 
 

@@ -36,15 +36,21 @@ def exceeds_kernel(x_ptr, BLOCK: tl.constexpr):
 def fails_kernel(x_ptr, BLOCK: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, BLOCK + 1), 1.0)
 
+@triton.jit
+def crowds_kernel(x_ptr, BLOCK: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, BLOCK), 1.0)
+
 def call_operators(quick, dtype, memory_dtype):
     kernel, block, num_warps = {
         "spills": (spills_kernel, 8192, 1),
         "exceeds": (exceeds_kernel, 256, 32),
         "fails": (fails_kernel, 128, 4),
+        "crowds": (crowds_kernel, 128, 32),
     }[sys.argv[1]]
-    x = torch.empty(block, device="meta")
+    programs, options = (1000, {"launch_cooperative_grid": True}) if sys.argv[1] == "crowds" else (1, {})
+    x, tiles = torch.empty(block, device="meta"), Tiles({"BLOCK": block}, num_warps)
     with Plan() as plan:
-        plan.launch(kernel, {"x": x}, lambda: (1, Tiles({"BLOCK": block}, num_warps), {}))
+        plan.launch(kernel, {"x": x}, lambda: (programs, tiles, {}, options))
 
 program.call_operators = call_operators
 sys.exit(program.main(sys.argv[2:]))
@@ -148,6 +154,8 @@ FAILURE = "CompilationError:" + (" arange's range must be a power of 2" if IS_RE
         pytest.param("spills", ["gfx1100"], ["spills"], "1 compiled, 0 failed, 1 spilled", marks=needs_linker),
         ("exceeds", ["sm_80"], ["exceeds 166912 shared bytes"], "1 compiled, 1 failed, 0 spilled"),
         ("fails", ["sm_80"], [FAILURE], "0 compiled, 1 failed, 0 spilled"),
+        # a multiprocessor holds two programs of 32 warps
+        ("crowds", ["sm_80"], ["exceeds 216 resident programs"], "1 compiled, 1 failed, 0 spilled"),
     ],
 )
 def test_exit_code(tmp_path, kernel, targets, problems, summary):
