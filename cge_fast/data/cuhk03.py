@@ -102,11 +102,8 @@ def people(mat: Any, boxes: str) -> Iterator[tuple[int, int, list[str]]]:
         cells = mat[reference][()]  # (10 images, people)
         for person in range(1, cells.shape[1] + 1):
             names = (f"{pair}_{person:03d}_{1 if number <= 5 else 2}_{number:02d}.png" for number in range(1, 11))
-            yield (
-                pair,
-                person,
-                [name for name, cell in zip(names, cells[:, person - 1], strict=True) if mat[cell].ndim == 3],
-            )
+            there = zip(names, cells[:, person - 1], strict=True)
+            yield pair, person, [name for name, cell in there if mat[cell].ndim == 3]
 
 
 def read_picture(mat: Any, boxes: str, name: str) -> PIL.Image.Image:

@@ -1,5 +1,6 @@
 """A user's own crops: root/split/identity/camera_anything.jpg."""
 
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +15,8 @@ class Crop(NamedTuple):
     """One image file and what its path says."""
 
     path: Path
-    identity: str
+    identity: str | None  # None is a distractor
     camera: str
-    distractor: bool = False
 
 
 def read_folder(root: Path, needed: Collection[Split] = SPLITS, optional: Collection[Split] = ()) -> ReidSet:
@@ -32,18 +32,14 @@ def read_folder(root: Path, needed: Collection[Split] = SPLITS, optional: Collec
     """
     crops = by_split(lambda split: list(crops_of(root / split)), needed, optional)
     every = [crop for part in crops.values() for crop in part]
-    # From 1 on, since identity 0 are distractors.
-    identities = {name: number for number, name in enumerate(sorted({crop.identity for crop in every}), start=1)}
+    names = sorted({crop.identity for crop in every if crop.identity is not None})
+    identities = {name: number for number, name in enumerate([None, *names], start=DISTRACTOR)}
     cameras = numbers(sorted({crop.camera for crop in every}))
-    return ReidSet(
-        **{
-            split: [
-                Image(crop.path, DISTRACTOR if crop.distractor else identities[crop.identity], cameras[crop.camera])
-                for crop in part
-            ]
-            for split, part in crops.items()
-        }
-    )
+
+    def numbered(crop: Crop) -> Image:
+        return Image(crop.path, identities[crop.identity], cameras[crop.camera])
+
+    return ReidSet(**{split: list(map(numbered, part)) for split, part in crops.items()})
 
 
 def crops_of(folder: Path) -> Iterator[Crop]:
@@ -57,13 +53,11 @@ def crops_of(folder: Path) -> Iterator[Crop]:
         if market is None:
             yield Crop(path, parts[0], camera)
         elif int(market["identity"]) != JUNK:
-            yield Crop(path, parts[0], str(int(market["camera"])), int(market["identity"]) == DISTRACTOR)
+            who = None if int(market["identity"]) == DISTRACTOR else parts[0]
+            yield Crop(path, who, str(int(market["camera"])))
 
 
 def numbers(names: list[str]) -> dict[str, int]:
     """A number for each camera's name: the name itself where all are different numbers, else its place among them."""
-    if all(name.isascii() and name.isdecimal() and len(name) <= 18 for name in names):
-        own = {name: int(name) for name in names}
-        if len(set(own.values())) == len(names):
-            return own
-    return {name: number for number, name in enumerate(names)}
+    own = {name: int(name) for name in names if re.fullmatch("[0-9]{1,18}", name)}
+    return own if len(set(own.values())) == len(names) else {name: number for number, name in enumerate(names)}

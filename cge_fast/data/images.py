@@ -43,8 +43,8 @@ class ReidSet:
     gallery: list[Image]
 
 
-# Of the folder that a set lies in, the splits that are needed, and those to be read too if they are there.
-Reader = Callable[[Path, Collection[Split], Collection[Split]], ReidSet]
+# Its arguments: the folder of a set, the splits that are needed, and those that are read too if they are there.
+Reader = Callable[..., ReidSet]
 
 
 def by_split(
@@ -68,7 +68,7 @@ def by_split(
     return items
 
 
-def reader(read_split: Callable[[Path, Split], list[Image]]) -> Callable[..., ReidSet]:
+def reader(read_split: Callable[[Path, Split], list[Image]]) -> Reader:
     """A Reader of sets whose splits are read one by one."""
 
     def read(root: Path, needed: Collection[Split] = SPLITS, optional: Collection[Split] = ()) -> ReidSet:

@@ -6,7 +6,6 @@ Each function reads one split and raises what `read_list` raises.
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +15,6 @@ from cge_fast.data.walk import AbsentError, file_at, missing
 from cge_fast.errors import UserError
 
 NUMBER = "[0-9]{1,18}"  # what 64 bits hold
-NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class Form(NamedTuple):
@@ -49,7 +47,7 @@ VERI_WILD = Form(  # of a line of vehicle_info.txt
 )
 
 
-def read_list(file: Path, folder: Path, form: Form, known: Mapping[str, str] = NOTHING) -> list[Image]:
+def read_list(file: Path, folder: Path, form: Form, known: Mapping[str, str] | None = None) -> list[Image]:
     """The images below `folder` that the list `file` names, in its order; `known` has the whole of shortened lines.
 
     Raises:
@@ -58,7 +56,7 @@ def read_list(file: Path, folder: Path, form: Form, known: Mapping[str, str] = N
     """
     images = []
     for line in lines_of(file):
-        said = re.fullmatch(form.line, known.get(line, line))
+        said = re.fullmatch(form.line, (known or {}).get(line, line))
         if said is None or int(said["camera"]) not in form.cameras:
             raise UserError(f"{file}: the line {line!r} must be like {form.like}")
         name = PurePosixPath(said["file"] + form.suffix)

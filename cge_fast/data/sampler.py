@@ -97,7 +97,7 @@ class PKSampler(Sampler[Batch]):
             for label in drawn:
                 images = self.images_of[label]
                 chosen = random.choice(images, self.instances, replace=len(images) < self.instances)
-                batch += zip(chosen.tolist(), self.seeds(random), strict=True)
+                batch += zip(chosen.tolist(), random.integers(2**63, size=self.instances).tolist(), strict=True)
             yield batch
 
     def naive(self) -> Iterator[Batch]:
@@ -119,13 +119,9 @@ class PKSampler(Sampler[Batch]):
             batch: Batch = []
             for label in random.choice(list(left), self.identities, replace=False).tolist():
                 chosen, rest = np.split(left[label], [self.instances])
-                batch += zip(chosen.tolist(), self.seeds(random), strict=True)
+                batch += zip(chosen.tolist(), random.integers(2**63, size=self.instances).tolist(), strict=True)
                 if len(rest) >= self.instances:
                     left[label] = rest
                 else:
                     del left[label]
             yield batch
-
-    def seeds(self, random: np.random.Generator) -> list[int]:
-        """A seed for the augmentation of each of K images."""
-        return random.integers(2**63, size=self.instances).tolist()

@@ -13,7 +13,7 @@ from cge_fast.data.folder import read_folder
 from cge_fast.data.images import SPLITS, Reader, ReidSet, Split, reader, without_corrupt
 from cge_fast.data.market1501 import DISTRACTOR, read_market1501
 from cge_fast.data.pedestrians import draw
-from cge_fast.data.walk import MOST_SHOWN, AbsentError
+from cge_fast.data.walk import AbsentError, first_few
 from cge_fast.data.whole_folder import once
 from cge_fast.errors import UserError, notice
 from cge_fast.options import DataConfig
@@ -73,17 +73,14 @@ def read(config: DataConfig, needed: Collection[Split] = SPLITS, optional: Colle
             set's training are in its test, or query and gallery are needed and have nothing to find.
     """
     if config.name in ("pedestrians", "pedestrians-trap"):
-        drawn = pedestrians(trap=config.name == "pedestrians-trap")
-        reid_set = read_market1501(drawn, needed, optional)
+        reid_set = read_market1501(pedestrians(trap=config.name == "pedestrians-trap"), needed, optional)
     elif config.root is None:
         raise UserError(f"data.root: the data set {config.name} needs the folder where it lies")
     else:
         reid_set = SETS[config.name][0](Path(config.root), needed, optional)
     if config.skip_corrupt:
         reid_set, corrupt = without_corrupt(reid_set)
-        shown = [str(path) for path in corrupt[:MOST_SHOWN]]
-        more = [f"{len(corrupt) - MOST_SHOWN} more"] if len(corrupt) > MOST_SHOWN else []
-        notice(f"left out {len(corrupt)} corrupt images" + (f": {', '.join(shown + more)}" if corrupt else ""))
+        notice(f"left out {len(corrupt)} corrupt images" + (f": {first_few(corrupt)}" if corrupt else ""))
         for split in needed:
             if not getattr(reid_set, split):
                 raise AbsentError(f"data.root: the {split} split of {config.name} holds no readable image")

@@ -1,7 +1,7 @@
 """Which files below a folder are images: one walk, with the same rules, for every reader."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +9,7 @@ from cge_fast.errors import UserError, notice
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 KINDS = "jpg, png, webp, bmp or tif"
-MOST_SHOWN = 6  # names of a folder in an error
+MOST_SHOWN = 6  # names in a line
 # What file managers, network drives and archives leave behind; so is whatever begins with a dot.
 OF_TOOLS = {
     *("__macosx", "@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin", "lost+found"),
@@ -29,10 +29,14 @@ def of_a_tool(name: str) -> bool:
 def missing(kind: Literal["file", "folder"], path: Path, option: str = "data.root") -> AbsentError:
     """The error that names what is not there, and what the nearest folder above it holds instead."""
     above = next(folder for folder in path.absolute().parents if folder.is_dir())
-    names = sorted(entry.name for entry in above.iterdir())
-    shown = [f"{name}/" if (above / name).is_dir() else name for name in names[:MOST_SHOWN]]
-    more = [f"{len(names) - MOST_SHOWN} more"] if len(names) > MOST_SHOWN else []
-    return AbsentError(f"{option}: there is no {kind} {path}; {above} holds {', '.join(shown + more) or 'nothing'}")
+    held = first_few(f"{entry.name}/" if entry.is_dir() else entry.name for entry in sorted(above.iterdir()))
+    return AbsentError(f"{option}: there is no {kind} {path}; {above} holds {held or 'nothing'}")
+
+
+def first_few(items: Iterable[object]) -> str:
+    """The first of some items, and how many more there are."""
+    shown = [str(item) for item in items]
+    return ", ".join(shown[:MOST_SHOWN] + [f"{len(shown) - MOST_SHOWN} more"] * (len(shown) > MOST_SHOWN))
 
 
 def file_at(path: Path) -> Path:

@@ -6,12 +6,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cge_fast.errors import UserError
 
-COUNT = ".files"  # in a folder that is written once: how many files it was written with
+COUNT = ".files"  # in a folder that is written once: how many files its folders were written with
 
 
 @contextmanager
@@ -27,11 +27,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder.parent, os.O_RDONLY)
     try:
-        locked = True
-        try:
+        locked = False
+        with suppress(OSError):  # a disk without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:  # a disk without locks
-            locked = False
+            locked = True
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise UserError(f"{folder} exists already and is not an empty folder")
         for left in folder.parent.glob(f"{glob.escape(prefix)}*") if locked else ():
@@ -53,17 +52,12 @@ def once(folder: Path, write: Callable[[Path], None]) -> None:
     try:
         if not folder.is_dir():
             write(folder)
-            (folder / COUNT).write_text(str(files_in(folder)))
+            (folder / COUNT).write_text(str(len([*folder.glob("*/*")])))
     except (OSError, UserError):
         if not folder.is_dir():
             raise
     written = folder / COUNT
     if written.is_file():  # not so in a folder of an earlier version
-        found, wanted = files_in(folder), written.read_text()
+        found, wanted = len([*folder.glob("*/*")]), written.read_text()
         if not wanted.isdecimal() or found < int(wanted):
             raise UserError(f"{folder} holds {found} of its {wanted} files: remove it, and it is made anew")
-
-
-def files_in(folder: Path) -> int:
-    """How many files a folder holds in its folders."""
-    return sum(path.is_file() for path in folder.glob("*/*"))
