@@ -32,7 +32,7 @@ def saliency(checkpoints: Sequence[Trained], output: Path, images: int = 8) -> W
     the saliency each stripe has (of the stripes' means, since stripes may overlap).
     """
     require_labels_differ(checkpoints)
-    queries = data.read(checkpoints[0].config.data).query
+    queries = data.read(checkpoints[0].config.data, ["query"]).query
     count = min(images, len(queries))
     chosen = [queries[number * len(queries) // count] for number in range(count)]
     maps = [saliency_maps(trained, chosen) for trained in checkpoints]
