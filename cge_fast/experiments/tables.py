@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 MOST_STRIPES = 12
 BOT, CGE = "BOT", "CGE+BOT"
 WITHOUT, WITH = "--model.cge false", "--model.cge true"
-AGW = "--model.non_local one --model.pooling gem --loss.metric wrt"
+AGW = "--model.non_local half --model.pooling gem --model.gem_learned false --loss.metric wrt"
 UPT = (
     "--model.pretrained false --model.weights weights/lup_moco_r50.pth --model.map_norm true "
     "--data.normalisation luperson"
