@@ -79,8 +79,7 @@ class ModelConfig:
     weights: Path | None = None
     """Start from the backbone's weights in this file: .pth or .pt (torchvision's names, MoCo's too) or .safetensors."""
     stem: Stem = "torchvision"
-    """A ResNet's first layers: torchvision's; without their ReLU, as BagTricks' and AGW's public code has them; or with
-    a max-pooling that rounds up instead of padding (FastReID)."""
+    """A ResNet's first layers: torchvision's, without the ReLU (BagTricks' and AGW's code), or FastReID's pooling."""
     non_local: NonLocal = "none"
     """AGW's non-local blocks: none, with one inner channel (its public code), or with half of the channels."""
     map_norm: bool = False
@@ -118,8 +117,7 @@ class LossConfig:
     smoothed: Literal["all", "others"] = "all"
     """What e is spread over: all classes (e/N each), or the other ones (e/(N-1) each), as FastReID does."""
     metric: Metric = "triplet"
-    """Loss of the features before BNNeck: batch-hard triplet, AGW's weighted regularisation triplet (wrt as the equation
-    says, or as published code computes it), ..., SphereFace's (which has class weights of its own)."""
+    """Loss of the features before BNNeck; wrt is AGW's as its equation says, or published, as its code computes it."""
     metric_weight: NonNegativeFloat = 1.0
     """Weight of the metric loss."""
     margin: NonNegativeFloat | Literal["soft"] = 0.3

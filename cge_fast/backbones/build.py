@@ -34,7 +34,8 @@ def build(
         stem: how a ResNet's first layers depart from torchvision's.
 
     Raises:
-        UserError: weights are asked for and cannot be had, do not fit, or are asked for twice; compact has no such stem.
+        UserError: weights are asked for and cannot be had, do not fit, or are asked for twice; or compact has no such
+            stem.
     """
     if pretrained and weights:
         raise UserError(f"model.weights: {weights} cannot be loaded as well as model.pretrained, set that to false")
