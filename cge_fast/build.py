@@ -79,10 +79,11 @@ def build_run(config: TrainConfig, device: torch.device, variants: Variants = NO
     """
     check_backend(config.backend, device)
     torch.manual_seed(config.seed)
-    reid_set = data.read(config.data)
+    reid_set = data.read(config.data, ["train"], optional=["query", "gallery"])
     labels = train_labels(reid_set.train)
     num_classes = max(labels) + 1
-    sampler = PKSampler(labels, config.data.identities, config.data.instances, config.seed, rank(), world_size())
+    batch = config.data.identities, config.data.instances
+    sampler = PKSampler(labels, *batch, config.seed, rank(), world_size(), config.data.sampler)
     check_batch(config)
     loader = train_loader(reid_set.train, sampler, config.data, pin_memory=device.type == "cuda")
     precision = compute_precision(config.optim.precision, device)

@@ -32,11 +32,21 @@ class DataConfig:
         "pedestrians",
         "pedestrians-trap",
         "market1501",
+        "dukemtmc",
+        "occluded-duke",
         "msmt17",
         "msmt17-train-only",
         "cuhk03-detected",
         "cuhk03-labeled",
+        "cuhk03-detected-classic",
+        "cuhk03-labeled-classic",
         "veri776",
+        "vehicleid-800",
+        "vehicleid-1600",
+        "vehicleid-2400",
+        "veri-wild-3000",
+        "veri-wild-5000",
+        "veri-wild-10000",
         "folder",
     ] = "pedestrians"
     """Data set; the pedestrians are drawn on first use, the others are read from data.root."""
@@ -46,12 +56,17 @@ class DataConfig:
     """Image height after resizing, pixels."""
     width: PositiveInt = 48
     """Image width after resizing, pixels."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How images are resized: bilinear as in BagTricks, bicubic as in FastReID."""
     flip: ClosedUnitInterval = 0.5
     """Probability of a horizontal flip."""
     pad: NonNegativeInt = 4
     """Zeros padded on each side before a random crop back to size, pixels; 0 for none."""
     erasing: ClosedUnitInterval = 0.5
-    """Probability of random erasing (aspect 0.3 to 3.33)."""
+    """Probability of random erasing."""
+    erasing_aspect: Literal["uniform", "log_uniform"] = "log_uniform"
+    """How height / width, 0.3 to 3.33, is drawn: uniform (up to 100 tries) in Random Erasing's code and BagTricks',
+    log-uniform (up to 10) in torchvision's."""
     erasing_area: ErasingArea = 0.4
     """Largest share of the image that is erased; the smallest is 0.02."""
     erased: Literal["zero", "mean"] = "zero"
@@ -62,6 +77,9 @@ class DataConfig:
     """P: identities in a batch, over all ranks."""
     instances: PositiveInt = 4
     """K: images of each identity in a batch."""
+    sampler: Literal["balanced", "naive", "random"] = "balanced"
+    """Identities of a batch: each once before any twice, or those with K unseen images left, until there are fewer than
+    P, over the epochs (naive, FastReID) or anew in each, which ends then (random, BagTricks)."""
     workers: NonNegativeInt = 2
     """Processes that load images; 0 loads in the training process. The batches are the same for any number."""
     skip_corrupt: bool = False
@@ -138,7 +156,7 @@ class OptimConfig:
     """Adam, warm-up and steps."""
 
     epochs: PositiveInt = 30
-    """Epochs; one is floor(train images / (P*K)) batches."""
+    """Epochs; one is floor(train images / (P*K)) batches, or what data.sampler random gives."""
     lr: PositiveFloat = 2e-3
     """Learning rate after warm-up."""
     weight_decay: NonNegativeFloat = 5e-4

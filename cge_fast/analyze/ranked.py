@@ -41,7 +41,7 @@ def ranked(trained: Trained, output: Path, queries: int = 8) -> Written:
     left out; equal precisions stand in the order of the queries.
     """
     config = trained.config
-    reid_set = data.read(config.data)
+    reid_set = data.read(config.data, ["query", "gallery"])
     query, gallery = (features(trained, name, getattr(reid_set, name)) for name in ("query", "gallery"))
     if config.evaluation.rerank:
         distances_of = reranked_distances(query.features, gallery.features, config.evaluation.metric, progress=True)

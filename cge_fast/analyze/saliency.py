@@ -31,7 +31,7 @@ def saliency(checkpoints: Sequence[Trained], output: Path, images: int = 8) -> W
     checkpoint: where the maximum lies, as shares of the image's width and height from its top left, and which share of
     the saliency each stripe has (of the stripes' means, since stripes may overlap).
     """
-    queries = data.read(checkpoints[0].config.data).query
+    queries = data.read(checkpoints[0].config.data, ["query"]).query
     count = min(images, len(queries))
     chosen = [queries[number * len(queries) // count] for number in range(count)]
     maps = [saliency_maps(trained, chosen) for trained in checkpoints]

@@ -77,7 +77,7 @@ def train_batches(trained: Trained) -> Iterator[tuple[Tensor, Tensor]]:
         UserError: the data set has other training identities than the loss, or an image cannot be read.
     """
     config = trained.config
-    images = data.read(config.data).train
+    images = data.read(config.data, ["train"]).train
     labels = torch.tensor(train_labels(images))
     classes = trained.loss.num_classes
     if labels.max() + 1 != classes:
