@@ -69,8 +69,9 @@ class DataConfig:
     log-uniform (up to 10) in torchvision's."""
     erasing_area: ErasingArea = 0.4
     """Largest share of the image that is erased; the smallest is 0.02."""
-    erased: Literal["zero", "mean"] = "zero"
-    """What is written there after normalisation: zero (the mean colour) or ImageNet's mean (BagTricks' public code)."""
+    erased: Literal["zero", "mean", "black"] = "zero"
+    """What is written there: after normalisation zero (the mean colour) or ImageNet's mean (BagTricks' public code), or
+    black (LUPerson's for its weights)."""
     normalisation: Literal["imagenet", "luperson"] = "imagenet"
     """Mean and standard deviation of the colours: ImageNet's, or LUPerson's for its weights."""
     identities: PositiveInt = 16

@@ -11,7 +11,7 @@ VARIANT, SCALE, STRIPES = "--loss.variant", "--loss.variant_args.scale", "--mode
 AGW = "--model.non_local half --model.pooling gem --model.gem_learned false --loss.metric wrt"
 UPT = (
     "--model.pretrained false --model.weights weights/lup_moco_r50.pth --model.map_norm true "
-    "--data.normalisation luperson"
+    "--data.normalisation luperson --data.erased black"
 )
 STARTS = {
     "BOT": "",

@@ -31,7 +31,14 @@ METHODS = {
 VARIANTS = {
     "original": {
         ("data", "height"): 256,
+        # RandomErasing in both codes' transforms: sl 0.02, sh 0.4, r1 0.3, uniform aspect, 100 tries, mean=PIXEL_MEAN
+        ("data", "erasing_area"): 0.4,
+        ("data", "erasing_aspect"): "uniform",
         ("data", "erased"): "mean",
+        # T.Resize without an interpolation
+        ("data", "interpolation"): "bilinear",
+        # RandomIdentitySampler in both codes' triplet_sampler.py
+        ("data", "sampler"): "random",
         ("model", "cge"): False,
         # "add missed relu" in the comments of both codes' resnet.py
         ("model", "stem"): "without_relu",
@@ -49,7 +56,15 @@ VARIANTS = {
     },
     "fastreid": {
         ("data", "height"): 256,
+        # T.RandomErasing(p=rea_prob, value=rea_value) in FastReID's transforms/build.py: torchvision's, with its areas
+        # 0.02 to 0.33, log-uniform aspect and 10 tries, before normalisation with the mean colour
+        ("data", "erasing_area"): 0.33,
+        ("data", "erasing_aspect"): "log_uniform",
         ("data", "erased"): "zero",
+        # T.Resize(..., interpolation=3) there
+        ("data", "interpolation"): "bicubic",
+        # SAMPLER_TRAIN in FastReID's Base-bagtricks.yml
+        ("data", "sampler"): "naive",
         ("model", "cge"): False,
         # MaxPool2d(kernel_size=3, stride=2, ceil_mode=True) in FastReID's resnet.py
         ("model", "stem"): "ceil_pool",
@@ -66,6 +81,13 @@ VARIANTS = {
     },
     "cge": {
         ("data", "height"): 384,
+        # RandomErasing in LUPerson's transforms.py: sl 0.02, sh 0.4, r1 0.3, uniform aspect, 100 tries
+        ("data", "erasing_area"): 0.4,
+        ("data", "erasing_aspect"): "uniform",
+        # T.Resize(size_train, interpolation=3) in LUPerson's transforms/build.py
+        ("data", "interpolation"): "bicubic",
+        # NAIVE_WAY in LUPerson's Base-bagtricks.yml
+        ("data", "sampler"): "naive",
         ("model", "cge"): True,
         # MaxPool2d(kernel_size=3, stride=2, padding=1) and the ReLU in LUPerson's resnet.py
         ("model", "stem"): "torchvision",
@@ -111,6 +133,8 @@ START = {
         # EXTRA_BN, PIXEL_MEAN and PIXEL_STD in LUPerson's configs/CMDM/mgn_R50_moco.yml
         ("model", "map_norm"): True,
         ("data", "normalisation"): "luperson",
+        # REA.MEAN [0, 0, 0] there; ImageNet's mean colour in Base-bagtricks.yml
+        ("data", "erased"): "black",
     },
 }
 EVERYWHERE = {
@@ -119,7 +143,7 @@ EVERYWHERE = {
     ("data", "flip"): 0.5,
     ("data", "pad"): 10,
     ("data", "erasing"): 0.5,
-    ("data", "erasing_area"): 0.4,
+    ("data", "erased"): "zero",
     ("data", "identities"): 16,
     ("data", "instances"): 4,
     ("model", "backbone"): "resnet50",

@@ -86,6 +86,14 @@ def test_erasing_takes_2_to_40_percent_and_leaves_the_chosen_values(normalisatio
     assert 0.3 < max(shares) < 0.42
 
 
+@pytest.mark.parametrize("normalisation", ["imagenet", "luperson"])
+def test_erased_black_is_what_becomes_of_a_black_image(normalisation):
+    settings = DataConfig(flip=0, pad=0, erasing=1, erased="black", normalisation=normalisation)
+    white, black = (PIL.Image.new("RGB", (48, 96), (value,) * 3) for value in (255, 0))
+    darkest = train_transform(settings)(white).amin(dim=(1, 2))
+    torch.testing.assert_close(darkest, test_transform(settings)(black)[:, 0, 0])
+
+
 def test_the_largest_erased_area_can_be_chosen():
     picture = PIL.Image.new("RGB", (48, 96), (255, 255, 255))
     transform = train_transform(DataConfig(flip=0, pad=0, erasing=1, erasing_area=0.1))
