@@ -78,8 +78,7 @@ def drawn(
     sheet = Sheet(
         max(across * group_width, 4.5),
         math.ceil(len(images) / across) * group_height + 0.7,
-        f"Saliency, {config.name}, test images: {names}\n"
-        "each map from its least (dark) to its largest value (bright, +)",
+        f"Saliency of test images: {names}\neach map from its least (dark) to its largest value (bright, +)",
     )
     for number, image in enumerate(images):
         left, top = number % across * group_width + 0.15, number // across * group_height + 0.9

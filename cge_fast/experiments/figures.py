@@ -1,12 +1,12 @@
 """The paper's figures, drawn from the trainings of seed 0."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from cge_fast.analyze.loss_cdf import loss_cdf
 from cge_fast.analyze.saliency import saliency
 from cge_fast.analyze.stripes import levels
-from cge_fast.analyze.trained import Trained, open_checkpoint
+from cge_fast.analyze.trained import open_checkpoint
 from cge_fast.analyze.written import COLOURS, Written, plot, write
 from cge_fast.errors import UserError
 from cge_fast.experiments.presets import Place
@@ -15,11 +15,7 @@ from cge_fast.experiments.tables import TABLES
 from cge_fast.log import read_rows
 
 Runs = dict[str, Path]  # a training's folder by its row's name
-ANALYSES: dict[str, Callable[[Sequence[Trained], Path], Written]] = {
-    "figure4": levels,
-    "figure5a": loss_cdf,
-    "figure7": saliency,
-}
+ANALYSES = {"figure4": levels, "figure5a": loss_cdf, "figure7": saliency}
 PAPERS = {"figure4": " (the paper: easiest 82.1% on Market-1501, 72.0% on MSMT17)"}
 ACROSS_SETS = "figure4"  # one picture of all sets; the others are of one
 
@@ -50,9 +46,9 @@ def over_stripes(runs: Runs, output: Path) -> Written:
     """mAP of CGE over n, and as dashed lines of what has no stripes; over_stripes.png and .csv."""
     rows = [{"row": name, "mAP": last_row(run)["mAP"]} for name, run in runs.items()]
     points = [(int(row["row"].partition("n = ")[2]), 100 * row["mAP"]) for row in rows if "n = " in row["row"]]
+    lines = [row for row in rows if "n = " not in row["row"]]
     figure, axes = plot("n, stripes", "mAP, %")
     axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[0], linewidth=2, label="CGE")
-    lines = [row for row in rows if "n = " not in row["row"]]
     for row, colour, line in zip(lines, COLOURS[1:], ("--", (0, (2, 2))), strict=False):
         axes.axhline(100 * row["mAP"], linestyle=line, color=colour, linewidth=2, label=row["row"])
     axes.set_xticks([n for n, _ in points])
@@ -67,6 +63,7 @@ def over_epochs(runs: Runs, output: Path) -> Written:
     rows = [{"epoch": row["epoch"], "loss": row["loss"]} for row in read_rows(run / "metrics.jsonl") if row["epoch"]]
     figure, axes = plot("epoch", "training loss")
     axes.plot(*zip(*(row.values() for row in rows), strict=True), "o-", color=COLOURS[0], linewidth=2, label=name)
+    axes.locator_params(axis="x", integer=True)
     axes.legend()
-    first, last = rows[0]["loss"], rows[-1]["loss"]
-    return write(output, "over_epochs", figure, rows, f"training loss: {name} from {first:.3f} to {last:.3f}")
+    ends = f"from {rows[0]['loss']:.3f} to {rows[-1]['loss']:.3f}"
+    return write(output, "over_epochs", figure, rows, f"training loss of {name}: {ends}")
