@@ -62,7 +62,7 @@ def over_epochs(runs: Runs, output: Path) -> Written:
     ((name, run),) = runs.items()
     rows = [{"epoch": row["epoch"], "loss": row["loss"]} for row in read_rows(run / "metrics.jsonl") if row["epoch"]]
     figure, axes = plot("epoch", "training loss")
-    axes.plot(*zip(*(row.values() for row in rows), strict=True), "o-", color=COLOURS[0], linewidth=2, label=name)
+    axes.plot(*zip(*(row.values() for row in rows), strict=True), ".-", color=COLOURS[0], linewidth=2, label=name)
     axes.locator_params(axis="x", integer=True)
     axes.legend()
     ends = f"from {rows[0]['loss']:.3f} to {rows[-1]['loss']:.3f}"
