@@ -34,11 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows = [row for table in tables.values() for row in place.fitted(table.rows)]
             that_fit = [row for row in rows if row.stripes <= place.preset.rows]
             seeds = options.seeds or max(table.seeds for table in tables.values())
-            failed |= run_rows(place.output, that_fit, seeds, place.common, options.jobs)
+            failed_here = run_rows(place.output, that_fit, seeds, place.common, options.jobs)
             command = [name, "--preset", options.preset, "--data", place.data]
             command += ["--root", "DIR"] if place.data != DRAWN else []
             command += ["--seeds", str(options.seeds)] if options.seeds else []
-            written.append(report.write(shlex.join(command + arguments[split:]), tables, place, options.seeds, failed))
+            command += arguments[split:]
+            written.append(report.write(shlex.join(command), tables, place, options.seeds, failed_here))
+            failed |= failed_here
         print("\n".join(written))
         for key in [key for key in tables if key.startswith("figure") and not failed]:
             for group in [places] if key == figures.ACROSS_SETS else [[place] for place in places]:
