@@ -184,7 +184,9 @@ def build_model(
             from that cannot be had or do not fit.
     """
     model = config.model
-    backbone = backbones.build(model.backbone, model.pretrained, model.weights, model.non_local, model.map_norm)
+    backbone = backbones.build(
+        model.backbone, model.pretrained, model.weights, model.non_local, model.map_norm, model.stem
+    )
     channels, height, width = backbones.map_size(backbone, data.height, data.width)
     if model.cge and not 1 <= model.stripes <= height:
         raise UserError(
@@ -192,7 +194,10 @@ def build_model(
             f"for images of {data.height} x {data.width}"
         )
     model_class = getattr(loss, "model_class", ReidModel)
-    return model_class(backbone, channels, model.stripes if model.cge else 1, model.pooling == "gem", precision)
+    made = model_class(backbone, channels, model.stripes if model.cge else 1, model.pooling == "gem", precision)
+    if made.pool.p is not None:
+        made.pool.p.requires_grad_(model.gem_learned)
+    return made
 
 
 def loss_class(config: TrainConfig, variants: Variants = NO_VARIANTS) -> type[nn.Module]:
@@ -241,7 +246,7 @@ def build_criterion(
     except TypeError as error:
         raise UserError(f"loss.variant_args: {error}") from error
     center = CenterLoss(num_classes, channels, loss.center_lr) if loss.center_weight else None
-    return ReidCriterion(made, MetricLoss(loss.metric, loss.margin), center, loss.weights)
+    return ReidCriterion(made, MetricLoss(loss.metric, loss.margin, num_classes, channels), center, loss.weights)
 
 
 def load_model(

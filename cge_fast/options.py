@@ -15,9 +15,10 @@ from jsonargparse.typing import (
 
 Backbone = Literal["compact", "resnet18", "resnet34", "resnet50", "resnet101", "resnet50_ibn_a"]
 NonLocal = Literal["none", "one", "half"]
+Stem = Literal["torchvision", "without_relu", "ceil_pool"]
 Pooling = Literal["average", "gem"]
 MemoryMomentum = Literal["linear", "exponential", "constant"]
-Metric = Literal["triplet", "wrt", "wrt_published", "contrastive", "lifted", "instance", "circle"]
+Metric = Literal["triplet", "wrt", "wrt_published", "contrastive", "lifted", "instance", "circle", "sphere"]
 Backend = Literal["auto", "triton", "cpu", "reference"]
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])
 ErasingArea = restricted_number_type("ErasingArea", float, [(">=", 0.02), ("<=", 1)])
@@ -68,8 +69,9 @@ class DataConfig:
     log-uniform (up to 10) in torchvision's."""
     erasing_area: ErasingArea = 0.4
     """Largest share of the image that is erased; the smallest is 0.02."""
-    erased: Literal["zero", "mean"] = "zero"
-    """What is written there after normalisation: zero (the mean colour) or ImageNet's mean (BagTricks' public code)."""
+    erased: Literal["zero", "mean", "black"] = "zero"
+    """What is written there: after normalisation zero (the mean colour) or ImageNet's mean (BagTricks' public code), or
+    black (LUPerson's for its weights)."""
     normalisation: Literal["imagenet", "luperson"] = "imagenet"
     """Mean and standard deviation of the colours: ImageNet's, or LUPerson's for its weights."""
     identities: PositiveInt = 16
@@ -95,12 +97,16 @@ class ModelConfig:
     """Start from torchvision's ImageNet weights."""
     weights: Path | None = None
     """Start from the backbone's weights in this file: .pth or .pt (torchvision's names, MoCo's too) or .safetensors."""
+    stem: Stem = "torchvision"
+    """A ResNet's first layers: torchvision's, without the ReLU (BagTricks' and AGW's code), or FastReID's pooling."""
     non_local: NonLocal = "none"
     """AGW's non-local blocks: none, with one inner channel (its public code), or with half of the channels."""
     map_norm: bool = False
     """BatchNorm of the feature map before the head, as in LUPerson's code."""
     pooling: Pooling = "average"
     """Pooling of the global and the local features."""
+    gem_learned: bool = True
+    """Learn GeM's exponent p; false keeps it at 3, as FastReID's and LUPerson's AGW do."""
     cge: bool = True
     """Comprehensive Global Embedding; false is the BagTricks baseline."""
     stripes: PositiveInt = 3
@@ -130,7 +136,7 @@ class LossConfig:
     smoothed: Literal["all", "others"] = "all"
     """What e is spread over: all classes (e/N each), or the other ones (e/(N-1) each), as FastReID does."""
     metric: Metric = "triplet"
-    """Loss of the features before BNNeck: batch-hard triplet, AGW's weighted regularisation triplet, ..."""
+    """Loss of the features before BNNeck; wrt is AGW's as its equation says, or published, as its code computes it."""
     metric_weight: NonNegativeFloat = 1.0
     """Weight of the metric loss."""
     margin: NonNegativeFloat | Literal["soft"] = 0.3
@@ -167,7 +173,7 @@ class OptimConfig:
     milestones: list[PositiveFloat] = field(default_factory=lambda: [0.6, 0.85])
     """When the learning rate falls: epochs done, or below 1 shares of all epochs."""
     milestones_after_warmup: bool = False
-    """Count the milestones' epochs from the end of the warm-up."""
+    """Count the milestones' epochs from the last whole epoch of the warm-up, as FastReID does."""
     gamma: PositiveFloat = 0.1
     """Factor at each milestone."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -40,7 +40,9 @@ def train_transform(config: DataConfig) -> v2.Compose:
     """Resize, flip, pad and crop, normalise, random erasing: BagTricks' order."""
     size = (config.height, config.width)
     imagenet_mean, _ = NORMALISATIONS["imagenet"]
-    erased, area = imagenet_mean if config.erased == "mean" else 0, (SMALLEST_ERASED_AREA, config.erasing_area)
+    black = [-mean / std for mean, std in zip(*mean_and_std(config), strict=True)]
+    erased = {"zero": 0, "mean": imagenet_mean, "black": black}[config.erased]
+    area = (SMALLEST_ERASED_AREA, config.erasing_area)
     erasing = v2.RandomErasing if config.erasing_aspect == "log_uniform" else UniformErasing
     flip = v2.RandomHorizontalFlip(config.flip)
     crop = [v2.RandomCrop(size, padding=config.pad)] if config.pad else []

@@ -94,6 +94,14 @@ def erased_boxes(count, **options):
     return torch.tensor([(box["h"], box["w"]) for box in drawn], dtype=torch.float64)
 
 
+@pytest.mark.parametrize("normalisation", ["imagenet", "luperson"])
+def test_erased_black_is_what_becomes_of_a_black_image(normalisation):
+    settings = DataConfig(flip=0, pad=0, erasing=1, erased="black", normalisation=normalisation)
+    white, black = (PIL.Image.new("RGB", (48, 96), (value,) * 3) for value in (255, 0))
+    darkest = train_transform(settings)(white).amin(dim=(1, 2))
+    torch.testing.assert_close(darkest, test_transform(settings)(black)[:, 0, 0])
+
+
 def test_the_largest_erased_area_can_be_chosen():
     for aspect in ("uniform", "log_uniform"):
         shares = erased_boxes(200, erasing_area=0.1, erasing_aspect=aspect).prod(dim=1) / (384 * 128)
