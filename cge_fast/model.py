@@ -1,13 +1,36 @@
 """The network that is deployed: backbone, pooling and BNNeck. What trains it are the losses."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from cge_kernels import stripe_pool
+from cge_kernels import backend, stripe_pool
 
 GEM_INITIAL_P = 3.0
+
+
+class AtLeastFloat32(nn.Module):
+    """Keeps its parameters and buffers as they are where `.half()` or `.to(dtype)` would make them smaller."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def apply(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device) if result.is_floating_point() and result.itemsize < 4 else result
+
+        return super()._apply(apply, recurse)
+
+
+class FrozenParameter(nn.Parameter):
+    """Never learns: `requires_grad` stays False, even after `requires_grad_(True)` over the whole model."""
+
+    requires_grad = property(lambda self: False, lambda self, value: None)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Nothing."""
+        return self
 
 
 class Embeddings(NamedTuple):
@@ -18,7 +41,7 @@ class Embeddings(NamedTuple):
     embedding: Tensor  # (B, C) float32, after BNNeck: what classification losses take, and retrieval
 
 
-class StripePool(nn.Module):
+class StripePool(AtLeastFloat32):
     """Pooling of a feature map into a global feature and n stripe features (the input of the paper's NLC).
 
     Args:
@@ -38,15 +61,18 @@ class StripePool(nn.Module):
 
         stripes: another number of stripes than the module's.
         """
-        return stripe_pool(feature_map, stripes or self.stripes, self.p)
+        # What is exported or traced has PyTorch's own operators alone, and runs without this package.
+        plain = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        with backend("reference") if plain else nullcontext():
+            return stripe_pool(feature_map, stripes or self.stripes, self.p)
 
 
-class BNNeck(nn.BatchNorm1d):
+class BNNeck(AtLeastFloat32, nn.BatchNorm1d):
     """BagTricks' BatchNorm with a frozen zero bias, between pooled feature and embedding."""
 
     def __init__(self, channels: int):
         super().__init__(channels)
-        self.bias.requires_grad_(False)
+        self.bias = FrozenParameter(self.bias, requires_grad=False)
 
 
 class ReidModel(nn.Module):

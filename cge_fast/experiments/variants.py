@@ -75,7 +75,7 @@ class InSteps:
         valid, targets = valid_targets(labels, len(embeddings.embedding), self.num_classes)
         logits = self.revised(self.logits(embeddings, targets), embeddings)
         loss = torch.where(valid, self.losses(logits, targets), torch.nan).mean()
-        memory = getattr(self, "memory", None)
+        memory = getattr(self, "memory_read", None)
         local = None if memory is None else stripe_correct(embeddings.stripes.detach(), memory, labels)
         return LossOutput(loss, logits.argmax(dim=1) == labels, local)
 
@@ -89,7 +89,7 @@ class InSteps:
 
     def revised(self, logits: Tensor, embeddings: Embeddings) -> Tensor:
         """The logits (B, N) after revision."""
-        return revise_logits(logits, embeddings.stripes, self.memory) if hasattr(self, "memory") else logits
+        return revise_logits(logits, embeddings.stripes, self.memory_read) if hasattr(self, "memory") else logits
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Of each sample, (B,)."""
@@ -126,7 +126,7 @@ class Shuffled(InSteps):
     @property
     def revising_memory(self) -> Tensor:
         """The memory (n, N, C) that revises: another class's rows for each class."""
-        return self.memory[:, self.shuffled]
+        return self.memory_read[:, self.shuffled]
 
     def revised(self, logits: Tensor, embeddings: Embeddings) -> Tensor:
         return revise_logits(logits, embeddings.stripes, self.revising_memory)
@@ -172,7 +172,7 @@ class RevisedMaps(InSteps, CGELoss):
     def revised(self, logits: Tensor, embeddings: MapEmbeddings) -> Tensor:
         stripes, (batch, height, _) = embeddings.stripes.split(1, dim=1), logits.shape
         ones = logits.new_ones(batch, self.num_classes)  # of one stripe's memory revision gives sigmoid(s_i)
-        weights = [revise_logits(ones, *of_one) for of_one in zip(stripes, self.memory.split(1), strict=True)]
+        weights = [revise_logits(ones, *of_one) for of_one in zip(stripes, self.memory_read.split(1), strict=True)]
         # Stripes may overlap: a row's shares of the stripes that it belongs to add up to 1.
         belongs = (adaptive_avg_pool1d(torch.eye(height, device=logits.device)[None], len(stripes))[0] > 0).float()
         shares = belongs / belongs.sum(dim=1, keepdim=True)

@@ -138,7 +138,7 @@ def test_micro_batches_cover_the_batch_and_write_the_memory_once(options, tmp_pa
     monkeypatch.setattr(cge_fast.losses.cge, "write_memory_", lambda *arguments, shard: writes.append(arguments))
     status, _, _ = run([*options, "--optim.accumulate", "2"], capsys)
     assert status == 0
-    assert [len(labels) for _, _, labels, _ in writes] == [8] * 6, "two epochs of three steps, the whole batch each"
+    assert [len(labels) for _, _, labels, *_ in writes] == [8] * 6, "two epochs of three steps, the whole batch each"
     assert rows(tmp_path / "run")[1]["train_accuracy"] <= 1
 
 

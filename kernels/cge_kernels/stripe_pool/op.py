@@ -10,7 +10,7 @@ Saved for the backward: the map, p and both results.
 import torch
 from torch import Tensor
 
-from cge_kernels.common.checks import accumulation_dtype, require_tensor
+from cge_kernels.common.checks import accumulation_dtype, require_same_device, require_tensor
 from cge_kernels.common.dispatch import autocast_off, runs_on_reference, runs_on_triton
 from cge_kernels.stripe_pool import cpu, triton
 
@@ -74,9 +74,13 @@ def check_pooling(feature_map: Tensor, stripes: int, p: float | Tensor | None) -
         raise ValueError(f"stripes must lie between 1 and the feature map's height {height}, got {stripes}")
     if p is None:
         return None
-    if isinstance(p, Tensor) and p.dim() != 0:
+    dtype = accumulation_dtype(feature_map)
+    if not isinstance(p, Tensor):  # filled on the device: a copy from the host would wait for it
+        return feature_map.new_full((), p, dtype=dtype)
+    if p.dim() != 0:
         raise ValueError(f"p must be a number or a 0-d tensor, got shape {tuple(p.shape)}")
-    return torch.as_tensor(p, dtype=accumulation_dtype(feature_map), device=feature_map.device)
+    require_same_device(feature_map=feature_map, p=p)
+    return p.to(dtype)
 
 
 def stripe_pool(
@@ -99,7 +103,8 @@ def stripe_pool(
 
     Raises:
         TypeError: the map is not a floating tensor.
-        ValueError: it has another rank or an empty dimension, n is outside 1..H, or p is a tensor with dimensions.
+        ValueError: it has another rank or an empty dimension, n is outside 1..H, or p is a tensor with dimensions or on
+            another device.
     """
     p = check_pooling(feature_map, stripes, p)
     if runs_on_reference():

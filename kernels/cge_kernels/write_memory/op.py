@@ -16,7 +16,7 @@ from cge_kernels.common.checks import (
     valid_labels,
 )
 from cge_kernels.common.dispatch import autocast_off, runs_on_reference, runs_on_triton
-from cge_kernels.common.sharding import ClassShard, gather, has_all_classes
+from cge_kernels.common.sharding import ClassShard, gather_equal, has_all_classes
 from cge_kernels.write_memory.triton import launch_write
 
 NORM_EPS = 1e-12  # a mean feature below this norm counts as zero: it has no direction
@@ -85,7 +85,7 @@ def write_memory_(
 
     Args:
         memory: (n, N, C), float32 (with the backend cpu also float64), contiguous; written in place.
-        local_features: (B, n, C), floating. With a shard B may differ between ranks.
+        local_features: (B, n, C), floating. With a shard as many on every rank.
         labels: (B,), integer, in [0, N), with a shard of all classes.
         momentum: a number or a 0-d tensor in [0, 1], how much of the old row stays: the paper's alpha.
         low_precision_memory: (n, N, C), floating, contiguous, or None: a copy of the memory in a smaller dtype, whose
@@ -98,7 +98,8 @@ def write_memory_(
     Raises:
         TypeError: an argument has another type or dtype.
         ValueError: ranks, shapes or devices do not fit, a memory is not contiguous, the momentum (a number or on the
-            CPU) is outside [0, 1], or (on the CPU) a label is outside [0, N); on a GPU such a sample writes nothing.
+            CPU) is outside [0, 1], or (on the CPU) a label is outside [0, N), or the ranks have different numbers of
+            samples; on a GPU a sample of such a label writes nothing.
     """
     require_memory("memory", memory)
     if memory.dtype not in (torch.float32, torch.float64):
@@ -127,10 +128,12 @@ def write_memory_(
 
 def of_own_classes(local_features: Tensor, labels: Tensor, shard: ClassShard) -> tuple[Tensor, Tensor]:
     """Local features and labels of all ranks, of which only samples of this rank's classes have a label in range."""
-    local_features, labels = gather(local_features, shard.group), gather(labels, shard.group)
-    valid_labels(labels, shard.classes)
+    local_features, labels = gather_equal(local_features, shard.group), gather_equal(labels, shard.group)
+    on_cpu = labels.device.type == "cpu"
+    if on_cpu:
+        valid_labels(labels, shard.classes)
     labels = labels.long() - shard.first
     is_own = (labels >= 0) & (labels < shard.count)
-    if labels.device.type == "cpu":
+    if on_cpu:
         return local_features[is_own], labels[is_own]
     return local_features, torch.where(is_own, labels, -1)  # choosing would synchronise with the host
