@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 
 from cge_kernels import backend, stripe_pool
 
@@ -68,11 +69,32 @@ class StripePool(AtLeastFloat32):
 
 
 class BNNeck(AtLeastFloat32, nn.BatchNorm1d):
-    """BagTricks' BatchNorm with a frozen zero bias, between pooled feature and embedding."""
+    """BagTricks' BatchNorm with a frozen zero bias, between pooled feature and embedding.
+
+    `num_batches_tracked`, which nothing depends on, is brought up to date when it is saved, without a launch in each
+    step; it counts neither compiled nor captured steps.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
     def __init__(self, channels: int):
         super().__init__(channels)
         self.bias = FrozenParameter(self.bias, requires_grad=False)
+        self.not_yet_tracked = 0
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(B, C) of pooled features (B, C)."""
+        if self.training and not torch.compiler.is_compiling():
+            self.not_yet_tracked += 1
+        statistics = self.running_mean, self.running_var
+        return batch_norm(pooled, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        self.num_batches_tracked += self.not_yet_tracked
+        self.not_yet_tracked = 0
+        super()._save_to_state_dict(*arguments)
 
 
 class ReidModel(nn.Module):

@@ -186,7 +186,18 @@ class MemoryNotUsed(InSteps, CGELoss):
         return logits
 
 
-VARIANTS: dict[str, type[nn.Module]] = {"memory_not_used": MemoryNotUsed, "revised_maps": RevisedMaps} | {
+class BFloat16Memory(CGELoss):
+    """The loss as a GPU computes it in bfloat16, on any device."""
+
+    def __init__(self, *arguments: Any, **keywords: Any):
+        super().__init__(*arguments, **keywords | {"memory_dtype": torch.bfloat16})
+
+
+VARIANTS: dict[str, type[nn.Module]] = {
+    "memory_not_used": MemoryNotUsed,
+    "revised_maps": RevisedMaps,
+    "bfloat16_memory": BFloat16Memory,
+} | {
     name: type(name, parts, {})
     for name, parts in {
         "scaled": (Scaled, InSteps, SoftmaxLoss),

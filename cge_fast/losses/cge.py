@@ -117,7 +117,7 @@ class CGELoss(AtLeastFloat32):
             warnings.warn(
                 f"CGELoss: {FORGOTTEN_AFTER} training steps without write_memory, which belongs after each "
                 "optimizer.step(); the memory stays as it is",
-                stacklevel=3,
+                stacklevel=2,
             )
 
     def revised_logits(self, embeddings: Embeddings) -> Tensor:

@@ -58,6 +58,18 @@ def test_bnnecks_bias_cannot_be_thawed():
     assert (made.neck.weight != 1).all()
 
 
+def test_bnneck_is_a_batch_norm_and_saves_how_many_batches_it_has_seen():
+    neck, ordinary = head().neck, torch.nn.BatchNorm1d(CHANNELS)
+    for number in range(3):
+        pooled = feature_map()[number:, :, 0, 0]
+        assert torch.equal(neck(pooled), ordinary(pooled))
+    for _ in range(2):
+        assert neck.state_dict().keys() == ordinary.state_dict().keys()
+        assert all(tensor.equal(neck.state_dict()[name]) for name, tensor in ordinary.state_dict().items())
+    assert torch.equal(neck.eval()(pooled), ordinary.eval()(pooled))
+    assert neck.state_dict()["num_batches_tracked"] == 3
+
+
 def test_a_map_of_other_channels_is_an_error_in_its_own_words():
     wanted = r"feature_map must have shape \(B, 8, H, W\), got \(6, {}\)"
     for labels in (LABELS, None):
@@ -90,8 +102,8 @@ def traced(network, images, file) -> torch.nn.Module:
     return made
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit")
-@pytest.mark.parametrize("gem", [False, True])
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:Converting a tensor")  # shapes are checked, not traced
+@pytest.mark.parametrize("gem", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("export", "load"), [(exported, "torch.export.load"), (traced, "torch.jit.load")])
 def test_an_exported_network_runs_without_this_package(export, load, gem, tmp_path):
     network, images = Network(gem).eval(), torch.rand(3, 3, 9, 5)

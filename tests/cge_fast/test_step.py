@@ -15,12 +15,12 @@ from torch.utils._pytree import tree_leaves
 import cge_fast
 import cge_kernels
 from cge_fast import CGELoss, ReidModel
-from cge_fast.build import Run
+from cge_fast.build import Run, capture
 from cge_fast.losses.criterion import CriterionOutput, ReidCriterion
 from cge_fast.losses.metric import CenterLoss, MetricLoss
 from cge_fast.losses.softmax import SoftmaxLoss
 from cge_fast.metrics import EpochMetrics
-from cge_fast.options import LossConfig, TrainConfig
+from cge_fast.options import DataConfig, LossConfig, TrainConfig
 from cge_fast.step import training_step
 from cge_kernels import ClassShard
 
@@ -213,6 +213,23 @@ def test_a_step_on_a_gpu_never_waits_for_it(dtype):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert metrics.fold()
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_a_captured_network_trains_what_it_trains_without():
+    plain, captured = (make_run("cuda", optimizer=torch.optim.Adam, fused=True) for _ in range(2))
+    capture(captured.model, TrainConfig(DataConfig(height=16, width=8, identities=4, instances=2)))
+    for _ in range(3):
+        for (name, tensor), other in zip(
+            plain.model.state_dict().items(), captured.model.state_dict().values(), strict=True
+        ):
+            torch.testing.assert_close(other, tensor, msg=name)
+        torch.manual_seed(1)
+        step(plain)
+        torch.manual_seed(1)
+        step(captured)
+    images, _ = batch("cuda")
+    torch.testing.assert_close(captured.model.eval().embed(images[:3]), plain.model.eval().embed(images[:3]))
 
 
 def test_metrics_wait_when_they_are_folded_alone():
