@@ -33,6 +33,9 @@ class FrozenParameter(nn.Parameter):
         """Nothing."""
         return self
 
+    def __reduce_ex__(self, protocol: Any) -> tuple:  # else it would come back as an ordinary parameter
+        return FrozenParameter, (self.data, False)
+
 
 class Embeddings(NamedTuple):
     """What the network gives of a batch; B batch, C channels, n stripes."""
@@ -78,6 +81,7 @@ class BNNeck(AtLeastFloat32, nn.BatchNorm1d):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    momentum: float
 
     def __init__(self, channels: int):
         super().__init__(channels)

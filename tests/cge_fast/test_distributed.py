@@ -11,8 +11,8 @@ from support import on_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cge_fast import CGELoss, Embeddings, ReidModel, build, checkpoint, train
-from cge_fast.distributed import copy_from_first_rank, gather_uneven, gather_with_gradient
+from cge_fast import CGELoss, Embeddings, ReidModel, build, checkpoint, distributed, train
+from cge_fast.distributed import copy_from_first_rank, every_rank_has_samples, gather_uneven, gather_with_gradient
 from cge_fast.evaluation.features import embed
 from cge_fast.loop import train as train_run
 from cge_fast.losses.metric import batch_hard_triplet
@@ -91,6 +91,17 @@ def on_two_ranks(rank, options):
 
 def test_what_two_ranks_gather(options, tmp_path):
     on_ranks(2, on_two_ranks, options, folder=tmp_path)
+
+
+def test_sync_batch_norm_is_told_to_look_for_no_empty_rank_inside_only(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with every_rank_has_samples():
+        assert not torch.cuda.is_current_stream_capturing(), "one rank has no SyncBatchNorm"
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with every_rank_has_samples():
+        assert torch.cuda.is_current_stream_capturing()
+    assert not torch.cuda.is_current_stream_capturing()
 
 
 class NoNorm(nn.Identity):

@@ -1,6 +1,7 @@
 """CGEHead in networks and loops of others: their casts, their thawing, their exports."""
 
 import copy
+import pickle
 import subprocess
 import sys
 
@@ -46,7 +47,8 @@ def test_it_stays_in_float32_when_the_network_around_it_is_cast(cast):
 
 def test_bnnecks_bias_cannot_be_thawed():
     made = head()
-    for one in (made, copy.deepcopy(made), torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(made))):
+    copies = copy.deepcopy(made), pickle.loads(pickle.dumps(made))
+    for one in (made, *copies, torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(made))):
         one.requires_grad_(True)
         for parameter in one.parameters():
             parameter.requires_grad = True
