@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from cge_fast.data import Image, ReidSet
 from cge_fast.data.batches import test_loader
-from cge_fast.distributed import gather, rank, world_size
+from cge_fast.distributed import gather_uneven, rank, world_size
 from cge_fast.errors import UserError
 from cge_fast.evaluation.ranking import Retrieval, evaluate_ranking
 from cge_fast.evaluation.reranking import evaluate_reranking
@@ -37,7 +37,7 @@ def embed(model: ReidModel, images: list[Image], data: DataConfig, evaluation: E
         features.append(feature)
     model.train(training)
     order = torch.cat([torch.arange(first, len(images), world_size()) for first in range(world_size())])
-    return gather(torch.cat(features))[order.argsort().to(device)]
+    return gather_uneven(torch.cat(features))[order.argsort().to(device)]
 
 
 def evaluate(model: ReidModel, reid_set: ReidSet, data: DataConfig, evaluation: EvaluationConfig) -> Retrieval:

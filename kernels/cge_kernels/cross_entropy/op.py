@@ -18,7 +18,7 @@ from cge_kernels.common.budget import empty_saved
 from cge_kernels.common.dispatch import autocast_off, autograd_function, is_traced, runs_on_reference
 from cge_kernels.common.launch import host_may_look
 from cge_kernels.common.plan import Call, Plan
-from cge_kernels.common.sharding import ClassShard, has_all_classes, require_equal_lengths
+from cge_kernels.common.sharding import ClassShard, has_all_classes
 from cge_kernels.cross_entropy import cpu
 from cge_kernels.cross_entropy.backward import cross_entropy_backward, cross_entropy_backward_op
 from cge_kernels.cross_entropy.forward import launch_forward
@@ -150,8 +150,6 @@ def revised_cross_entropy(
     if call is None or not call.is_checked:
         check_loss(features, weight, local_features, memory, labels, bias, label_smoothing)
     if not has_all_classes(shard, memory):
-        if labels.device.type == "cpu":
-            require_equal_lengths("samples", labels, shard.group)
         return ShardedCrossEntropy.apply(*arguments, shard)
     if runs_on_reference():
         import cge_reference

@@ -10,7 +10,7 @@ Saved for the backward: the map, p and both results.
 import torch
 from torch import Tensor
 
-from cge_kernels.common.checks import accumulation_dtype, require_tensor
+from cge_kernels.common.checks import accumulation_dtype, require_same_device, require_tensor
 from cge_kernels.common.dispatch import autocast_off, autograd_function, is_traced, runs_on_reference
 from cge_kernels.common.plan import Call, Plan
 from cge_kernels.stripe_pool import cpu, triton
@@ -85,15 +85,18 @@ def check_pooling(feature_map: Tensor, stripes: int, p: float | Tensor | None) -
         raise ValueError(f"feature_map must have no empty dimension but B, got {tuple(feature_map.shape)}")
     if not 1 <= stripes <= height:
         raise ValueError(f"stripes must lie between 1 and the feature map's height {height}, got {stripes}")
-    if isinstance(p, Tensor) and p.dim() != 0:
-        raise ValueError(f"p must be a number or a 0-d tensor, got shape {tuple(p.shape)}")
+    if isinstance(p, Tensor):
+        if p.dim() != 0:
+            raise ValueError(f"p must be a number or a 0-d tensor, got shape {tuple(p.shape)}")
+        require_same_device(feature_map=feature_map, p=p)
 
 
 def exponent(p: float | Tensor | None, feature_map: Tensor) -> Tensor | None:
     """p as a 0-d tensor on the map's device in the dtype of the sums, or None."""
-    if p is None:
-        return None
-    return torch.as_tensor(p, dtype=accumulation_dtype(feature_map), device=feature_map.device)
+    dtype = accumulation_dtype(feature_map)
+    if p is None or isinstance(p, Tensor):
+        return None if p is None else p.to(dtype)
+    return feature_map.new_full((), p, dtype=dtype)  # filled on the device: a copy from the host would wait for it
 
 
 def stripe_pool(
@@ -116,7 +119,8 @@ def stripe_pool(
 
     Raises:
         TypeError: the map is not a floating tensor.
-        ValueError: it has another rank or an empty dimension, n is outside 1..H, or p is a tensor with dimensions.
+        ValueError: it has another rank or an empty dimension, n is outside 1..H, or p is a tensor with dimensions or on
+            another device.
     """
     eps = float(eps)
     call = None if is_traced(feature_map) else Call.of("stripe_pool", feature_map, stripes, p, eps)
