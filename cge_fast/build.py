@@ -79,10 +79,11 @@ def build_run(config: TrainConfig, device: torch.device, variants: Variants = NO
     """
     check_backend(config.backend, device)
     torch.manual_seed(config.seed)
-    reid_set = data.read(config.data)
+    reid_set = data.read(config.data, ["train"], optional=["query", "gallery"])
     labels = train_labels(reid_set.train)
     num_classes = max(labels) + 1
-    sampler = PKSampler(labels, config.data.identities, config.data.instances, config.seed, rank(), world_size())
+    batch = config.data.identities, config.data.instances
+    sampler = PKSampler(labels, *batch, config.seed, rank(), world_size(), config.data.sampler)
     check_batch(config)
     loader = train_loader(reid_set.train, sampler, config.data, pin_memory=device.type == "cuda")
     precision = compute_precision(config.optim.precision, device)
@@ -183,7 +184,9 @@ def build_model(
             from that cannot be had or do not fit.
     """
     model = config.model
-    backbone = backbones.build(model.backbone, model.pretrained, model.weights, model.non_local, model.map_norm)
+    backbone = backbones.build(
+        model.backbone, model.pretrained, model.weights, model.non_local, model.map_norm, model.stem
+    )
     channels, height, width = backbones.map_size(backbone, data.height, data.width)
     if model.cge and not 1 <= model.stripes <= height:
         raise UserError(
@@ -191,7 +194,10 @@ def build_model(
             f"for images of {data.height} x {data.width}"
         )
     model_class = getattr(loss, "model_class", ReidModel)
-    return model_class(backbone, channels, model.stripes if model.cge else 1, model.pooling == "gem", precision)
+    made = model_class(backbone, channels, model.stripes if model.cge else 1, model.pooling == "gem", precision)
+    if made.pool.p is not None:
+        made.pool.p.requires_grad_(model.gem_learned)
+    return made
 
 
 def loss_class(config: TrainConfig, variants: Variants = NO_VARIANTS) -> type[nn.Module]:
@@ -240,7 +246,7 @@ def build_criterion(
     except TypeError as error:
         raise UserError(f"loss.variant_args: {error}") from error
     center = CenterLoss(num_classes, channels, loss.center_lr) if loss.center_weight else None
-    return ReidCriterion(made, MetricLoss(loss.metric, loss.margin), center, loss.weights)
+    return ReidCriterion(made, MetricLoss(loss.metric, loss.margin, num_classes, channels), center, loss.weights)
 
 
 def load_model(

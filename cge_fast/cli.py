@@ -29,10 +29,16 @@ BACKENDS = {"fused": "auto", "one_pass": "auto", "reference": "reference"}  # of
 # Options that are now a loss.variant, and the variants' names for their values but the published one.
 NOW_VARIANT: dict[str, dict[Any, str]] = {
     "loss.classification": {"focal": "cge_focal", "sphere": "cge_sphere"},
-    "model.revision": {"features": "revised_maps", "none": "memory_not_used"},
+    "model.revision": {"none": "memory_not_used", "features": "revised_maps"},
     "model.shuffle_memory": {True: "shuffled_memory"},
     "model.local_gradient": {False: "detached_weights"},
     "model.logit_scale": {"any": "cge_scaled"},
+}
+
+# What is no longer there, and what to take instead.
+GONE = {
+    "cge_sphere": "--loss.metric sphere, which adds SphereFace to the cross entropy",
+    "revised_maps": f"--loss.variant cge_feature, or feature without CGE, of {VARIANTS}",
 }
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -96,7 +102,7 @@ def refuse_old_name(name: str, value: Any, where: str = "") -> None:
     if name in NOW_VARIANT:
         names = {str(key).lower(): variant for key, variant in NOW_VARIANT[name].items()}
         variant = names.get(str(value).lower(), next(iter(names.values())))
-        raise UserError(f"{where}{name} is now --loss.variant {variant} of {VARIANTS}")
+        raise UserError(f"{where}{name} is now {GONE.get(variant, f'--loss.variant {variant} of {VARIANTS}')}")
 
 
 def translated(values: dict[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with chosen_backend(config.backend):
         check_backend(config.backend, device)
         model = load_model(folder, trained, config.data, device)
-        result = evaluate(model, data.read(config.data), config.data, config.evaluation)
+        result = evaluate(model, data.read(config.data, ["query", "gallery"]), config.data, config.evaluation)
     ranks = ", ".join(f"rank-{k} {result.rank(k):.1%}" for k in SHOWN_RANKS)
     counted = f"{result.queries} queries, {result.skipped} more without a match left out"
     print(f"mAP {result.mAP:.1%}, mINP {result.mINP:.1%}, {ranks} ({counted})")

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from cge_fast import checkpoint
 from cge_fast.build import Run
 from cge_fast.cli import to_yaml
+from cge_fast.data.sets import nothing_to_find
 from cge_fast.distributed import any_rank, collect_rows, copy_from_first_rank, rank
 from cge_fast.errors import UserError
 from cge_fast.evaluation.features import evaluate
@@ -115,8 +116,10 @@ def train_epoch(run: Run, epoch: int, momentum: float, bar: tqdm, profile: StepP
     return metrics
 
 
-def evaluation(run: Run) -> dict[str, float]:
-    """mAP, CMC and mINP of the network on the query and gallery of the set."""
+def evaluation(run: Run) -> dict[str, float] | None:
+    """mAP, CMC and mINP of the network on the query and gallery of the set; None if it cannot be evaluated on."""
+    if nothing_to_find(run.reid_set):
+        return None
     retrieval = evaluate(run.model, run.reid_set, run.config.data, run.config.evaluation)
     ranks = (retrieval.rank(k) for k in (1, 5, 10))
     return dict(zip(RETRIEVAL, (retrieval.mAP, *ranks, retrieval.mINP), strict=True))

@@ -15,9 +15,10 @@ from jsonargparse.typing import (
 
 Backbone = Literal["compact", "resnet18", "resnet34", "resnet50", "resnet101", "resnet50_ibn_a"]
 NonLocal = Literal["none", "one", "half"]
+Stem = Literal["torchvision", "without_relu", "ceil_pool"]
 Pooling = Literal["average", "gem"]
 MemoryMomentum = Literal["linear", "exponential", "constant"]
-Metric = Literal["triplet", "wrt", "wrt_published", "contrastive", "lifted", "instance", "circle"]
+Metric = Literal["triplet", "wrt", "wrt_published", "contrastive", "lifted", "instance", "circle", "sphere"]
 Backend = Literal["auto", "triton", "cpu", "reference"]
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])
 ErasingArea = restricted_number_type("ErasingArea", float, [(">=", 0.02), ("<=", 1)])
@@ -31,11 +32,21 @@ class DataConfig:
         "pedestrians",
         "pedestrians-trap",
         "market1501",
+        "dukemtmc",
+        "occluded-duke",
         "msmt17",
         "msmt17-train-only",
         "cuhk03-detected",
         "cuhk03-labeled",
+        "cuhk03-detected-classic",
+        "cuhk03-labeled-classic",
         "veri776",
+        "vehicleid-800",
+        "vehicleid-1600",
+        "vehicleid-2400",
+        "veri-wild-3000",
+        "veri-wild-5000",
+        "veri-wild-10000",
         "folder",
     ] = "pedestrians"
     """Data set; the pedestrians are drawn on first use, the others are read from data.root."""
@@ -45,22 +56,31 @@ class DataConfig:
     """Image height after resizing, pixels."""
     width: PositiveInt = 48
     """Image width after resizing, pixels."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How images are resized: bilinear as in BagTricks, bicubic as in FastReID."""
     flip: ClosedUnitInterval = 0.5
     """Probability of a horizontal flip."""
     pad: NonNegativeInt = 4
     """Zeros padded on each side before a random crop back to size, pixels; 0 for none."""
     erasing: ClosedUnitInterval = 0.5
-    """Probability of random erasing (aspect 0.3 to 3.33)."""
+    """Probability of random erasing."""
+    erasing_aspect: Literal["uniform", "log_uniform"] = "log_uniform"
+    """How height / width, 0.3 to 3.33, is drawn: uniform (up to 100 tries) in Random Erasing's code and BagTricks',
+    log-uniform (up to 10) in torchvision's."""
     erasing_area: ErasingArea = 0.4
     """Largest share of the image that is erased; the smallest is 0.02."""
-    erased: Literal["zero", "mean"] = "zero"
-    """What is written there after normalisation: zero (the mean colour) or ImageNet's mean (BagTricks' public code)."""
+    erased: Literal["zero", "mean", "black"] = "zero"
+    """What is written there: after normalisation zero (the mean colour) or ImageNet's mean (BagTricks' public code), or
+    black (LUPerson's for its weights)."""
     normalisation: Literal["imagenet", "luperson"] = "imagenet"
     """Mean and standard deviation of the colours: ImageNet's, or LUPerson's for its weights."""
     identities: PositiveInt = 16
     """P: identities in a batch, over all ranks."""
     instances: PositiveInt = 4
     """K: images of each identity in a batch."""
+    sampler: Literal["balanced", "naive", "random"] = "balanced"
+    """Identities of a batch: each once before any twice, or those with K unseen images left, until there are fewer than
+    P, over the epochs (naive, FastReID) or anew in each, which ends then (random, BagTricks)."""
     workers: NonNegativeInt = 2
     """Processes that load images; 0 loads in the training process. The batches are the same for any number."""
     skip_corrupt: bool = False
@@ -77,12 +97,16 @@ class ModelConfig:
     """Start from torchvision's ImageNet weights."""
     weights: Path | None = None
     """Start from the backbone's weights in this file: .pth or .pt (torchvision's names, MoCo's too) or .safetensors."""
+    stem: Stem = "torchvision"
+    """A ResNet's first layers: torchvision's, without the ReLU (BagTricks' and AGW's code), or FastReID's pooling."""
     non_local: NonLocal = "none"
     """AGW's non-local blocks: none, with one inner channel (its public code), or with half of the channels."""
     map_norm: bool = False
     """BatchNorm of the feature map before the head, as in LUPerson's code."""
     pooling: Pooling = "average"
     """Pooling of the global and the local features."""
+    gem_learned: bool = True
+    """Learn GeM's exponent p; false keeps it at 3, as FastReID's and LUPerson's AGW do."""
     cge: bool = True
     """Comprehensive Global Embedding; false is the BagTricks baseline."""
     stripes: PositiveInt = 3
@@ -112,7 +136,7 @@ class LossConfig:
     smoothed: Literal["all", "others"] = "all"
     """What e is spread over: all classes (e/N each), or the other ones (e/(N-1) each), as FastReID does."""
     metric: Metric = "triplet"
-    """Loss of the features before BNNeck: batch-hard triplet, AGW's weighted regularisation triplet, ..."""
+    """Loss of the features before BNNeck; wrt is AGW's as its equation says, or published, as its code computes it."""
     metric_weight: NonNegativeFloat = 1.0
     """Weight of the metric loss."""
     margin: NonNegativeFloat | Literal["soft"] = 0.3
@@ -133,7 +157,7 @@ class OptimConfig:
     """Adam, warm-up and steps."""
 
     epochs: PositiveInt = 30
-    """Epochs; one is floor(train images / (P*K)) batches."""
+    """Epochs; one is floor(train images / (P*K)) batches, or what data.sampler random gives."""
     lr: PositiveFloat = 2e-3
     """Learning rate after warm-up."""
     weight_decay: NonNegativeFloat = 5e-4
@@ -149,7 +173,7 @@ class OptimConfig:
     milestones: list[PositiveFloat] = field(default_factory=lambda: [0.6, 0.85])
     """When the learning rate falls: epochs done, or below 1 shares of all epochs."""
     milestones_after_warmup: bool = False
-    """Count the milestones' epochs from the end of the warm-up."""
+    """Count the milestones' epochs from the last whole epoch of the warm-up, as FastReID does."""
     gamma: PositiveFloat = 0.1
     """Factor at each milestone."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None, variants: Mapping[str, type] = 
     import torch.distributed as dist
 
     from cge_fast.build import build_run, chosen_backend
+    from cge_fast.data.sets import nothing_to_find
     from cge_fast.distributed import rank
     from cge_fast.loop import resume, train
     from cge_fast.profile import StepProfile
@@ -54,6 +55,10 @@ def main(arguments: Sequence[str] | None = None, variants: Mapping[str, type] = 
                 resume(run)
             if rank() == 0:
                 print(description(run), file=sys.stderr)
+                if why := nothing_to_find(run.reid_set):
+                    errors.notice(
+                        f"trains without evaluation: {why}; afterwards, cge_fast.evaluate --data.root does it"
+                    )
             profile = StepProfile(run.model.backbone, device) if profiling else None
             train(run, profile)
         if rank() == 0:
@@ -129,6 +134,8 @@ def description(run: Run) -> str:
 def final_line(run: Run) -> str:
     """mAP and rank-1 of the last epoch, of the untrained network beside it, and where the checkpoint lies."""
     result, untrained = run.result, run.untrained
+    if result is None:
+        return f"trained, not evaluated; checkpoint {run.checkpoints / 'last'}"
     floor = f" (untrained: mAP {untrained['mAP']:.1%}, rank-1 {untrained['rank1']:.1%})" if untrained else ""
     return f"mAP {result['mAP']:.1%}, rank-1 {result['rank1']:.1%}{floor}, checkpoint {run.checkpoints / 'last'}"
 

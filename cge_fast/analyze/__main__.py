@@ -1,6 +1,7 @@
 """Looks into trained networks: python -m cge_fast.analyze --help"""
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ PROGRAM = "cge_fast.analyze"
 ANALYSES = {
     "levels": (levels, "how many stripes classify each training image correctly, from easiest to hardest (CGE only)"),
     "precision": (precision, "how many training images each stripe's memory classifies correctly (CGE only)"),
-    "loss-cdf": (loss_cdf, "how the loss of the training images is distributed, relative to the largest"),
+    "loss-cdf": (loss_cdf, "which share of the loss which share of the training images makes"),
     "saliency": (saliency, "where the networks look in some test images"),
     "weights": (weights, "the revision's weights of true and false classes over the training images (CGE only)"),
     "ranked": (ranked, "the first gallery images of the queries of least average precision"),
@@ -60,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         set_defaults(subparsers[name], read_settings(checkpoint.config_file(folder)), "data", "evaluation")
         look = as_dataclass(subparsers[name], parse_settings(parser, arguments)[name], LookConfig)
         opened.append(open_checkpoint(folder, label, look.data, look.evaluation))
+    for label, count in Counter(trained.label for trained in opened).items():
+        if count > 1:
+            raise UserError(f"labels: {count} checkpoints are called {label}, give each a name of its own")
     options.output.mkdir(parents=True, exist_ok=True)  # before the work, which may take long
     analysis, _ = ANALYSES[name]
     counts = {option: options[option] for option in COUNTS.get(name, {})}

@@ -1,18 +1,17 @@
-"""How the loss is spread over the training images (the paper's Figure 5)."""
+"""How few of the training images make most of the loss (the paper's Figure 5a, after the focal loss's paper)."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from cge_fast.analyze.trained import Trained, require_labels_differ, train_batches
-from cge_fast.analyze.written import Row, Written, labelled, styles, told, write
+from cge_fast.analyze.trained import Trained, train_batches
+from cge_fast.analyze.written import Written, labelled, plot, styles, told, write
 from cge_fast.errors import UserError
 from cge_fast.model import Embeddings
 
-STEPS = 500  # of the normalised loss, between 0 and 1
+STEPS = 500  # of the share of images, between 0 and 1
 
 
 def sample_losses(loss: nn.Module, embeddings: Embeddings, labels: Tensor) -> Tensor:
@@ -22,24 +21,26 @@ def sample_losses(loss: nn.Module, embeddings: Embeddings, labels: Tensor) -> Te
 
 
 def loss_cdf(checkpoints: Sequence[Trained], output: Path) -> Written:
-    """Share of training images up to each loss, as a part of the largest; loss_cdf.png and loss_cdf.csv.
+    """Share of the whole loss that the images of least loss make, over their share; loss_cdf.png and loss_cdf.csv.
 
-    Each checkpoint's own classification loss is taken: losses of different kinds compare by their shape alone.
+    Each checkpoint's own classification loss is taken, divided so that it sums to one. The nearer a curve is to the
+    lower right corner, the fewer images make most of the loss.
     """
-    require_labels_differ(checkpoints)
+    figure, axes = plot("training images, from the lowest loss to the highest, %", "share of the whole loss, %")
     tables, texts = [], []
-    for trained in checkpoints:
-        losses = train_losses(trained)
-        largest = losses.max()
-        normalised = torch.linspace(0, 1, STEPS + 1, dtype=torch.float64)
-        share = torch.searchsorted(losses.sort().values, normalised * largest, right=True).double() / len(losses)
-        steps = zip(normalised.tolist(), share.tolist(), strict=True)
-        tables.append(
-            [{"normalised_loss": part, "loss": part * largest.item(), "share": up_to} for part, up_to in steps]
-        )
-        texts.append(f"largest {largest:.3f}, median {losses.quantile(0.5) / largest:.1%} of it")
-    summary = "loss: " + told(checkpoints, texts)
-    return write(output, "loss_cdf", drawn(checkpoints, tables), labelled(checkpoints, tables), summary)
+    for trained, (colour, line, _) in zip(checkpoints, styles(), strict=False):
+        losses = train_losses(trained).sort().values
+        count = (torch.linspace(0, 1, STEPS + 1, dtype=torch.float64) * len(losses)).round().long()
+        cumulated = torch.cat([losses.new_zeros(1), losses.cumsum(0)])[count]
+        shares = cumulated / losses.sum().clamp(min=torch.finfo(losses.dtype).tiny)
+        images = count.double() / len(losses)
+        points = zip(images.tolist(), shares.tolist(), strict=True)
+        tables.append([{"share_of_images": part, "share_of_loss": share} for part, share in points])
+        axes.plot(100 * images, 100 * shares, line, color=colour, linewidth=2, label=trained.label)
+        texts.append(f"the hardest tenth makes {1 - shares[STEPS * 9 // 10]:.1%} of it")
+    axes.set(xlim=(0, 100), ylim=(0, 101), title="Cumulated loss of the training images")
+    axes.legend()
+    return write(output, "loss_cdf", figure, labelled(checkpoints, tables), "loss: " + told(checkpoints, texts))
 
 
 def train_losses(trained: Trained) -> Tensor:
@@ -50,18 +51,3 @@ def train_losses(trained: Trained) -> Tensor:
     if not losses.isfinite().all():
         raise UserError(f"checkpoint {trained.folder}: the loss of a training image is not finite")
     return losses
-
-
-def drawn(checkpoints: Sequence[Trained], tables: Sequence[Sequence[Row]]) -> Figure:
-    """A curve for each checkpoint."""
-    figure = Figure(figsize=(7.5, 5.2), layout="constrained")
-    axes = figure.subplots()
-    for trained, rows, (colour, line, _) in zip(checkpoints, tables, styles(), strict=False):
-        x, y = [row["normalised_loss"] for row in rows], [100 * row["share"] for row in rows]
-        label = f"{trained.title} (largest {rows[-1]['loss']:.2f})"
-        axes.plot(x, y, line, color=colour, linewidth=2, label=label)
-    axes.set(xlabel="loss / largest loss", ylabel="training images up to this loss, %", xlim=(0, 1), ylim=(0, 101))
-    axes.set_title("Distribution of the normalised loss")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center")
-    return figure

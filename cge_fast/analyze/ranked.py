@@ -9,7 +9,6 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
-from tqdm import tqdm
 
 from cge_fast import data
 from cge_fast.analyze.trained import Trained
@@ -42,17 +41,18 @@ def ranked(trained: Trained, output: Path, queries: int = 8) -> Written:
     left out; equal precisions stand in the order of the queries.
     """
     config = trained.config
-    reid_set = data.read(config.data)
+    reid_set = data.read(config.data, ["query", "gallery"])
     query, gallery = (features(trained, name, getattr(reid_set, name)) for name in ("query", "gallery"))
     if config.evaluation.rerank:
         distances_of = reranked_distances(query.features, gallery.features, config.evaluation.metric, progress=True)
     else:
         distances_of = plain_distances(query, gallery, config.evaluation.metric)
-    precisions = average_precisions(query, gallery, distances_of)
-    has_match = ~precisions.isnan()
-    if not has_match.any():
-        raise UserError("data: no query has a match of another camera in the gallery, so there is nothing to rank")
-    worst = precisions.argsort(stable=True)[: min(queries, has_match.sum().item())]  # NaN, no match, stands last
+    try:
+        retrieval = ranking.evaluate_distances(distances_of, *query[1:], *gallery[1:], progress=True)
+    except ValueError as error:
+        raise UserError(f"data: {error}") from error
+    precisions = retrieval.average_precisions
+    worst = precisions.argsort(stable=True)[: min(queries, retrieval.queries)]  # NaN, no match, stands last
     lists, rows = [], []
     for index in worst.tolist():
         of, average_precision = reid_set.query[index], precisions[index].item()
@@ -64,7 +64,7 @@ def ranked(trained: Trained, output: Path, queries: int = 8) -> Written:
             ranked_image = {"rank": rank, "image": str(image.path), "identity": image.identity, "camera": image.camera}
             rows.append({**first, **ranked_image, "correct": image.identity == of.identity})
     summary = (
-        f"{trained.label}: mAP {precisions[has_match].mean():.1%} of {has_match.sum()} queries, the worst "
+        f"{trained.label}: mAP {retrieval.mAP:.1%} of {retrieval.queries} queries, the worst "
         f"{len(worst)} have AP {precisions[worst[0]]:.1%} to {precisions[worst[-1]]:.1%}"
     )
     return write(output, "ranked", drawn(trained, lists), rows, summary)
@@ -84,19 +84,6 @@ def plain_distances(query: Features, gallery: Features, metric: Literal["cosine"
     return lambda chunk: ranking.distances(query.features[chunk], gallery.features, metric)
 
 
-def average_precisions(query: Features, gallery: Features, distances_of: DistancesOf) -> Tensor:
-    """AP of each query (Q,) float64 on the CPU, NaN without a match; memory does not grow with queries x gallery."""
-    rows = max(1, ranking.CHUNK_DISTANCES // len(gallery.features))
-    precisions = []
-    for start in tqdm(range(0, len(query.features), rows), desc="ranking", unit=" chunk of queries", leave=False):
-        chunk = slice(start, min(start + rows, len(query.features)))
-        _, identities, cameras = (part[chunk] for part in query)
-        rank, is_match = ranking.match_ranks(distances_of(chunk), identities, cameras, *gallery[1:])
-        number = torch.arange(1, rank.shape[1] + 1, dtype=torch.float64, device=rank.device)
-        precisions.append(((number / rank).where(is_match, 0).sum(dim=1) / is_match.sum(dim=1)).cpu())
-    return torch.cat(precisions)
-
-
 def first_images(query: Features, gallery: Features, distances_of: DistancesOf, index: int) -> list[int]:
     """Gallery indices of the first images of one query, without junk; equal distances by index."""
     chunk = slice(index, index + 1)
@@ -114,7 +101,7 @@ def drawn(trained: Trained, lists: Sequence[tuple[Image, float, Sequence[Image]]
     sheet = Sheet(
         (SHOWN + 1) * width * 1.08 + 0.5,
         len(lists) * (height + 0.3) + 0.5,
-        f"{trained.title}: queries of least average precision, and the first {SHOWN} of the gallery",
+        f"{trained.label}: queries of least average precision, and the first {SHOWN} of the gallery",
     )
     for number, (query, precision, images) in enumerate(lists):
         top = 0.7 + number * (height + 0.3)

@@ -13,7 +13,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from tqdm import tqdm
 
 from cge_fast import data
-from cge_fast.analyze.trained import Trained, require_labels_differ
+from cge_fast.analyze.trained import Trained
 from cge_fast.analyze.written import Row, Sheet, Written, told, write
 from cge_fast.data import Image
 from cge_fast.data.batches import test_loader
@@ -31,8 +31,7 @@ def saliency(checkpoints: Sequence[Trained], output: Path, images: int = 8) -> W
     checkpoint: where the maximum lies, as shares of the image's width and height from its top left, and which share of
     the saliency each stripe has (of the stripes' means, since stripes may overlap).
     """
-    require_labels_differ(checkpoints)
-    queries = data.read(checkpoints[0].config.data).query
+    queries = data.read(checkpoints[0].config.data, ["query"]).query
     count = min(images, len(queries))
     chosen = [queries[number * len(queries) // count] for number in range(count)]
     maps = [saliency_maps(trained, chosen) for trained in checkpoints]
@@ -79,8 +78,7 @@ def drawn(
     sheet = Sheet(
         max(across * group_width, 4.5),
         math.ceil(len(images) / across) * group_height + 0.7,
-        f"Saliency, {config.name}, test images: {names}\n"
-        "each map from its least (dark) to its largest value (bright, +)",
+        f"Saliency of test images: {names}\neach map from its least (dark) to its largest value (bright, +)",
     )
     for number, image in enumerate(images):
         left, top = number % across * group_width + 0.15, number // across * group_height + 0.9

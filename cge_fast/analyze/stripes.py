@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from cge_fast.analyze.trained import Trained, require_cge, train_batches
-from cge_fast.analyze.written import Row, Written, labelled, styles, told, write
+from cge_fast.analyze.written import Row, Written, labelled, plot, styles, told, write
 from cge_kernels import stripe_correct
 
 OF_THREE = ("hardest", "mid-hard", "mid-easy", "easiest")  # the paper's names of 0 to 3 correct stripes of three
@@ -40,17 +40,16 @@ def precision(checkpoints: Sequence[Trained], output: Path) -> Written:
 def drawn_precision(checkpoints: Sequence[Trained], tables: Sequence[Sequence[Row]]) -> Figure:
     """Bars by stripe, one of each checkpoint beside another."""
     stripes = max(map(len, tables))
-    figure = Figure(figsize=(max(6, 2 + 0.75 * stripes * len(checkpoints)), 4.8), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = plot("stripe, from the top", "precision on the training images, %")
+    figure.set_figwidth(max(6, 2 + 0.75 * stripes * len(checkpoints)))
     width = 0.8 / len(checkpoints)
     for index, (trained, rows, (colour, _, hatch)) in enumerate(zip(checkpoints, tables, styles(), strict=False)):
         x = [row["stripe"] + (index - (len(checkpoints) - 1) / 2) * width for row in rows]
-        look = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": trained.title}
+        look = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": trained.label}
         bars = axes.bar(x, [100 * row["precision"] for row in rows], width, **look)
         axes.bar_label(bars, fmt="%.1f", padding=2)
     axes.set_xticks(range(1, stripes + 1), [f"$M_{{{stripe}}}$" for stripe in range(1, stripes + 1)], fontsize=12)
-    axes.set(xlabel="stripe, from the top", ylabel="precision on the training images, %", ylim=(0, 108))
-    axes.set_title("Precision of the local classifiers")
+    axes.set(ylim=(0, 108), title="Precision of the local classifiers")
     figure.legend(loc="outside lower center")
     return figure
 
@@ -68,15 +67,11 @@ def level_rows(stripe_correct: Tensor) -> list[Row]:
     """Images and share of each level, of (images, n) bool; the easiest first."""
     images, n = stripe_correct.shape
     counts = stripe_correct.sum(dim=1).bincount(minlength=n + 1).tolist()
+    names = OF_THREE if n == 3 else [f"{correct} of {n} correct" for correct in range(n + 1)]
     return [
-        {"level": level_name(i, n), "num_stripes_correct": i, "images": counts[i], "share": counts[i] / images}
+        {"level": names[i], "num_stripes_correct": i, "images": counts[i], "share": counts[i] / images}
         for i in range(n, -1, -1)
     ]
-
-
-def level_name(correct: int, stripes: int) -> str:
-    """What images are called of which `correct` of `stripes` stripes are correct."""
-    return OF_THREE[correct] if stripes == len(OF_THREE) - 1 else f"{correct} of {stripes} correct"
 
 
 def drawn_levels(checkpoints: Sequence[Trained], tables: Sequence[Sequence[Row]]) -> Figure:
@@ -97,5 +92,5 @@ def drawn_levels(checkpoints: Sequence[Trained], tables: Sequence[Sequence[Row]]
             text.set(color="black" if value > 0.6 else "white", fontsize=12)
         names = [f"{row['level']}: {row['share']:.1%} ({row['images']:,})" for row in rows]
         axes.legend(wedges, names, loc="upper center", bbox_to_anchor=(0.5, 0.04), title="by correct stripes")
-        axes.set_title(trained.title)
+        axes.set_title(trained.label)
     return figure

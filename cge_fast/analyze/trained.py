@@ -1,6 +1,5 @@
 """A checkpoint that was opened to be looked into, and its pass over the training images."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -40,11 +39,6 @@ class Trained:
         """Where the model computes."""
         return self.model.neck.weight.device
 
-    @property
-    def title(self) -> str:
-        """Data set and checkpoint."""
-        return f"{self.config.data.name}, {self.label}"
-
 
 def open_checkpoint(
     folder: Path, label: str | None = None, data: DataConfig | None = None, evaluation: EvaluationConfig | None = None
@@ -69,16 +63,8 @@ def run_name(folder: Path) -> str:
     return whole.parents[1].name if whole.parent.name == "checkpoints" else whole.name
 
 
-def require_labels_differ(checkpoints: Sequence[Trained]) -> None:
-    """Raises UserError if two checkpoints could not be told apart in a picture or table."""
-    for label, count in Counter(trained.label for trained in checkpoints).items():
-        if count > 1:
-            raise UserError(f"labels: {count} checkpoints are called {label}, give each a name of its own")
-
-
 def require_cge(checkpoints: Sequence[Trained], analysis: str) -> None:
-    """Raises UserError if a checkpoint has no memory, which the analysis needs, or as `require_labels_differ` does."""
-    require_labels_differ(checkpoints)
+    """Raises UserError if a checkpoint has no memory, which the analysis needs."""
     for trained in checkpoints:
         if not trained.config.model.cge:
             raise UserError(f"checkpoint {trained.folder}: {analysis} needs CGE, this was trained with model.cge false")
@@ -91,7 +77,7 @@ def train_batches(trained: Trained) -> Iterator[tuple[Tensor, Tensor]]:
         UserError: the data set has other training identities than the loss, or an image cannot be read.
     """
     config = trained.config
-    images = data.read(config.data).train
+    images = data.read(config.data, ["train"]).train
     labels = torch.tensor(train_labels(images))
     classes = trained.loss.num_classes
     if labels.max() + 1 != classes:

@@ -49,8 +49,7 @@ def histogram(trained: Trained) -> tuple[Tensor, list[float], list[float]]:
         true = torch.zeros_like(weight, dtype=torch.bool).scatter_(1, labels[:, None], True)
         for kind, values in enumerate((weight[true], weight[~true])):
             values = values.double()
-            place = ((values - LOWEST) / (HIGHEST - LOWEST) * BINS).long().clamp_(0, BINS - 1)
-            counts[kind] += place.bincount(minlength=BINS).cpu()
+            counts[kind] += torch.histc(values, BINS, LOWEST, HIGHEST).long().cpu()
             sums[kind] += torch.stack([torch.ones_like(values).sum(), values.sum(), values.square().sum()]).cpu()
     number, total, squares = sums.unbind(dim=1)
     mean = total / number
@@ -68,7 +67,7 @@ def drawn(checkpoints: Sequence[Trained], tables: Sequence[Sequence[Row]], texts
             shares = [100 * row["share"] for row in rows[kind * BINS : (kind + 1) * BINS]]
             look = {"color": COLOURS[kind], "hatch": HATCHES[kind], "label": f"{name}: {moments[kind]}"}
             axes.stairs(shares, EDGES, fill=True, alpha=0.65, **look)
-        axes.set(title=trained.title, ylabel="share of the weights, %")
+        axes.set(title=trained.label, ylabel="share of the weights, %")
         axes.set_xlim(min(row["from"] for row in filled), max(row["to"] for row in filled))
         axes.legend(title="mean ± standard deviation")
         axes.grid(alpha=0.3)

@@ -6,6 +6,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
@@ -28,7 +29,7 @@ class Written(NamedTuple):
 
 
 def write(output: Path, name: str, figure: Figure, rows: Sequence[Row], summary: str) -> Written:
-    """Writes output/name.png and output/name.csv, whose columns are the keys of the first row."""
+    """Writes output/name.png and output/name.csv, whose columns are the keys of the rows."""
     output.mkdir(parents=True, exist_ok=True)
     table, picture = output / f"{name}.csv", output / f"{name}.png"
     write_csv(table, rows)
@@ -37,11 +38,20 @@ def write(output: Path, name: str, figure: Figure, rows: Sequence[Row], summary:
 
 
 def write_csv(file: Path, rows: Sequence[Row]) -> None:
-    """Writes a table whose columns are the keys of the first row."""
+    """Writes a table whose columns are the keys of all rows."""
     with file.open("w", newline="") as opened:
-        writer = csv.DictWriter(opened, list(rows[0]))
+        writer = csv.DictWriter(opened, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def plot(x: str, y: str) -> tuple[Figure, Axes]:
+    """A figure and its axes, with a grid, of what is labelled so."""
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    return figure, axes
 
 
 def labelled(checkpoints: Sequence[Trained], tables: Sequence[Sequence[Row]]) -> list[Row]:

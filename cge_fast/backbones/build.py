@@ -11,7 +11,7 @@ from cge_fast.backbones.ibn import with_ibn_a
 from cge_fast.backbones.non_local import with_non_local
 from cge_fast.backbones.weights import file_tensors, imagenet_tensors, start_from
 from cge_fast.errors import UserError
-from cge_fast.options import Backbone, NonLocal
+from cge_fast.options import Backbone, NonLocal, Stem
 
 
 def build(
@@ -20,6 +20,7 @@ def build(
     weights: Path | None = None,
     non_local: NonLocal = "none",
     map_norm: bool = False,
+    stem: Stem = "torchvision",
 ) -> nn.Sequential:
     """A backbone from (B, 3, H, W) float32 images to a (B, C, H', W') feature map, with stride 8 or 16.
 
@@ -30,9 +31,11 @@ def build(
         non_local: inner channels of AGW's non-local blocks, after the last two blocks of layer 2 and the last three of
             layer 3, or compact's last two.
         map_norm: BatchNorm of the feature map, as LUPerson's code has it for its weights.
+        stem: how a ResNet's first layers depart from torchvision's.
 
     Raises:
-        UserError: weights are asked for and cannot be had, do not fit, or are asked for twice.
+        UserError: weights are asked for and cannot be had, do not fit, or are asked for twice; or compact has no such
+            stem.
     """
     if pretrained and weights:
         raise UserError(f"model.weights: {weights} cannot be loaded as well as model.pretrained, set that to false")
@@ -41,6 +44,12 @@ def build(
         start_from(network, imagenet_tensors(name), "model.pretrained: torchvision's file")
     if weights:
         start_from(network, file_tensors(weights, name), f"model.weights: {weights}")
+    if stem != "torchvision" and name == "compact":
+        raise UserError(f"model.stem: {stem} is of a ResNet, the backbone compact has a stem of its own")
+    if stem == "without_relu":
+        network.relu = nn.Identity()
+    if stem == "ceil_pool":
+        network.maxpool = nn.MaxPool2d(3, stride=2, ceil_mode=True)
     # Only now, since weights made without them are matched by name and in full.
     if non_local != "none":
         if name == "compact":

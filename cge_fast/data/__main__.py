@@ -9,10 +9,12 @@ from jsonargparse import ArgumentParser
 from cge_fast import errors
 from cge_fast.data.contact_sheet import contact_sheet
 from cge_fast.data.counts import count, require_published, table
+from cge_fast.data.images import SPLITS
 from cge_fast.data.market1501 import read_market1501
 from cge_fast.data.omniglot import export_omniglot
 from cge_fast.data.pedestrians import draw
-from cge_fast.data.sets import SETS
+from cge_fast.data.sets import SETS, read
+from cge_fast.options import DataConfig
 
 PROGRAM = "cge_fast.data"
 CONTACT_SHEET = "contact_sheet.png"
@@ -68,8 +70,8 @@ def show(name: str, root: Path, sheet: Path) -> None:
     Raises:
         UserError: the set cannot be read, or its counts are not the published ones (after all is printed and written).
     """
-    reader, published = SETS[name]
-    reid_set = reader(root)
+    _, published = SETS[name]
+    reid_set = read(DataConfig(name=name, root=root), needed=(), optional=SPLITS)  # type: ignore[arg-type]
     counts = count(reid_set)
     print(table(counts, published))
     contact_sheet(reid_set, sheet)

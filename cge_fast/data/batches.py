@@ -1,5 +1,6 @@
 """From images to batches of tensors."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,11 +17,13 @@ NORMALISATIONS = {
 }
 SMALLEST_ERASED_AREA = 0.02  # the paper's parameters of random erasing
 ERASED_ASPECT = (0.3, 1 / 0.3)
+ERASING_TRIES = 100
 
 
 def to_size(config: DataConfig) -> list[v2.Transform]:
     """Resizes to height x width and makes a uint8 tensor."""
-    return [v2.Resize((config.height, config.width), antialias=True), v2.ToImage()]
+    interpolation = v2.InterpolationMode(config.interpolation)
+    return [v2.Resize((config.height, config.width), interpolation, antialias=True), v2.ToImage()]
 
 
 def mean_and_std(config: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -37,11 +40,34 @@ def train_transform(config: DataConfig) -> v2.Compose:
     """Resize, flip, pad and crop, normalise, random erasing: BagTricks' order."""
     size = (config.height, config.width)
     imagenet_mean, _ = NORMALISATIONS["imagenet"]
-    erased, area = imagenet_mean if config.erased == "mean" else 0, (SMALLEST_ERASED_AREA, config.erasing_area)
+    black = [-mean / std for mean, std in zip(*mean_and_std(config), strict=True)]
+    erased = {"zero": 0, "mean": imagenet_mean, "black": black}[config.erased]
+    area = (SMALLEST_ERASED_AREA, config.erasing_area)
+    erasing = v2.RandomErasing if config.erasing_aspect == "log_uniform" else UniformErasing
     flip = v2.RandomHorizontalFlip(config.flip)
     crop = [v2.RandomCrop(size, padding=config.pad)] if config.pad else []
-    erase = v2.RandomErasing(config.erasing, scale=area, ratio=ERASED_ASPECT, value=erased)
+    erase = erasing(config.erasing, scale=area, ratio=ERASED_ASPECT, value=erased)
     return v2.Compose([*to_size(config), flip, *crop, *normalised(config), erase])
+
+
+class UniformErasing(v2.RandomErasing):
+    """Random erasing as Zhong, Zheng, Kang, Li, Yang (2020) publish it: the aspect ratio is drawn uniformly.
+
+    Torchvision's draws its logarithm uniformly and tries ten times only, so that wide rectangles, which do not fit an
+    upright image, are more frequent there and the erased area is smaller.
+    """
+
+    def make_params(self, flat_inputs: list[Tensor]) -> dict:
+        """Where and with what the image (3, H, W) is erased; nowhere if no rectangle fits."""
+        _, height, width = flat_inputs[0].shape
+        for _ in range(ERASING_TRIES):
+            area = height * width * torch.empty(1).uniform_(*self.scale).item()
+            aspect = torch.empty(1).uniform_(*self.ratio).item()
+            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if h < height and w < width:
+                i, j = (int(torch.randint(free + 1, ())) for free in (height - h, width - w))
+                return {"i": i, "j": j, "h": h, "w": w, "v": torch.tensor(self.value)[:, None, None]}
+        return {"i": 0, "j": 0, "h": 0, "w": 0, "v": None}
 
 
 def test_transform(config: DataConfig) -> v2.Compose:

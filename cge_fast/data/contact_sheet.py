@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import PIL.Image
-from PIL import ImageDraw, ImageOps
+from PIL import ImageDraw
 
 from cge_fast.data.images import Image, ReidSet, open_rgb
+from cge_fast.errors import UserError
 
 CELL_WIDTH, MOST_CELL_HEIGHT, LABEL_WIDTH = 64, 128, 72  # pixels
 COLUMNS = 12  # images of an identity, at most
@@ -20,11 +21,9 @@ def contact_sheet(reid_set: ReidSet, file: Path, identities: int = 12) -> None:
     """
     rows = rows_of("train", reid_set.train, identities - identities // 2)
     rows += rows_of("test", [*reid_set.query, *reid_set.gallery], identities // 2)
-    pictures = {
-        image: ImageOps.contain(open_rgb(image.path), (CELL_WIDTH - 2, MOST_CELL_HEIGHT - 2))
-        for _, images in rows
-        for image in images
-    }
+    pictures = {image: fitted(open_rgb(image.path)) for _, images in rows for image in images}
+    if not pictures:
+        raise UserError(f"{file}: the set holds nobody but distractors, there is nothing to show")
     columns = max(len(images) for _, images in rows)
     cell_height = max(picture.height for picture in pictures.values()) + 2
     sheet = PIL.Image.new("RGB", (LABEL_WIDTH + columns * CELL_WIDTH, len(rows) * cell_height), "white")
@@ -37,6 +36,12 @@ def contact_sheet(reid_set: ReidSet, file: Path, identities: int = 12) -> None:
             sheet.paste(pictures[image], (left + 1, top + 1))
             ink.text((left + 4, top + 2), f"c{image.camera}", "white", stroke_width=1, stroke_fill="black")
     sheet.save(file, format="PNG")
+
+
+def fitted(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """The picture as large as fits into a cell."""
+    scale = min((CELL_WIDTH - 2) / picture.width, (MOST_CELL_HEIGHT - 2) / picture.height)
+    return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
 
 
 def rows_of(split: str, images: Sequence[Image], count: int) -> list[tuple[str, list[Image]]]:

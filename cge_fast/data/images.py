@@ -1,19 +1,28 @@
-"""What a re-identification data set is, and how one of its images is read."""
+"""What a re-identification data set is, and how one of its images is read: one way for every reader."""
 
 import warnings
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
+import numpy as np
 import PIL.Image
+from PIL import ImageOps
 from tqdm import tqdm
 
+from cge_fast.data.walk import AbsentError
 from cge_fast.errors import UserError
 
-SUFFIXES = {".jpg", ".jpeg", ".png"}
-MOST_SHOWN = 6  # names of a folder in an error
-TOO_LARGE = (PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError)
-UNREADABLE = (OSError, SyntaxError, ValueError, *TOO_LARGE)  # what Pillow raises for damaged files
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # Pillow has more, some of which start other programs
+WHITES = {"I": (255, 65_535), "F": (1, 255, 65_535)}  # what white can be in 32 bits; in 16 it is 65,535
+FEWEST_GREYS = 32
+
+Split = Literal["train", "query", "gallery"]
+SPLITS: tuple[Split, ...] = ("train", "query", "gallery")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -34,55 +43,87 @@ class ReidSet:
     gallery: list[Image]
 
 
-def missing(kind: Literal["file", "folder"], path: Path, option: str = "data.root") -> UserError:
-    """The error that names what is not there, and what the nearest folder above it holds instead."""
-    above = next(folder for folder in path.absolute().parents if folder.is_dir())
-    names = sorted(entry.name for entry in above.iterdir())
-    shown = [f"{name}/" if (above / name).is_dir() else name for name in names[:MOST_SHOWN]]
-    more = [f"{len(names) - MOST_SHOWN} more"] if len(names) > MOST_SHOWN else []
-    return UserError(f"{option}: there is no {kind} {path}; {above} holds {', '.join(shown + more) or 'nothing'}")
+# Its arguments: the folder of a set, the splits that are needed, and those that are read too if they are there.
+Reader = Callable[..., ReidSet]
 
 
-def file_at(path: Path) -> Path:
-    """`path` itself; UserError if there is no such file."""
-    if not path.is_file():
-        raise missing("file", path)
-    return path
+def by_split(
+    read: Callable[[Split], list[Item]], needed: Collection[Split], optional: Collection[Split]
+) -> dict[str, list[Item]]:
+    """What `read` gives for each split; empty for one that is not asked for, or is optional and not there.
+
+    Raises AbsentError if a split that is needed is not there, or none of those that are optional.
+    """
+    items: dict[str, list[Item]] = {split: [] for split in SPLITS}
+    absent: list[AbsentError] = []
+    for split in (split for split in SPLITS if split in needed or split in optional):
+        try:
+            items[split] = read(split)
+        except AbsentError as error:
+            if split in needed:
+                raise
+            absent.append(error)
+    if absent and not any(items.values()):
+        raise absent[0]
+    return items
 
 
-def all_there(images: list[Image], folder: Path, file: Path) -> list[Image]:
-    """The images below `folder` that an archive's list `file` names; UserError if there are none, or one is missing."""
-    if not folder.is_dir():
-        raise missing("folder", folder)
-    if not images:
-        raise UserError(f"{file} lists no image: the archive is not whole")
-    for image in images:
-        if not image.path.is_file():
-            raise UserError(f"image {image.path} is missing, but {file} lists it: the archive is not whole")
-    return images
+def reader(read_split: Callable[[Path, Split], list[Image]]) -> Reader:
+    """A Reader of sets whose splits are read one by one."""
 
+    def read(root: Path, needed: Collection[Split] = SPLITS, optional: Collection[Split] = ()) -> ReidSet:
+        return ReidSet(**by_split(partial(read_split, root), needed, optional))
 
-def image_files(folder: Path, option: str = "data.root") -> list[Path]:
-    """The jpg and png files below a folder, at any depth, sorted; UserError, which names `option`, if there is none."""
-    if not folder.is_dir():
-        raise missing("folder", folder, option)
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not files:
-        raise UserError(f"{option}: {folder} holds no jpg or png image")
-    return files
+    return read
 
 
 def open_rgb(path: Path) -> PIL.Image.Image:
-    """Reads an image whole, as RGB; UserError if the file is missing, empty or corrupt."""
+    """Reads an image whole, as RGB and upright as its EXIF says; docs/datasets.md has what becomes of other modes.
+
+    Raises:
+        UserError: the file is missing, empty, damaged, of another format than FORMATS, or has too many pixels.
+    """
     try:
-        with warnings.catch_warnings(), PIL.Image.open(path) as image:
+        if not path.is_file():  # to open a pipe would wait for ever
+            raise OSError("there is no such file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those of damaged metadata
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
-            return image.convert("RGB")
-    except UNREADABLE as error:
+            with PIL.Image.open(path, formats=FORMATS) as image:
+                image.load()
+                with suppress(Exception):  # a damaged EXIF block leaves the pixels whole
+                    ImageOps.exif_transpose(image, in_place=True)
+                return as_rgb(image)
+    except Exception as error:  # what Pillow raises for damaged files has no common base
         raise UserError(
             f"image {path} cannot be read ({error}); mend or remove it (trained or evaluated on, such images are left "
             "out with --data.skip_corrupt true)"
         ) from error
+
+
+def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """RGB of any mode: greyscale of 16 or 32 bits is scaled to 8, what is transparent becomes black."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = PIL.Image.fromarray(eight_bits(np.asarray(image, dtype=np.float64), image.mode))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "black"), image)
+    return image.convert("RGB")
+
+
+def eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
+    """Greyscale (H, W) float64 of Pillow's `mode` as uint8: from 0 to white, or from its least to its greatest value.
+
+    The latter if it holds values outside of that range or, as pictures of heat and depth do, would keep few greys.
+    """
+    if not np.isfinite(values).all():
+        raise ValueError("a pixel is not finite")
+    least, greatest = values.min(), values.max()
+    white = next((white for white in WHITES.get(mode, (65_535,)) if least >= 0 and greatest <= white), None)
+    black: float = 0
+    if white is None or 0 < (greatest - least) * 255 < white * FEWEST_GREYS:
+        black, white = least, greatest
+    return ((values - black) * (255 / max(white - black, np.finfo(float).tiny))).round().astype(np.uint8)
 
 
 def without_corrupt(reid_set: ReidSet) -> tuple[ReidSet, list[Path]]:

@@ -1,31 +1,26 @@
-"""The folder format of Market-1501 (Zheng et al. 2015)."""
+"""The folder format of Market-1501 (Zheng et al. 2015), which others took over."""
 
 import re
 from pathlib import Path
 
-from cge_fast.data.counts import Counts
-from cge_fast.data.images import Image, ReidSet, image_files
+from cge_fast.data.images import Image, Split, reader
+from cge_fast.data.walk import AbsentError, image_files, of_a_tool
 from cge_fast.errors import UserError
 
-NAME = re.compile(r"(?P<identity>-?\d+)_c(?P<camera>\d+)")  # 0002_c1s1_000451_03.jpg
-SPLITS = ("bounding_box_train", "query", "bounding_box_test")
-JUNK = -1  # boxes without a person; 0 are distractors: people who are nobody's match, kept in the gallery
-
-# 3,819 of the 19,732 files in bounding_box_test are junk; of the rest, 2,798 are distractors.
-PUBLISHED = {"train": Counts(751, 12_936, 6), "query": Counts(750, 3_368, 6), "gallery": Counts(751, 15_913, 6)}
+NAME = re.compile(r"(?P<identity>-1|[0-9]{1,18})_c(?P<camera>[0-9]{1,18})(?![0-9])")  # 0002_c1s1_000451_03.jpg
+FOLDERS: dict[Split, str] = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
+JUNK = -1  # boxes without a person
+DISTRACTOR = 0  # people who are nobody's match, kept in the gallery
 
 
-def read_market1501(root: Path) -> ReidSet:
-    """Reads bounding_box_train, query and bounding_box_test below `root`, jpg or png; junk images (-1) are dropped.
+def market1501(root: Path, split: Split) -> list[Image]:
+    """One split's folder below `root`, or below the one folder in it that has them, by name; without junk (-1).
 
     Raises:
-        UserError: a folder is missing or has no image, or a file name does not say identity and camera.
+        AbsentError: the folder is missing or has no image.
+        UserError: a file name does not say identity and camera.
     """
-    return ReidSet(*(read_split(root / split) for split in SPLITS))
-
-
-def read_split(folder: Path) -> list[Image]:
-    """The images of one folder, sorted by name, without junk."""
+    folder = with_folders(root) / FOLDERS[split]
     images = []
     for path in image_files(folder):
         name = NAME.match(path.name)
@@ -34,5 +29,20 @@ def read_split(folder: Path) -> list[Image]:
         images.append(Image(path, int(name["identity"]), int(name["camera"])))
     kept = [image for image in images if image.identity != JUNK]
     if not kept:
-        raise UserError(f"data.root: {folder} holds only junk images (identity -1)")
+        raise AbsentError(f"data.root: {folder} holds only junk images (identity -1)")
     return kept
+
+
+def with_folders(root: Path) -> Path:
+    """`root`, or the only folder in it that holds the format's folders where `root` itself holds none."""
+
+    def holds_some(folder: Path) -> bool:
+        return any((folder / name).is_dir() for name in FOLDERS.values())
+
+    if holds_some(root) or not root.is_dir():
+        return root
+    inner = [folder for folder in root.iterdir() if not of_a_tool(folder.name) and holds_some(folder)]
+    return inner[0] if len(inner) == 1 else root
+
+
+read_market1501 = reader(market1501)

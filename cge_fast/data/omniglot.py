@@ -9,8 +9,9 @@ from pathlib import Path
 import PIL.Image
 from tqdm import tqdm
 
-from cge_fast.data.images import image_files, open_rgb
-from cge_fast.data.market1501 import SPLITS
+from cge_fast.data.images import open_rgb
+from cge_fast.data.market1501 import FOLDERS
+from cge_fast.data.walk import image_files
 from cge_fast.data.whole_folder import whole_folder
 from cge_fast.errors import UserError
 
@@ -36,7 +37,7 @@ def export_omniglot(source: Path, folder: Path) -> None:
     """
     train, test = (sorted({path.parent for path in image_files(source / archive, "source")}) for archive in ARCHIVES)
     with whole_folder(folder) as unfinished:
-        for split in SPLITS:
+        for split in FOLDERS.values():
             (unfinished / split).mkdir()
         characters = tqdm([*train, *test], desc="writing characters", unit=" character")
         for identity, character in enumerate(characters, start=1):

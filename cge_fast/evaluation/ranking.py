@@ -1,7 +1,7 @@
 """Market-1501's evaluation protocol: mAP, mINP and the cumulative matching curve, in chunks of queries."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -24,6 +24,7 @@ class Retrieval:
     cmc: tuple[float, ...]  # cmc[k-1]: share of queries with a match among the first k
     queries: int  # how many were counted
     skipped: int  # queries without any match in the gallery, which are left out of every mean
+    average_precisions: Tensor = field(compare=False, repr=False)  # (Q,) float64 on the CPU, NaN without a match
 
     def rank(self, k: int) -> float:
         """Share of queries with a match among the first k, k = 1..50."""
@@ -172,14 +173,15 @@ def evaluate_distances(
             first_ranks.append(rank[:, 0])
             counted.append(matches > 0)
             bar.update(len(rank))
-    has_match = torch.cat(counted)
+    has_match, precisions = torch.cat(counted), torch.cat(average_precisions)
     first = torch.cat(first_ranks)[has_match]
     if len(first) == 0:
         raise ValueError("no query has a match of another camera in the gallery, so there is nothing to average")
     return Retrieval(
-        mAP=torch.cat(average_precisions)[has_match].mean().item(),
+        mAP=precisions[has_match].mean().item(),
         mINP=torch.cat(penalties)[has_match].mean().item(),
         cmc=tuple((first <= k).double().mean().item() for k in range(1, CURVE_RANKS + 1)),
         queries=len(first),
         skipped=queries - len(first),
+        average_precisions=precisions.cpu(),
     )

@@ -2,9 +2,7 @@
 
 import json
 import os
-import shlex
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,21 +15,28 @@ import torch
 from tqdm import tqdm
 
 from cge_fast import checkpoint, train
+from cge_fast.analyze.stripes import train_stripe_correct
+from cge_fast.analyze.trained import open_checkpoint
 from cge_fast.cli import read_settings
 from cge_fast.errors import UserError, one_line
 from cge_fast.experiments import variants
-from cge_fast.experiments.tables import SCALE, VARIANT, Row
+from cge_fast.experiments.tables import SCALE, Row
 from cge_fast.log import read_rows
 from cge_fast.loop import holds_run
 
-FINISHED, PRINTED = "finished.json", "printed.txt"
+FINISHED, PRINTED, PRECISION = "finished.json", "printed.txt", "precision.json"
+
+
+def settings_of(options: str) -> list[str]:
+    """Options like "--a 1 --b 2", each without its dashes, in an order that does not depend on theirs."""
+    return sorted(options.removeprefix("--").split(" --"))
 
 
 def folder_of(output: Path, row: Row, seed: int) -> Path:
     """Where one seed of a row lies; rows of several tables with the same options share it."""
-    options = row.options if row.scaled_by is None else f"{row.options} {SCALE} mean-w"
-    settings = sorted(setting.replace(" ", "=", 1) for setting in options.removeprefix("--").split(" --"))
-    return output / "runs" / "+".join(settings).replace("/", "_") / f"seed-{seed}"
+    settings = settings_of(row.options if row.scaled_by is None else f"{row.options} {SCALE} mean-w")
+    name = "+".join(setting.replace(" ", "=", 1) for setting in settings)
+    return output / "runs" / name.replace("/", "_") / f"seed-{seed}"
 
 
 def is_whole(folder: Path) -> bool:
@@ -47,6 +52,15 @@ def last_row(folder: Path) -> dict[str, float]:
 def mean_weight(folder: Path) -> float:
     """Mean over the epochs of the revision's mean weight in a CGE training."""
     return statistics.mean(row["mean_weight"] for row in read_rows(folder / "metrics.jsonl") if row["epoch"])
+
+
+def precision(folder: Path) -> list[float]:
+    """Of each M_i of a trained CGE model, on the training images as evaluation sees them; measured once."""
+    file = folder / PRECISION
+    if not file.exists():
+        correct = train_stripe_correct(open_checkpoint(folder / "checkpoints" / "last"))
+        file.write_text(json.dumps(correct.double().mean(dim=0).tolist()))
+    return json.loads(file.read_text())
 
 
 def seconds(folder: Path) -> float:
@@ -87,7 +101,7 @@ def run_rows(
 
     Args:
         output: the runs lie below it.
-        rows: what to train.
+        rows: what to train; those that take the mean weight of a CGE training come after it.
         seeds: 0, 1, ... of each row.
         common: command line of every training.
         jobs: processes, which share the processor's cores.
@@ -95,10 +109,8 @@ def run_rows(
     Returns:
         messages of the trainings that failed, by row's name and seed.
     """
-    scaled = [row for row in rows if row.scaled_by is not None]  # they come after their weights' sources
-    sources = [Row(row.name, row.scaled_by) for row in scaled]
-    stages = ([*(row for row in rows if row.scaled_by is None), *sources], scaled)
-    folders = {folder_of(output, row, seed) for row, seed in product((*rows, *sources), range(seeds))}
+    stages = [[row for row in rows if (row.scaled_by is None) == first] for first in (True, False)]
+    folders = {folder_of(output, row, seed) for row, seed in product(rows, range(seeds))}
     failures: dict[Path, str] = {}
     with (
         executor(jobs) as map_unordered,
@@ -124,7 +136,8 @@ def run_rows(
 
 def arguments_of(output: Path, row: Row, seed: int, common: Sequence[str]) -> list[str] | None:
     """The command line of one seed of a row; None if it takes the mean weight of a training that is not whole."""
-    arguments = [*common, *row.options.split(), "--seed", str(seed)]
+    own = " ".join(f"--{setting}" for setting in settings_of(row.options)).split()
+    arguments = [*common, *own, "--seed", str(seed)]
     if row.scaled_by is None:
         return arguments
     source = folder_of(output, Row(row.name, row.scaled_by), seed)
@@ -154,10 +167,3 @@ def executor(jobs: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with get_context("spawn").Pool(jobs, torch.set_num_threads, (threads,)) as pool:  # leaving ends the processes
         yield pool.imap_unordered
-
-
-def command_of(common: Sequence[str], row: Row) -> str:
-    """The training's command line, but for seed and output."""
-    program = variants.PROGRAM if VARIANT in row.options else train.PROGRAM
-    scale = f" {SCALE} MEAN_W" if row.scaled_by is not None else ""
-    return f"{Path(sys.executable).stem} -m {program} {shlex.join(common)} {row.options}{scale}"

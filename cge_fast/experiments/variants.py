@@ -3,13 +3,12 @@
 The program is cge_fast.train, where --loss.variant NAME puts a loss of VARIANTS in CGELoss's or SoftmaxLoss's place.
 """
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool1d, cross_entropy, linear, log_softmax, normalize
+from torch.nn.functional import cross_entropy, log_softmax
 
 from cge_fast import errors
 from cge_fast.errors import UserError
@@ -20,7 +19,6 @@ from cge_kernels import revise_logits, stripe_correct
 
 PROGRAM = "cge_fast.experiments.variants"
 FOCAL_ALPHA, FOCAL_GAMMA = 0.5, 1.0  # the CGE paper's
-SPHERE_MARGIN = 4  # m: SphereFace's and the CGE paper's
 
 
 def focal_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -32,30 +30,12 @@ def focal_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return -FOCAL_ALPHA * (1 - log_q.exp()) ** FOCAL_GAMMA * log_q
 
 
-def sphere_logits(features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Logits (B, N) of SphereFace (Liu et al. 2017): |x| cos(theta_k), and |x| psi(theta_k) for the label.
-
-    theta_k is the angle between the feature x and class k's row; psi(theta) = (-1)^j cos(m theta) - 2j with
-    j = floor(m theta / pi), m = 4. features (B, C) and weight (N, C), floating; labels (B,), int64.
-    """
-    cosine = linear(normalize(features), normalize(weight))
-    own = cosine.gather(1, labels[:, None])
-    with torch.no_grad():
-        turns = (SPHERE_MARGIN * own.clamp(-1, 1).acos() / math.pi).floor()
-    multiple_angle = 8 * own**4 - 8 * own**2 + 1  # cos(4 theta)
-    psi = torch.where(turns % 2 == 0, multiple_angle, -multiple_angle) - 2 * turns
-    return features.norm(dim=1, keepdim=True) * cosine.scatter(1, labels[:, None], psi)
-
-
 class Scaled:
-    """Before a loss: its logits times `scale`; revision itself multiplies logits by 0.5 to 0.73."""
+    """Before a loss in steps: its logits times `scale`; revision itself multiplies logits by 0.5 to 0.73."""
 
     def __init__(self, *arguments: Any, scale: float = 1.0, **keywords: Any):
         super().__init__(*arguments, **keywords)
         self.scale = scale
-
-    def forward(self, embeddings: Embeddings, labels: Tensor) -> LossOutput:
-        return super().forward(embeddings._replace(embedding=embeddings.embedding * self.scale), labels)
 
     def revised_logits(self, embeddings: Embeddings) -> Tensor:
         return super().revised_logits(embeddings._replace(embedding=embeddings.embedding * self.scale))
@@ -73,22 +53,15 @@ class InSteps:
 
     def forward(self, embeddings: Embeddings, labels: Tensor) -> LossOutput:
         valid, targets = valid_targets(labels, len(embeddings.embedding), self.num_classes)
-        logits = self.revised(self.logits(embeddings, targets), embeddings)
+        logits = self.revised_logits(embeddings)
         loss = torch.where(valid, self.losses(logits, targets), torch.nan).mean()
         memory = getattr(self, "memory", None)
         local = None if memory is None else stripe_correct(embeddings.stripes.detach(), memory, labels)
         return LossOutput(loss, logits.argmax(dim=1) == labels, local)
 
     def revised_logits(self, embeddings: Embeddings) -> Tensor:
-        """(B, N), without a margin."""
-        return self.revised(self.logits(embeddings, None), embeddings)
-
-    def logits(self, embeddings: Embeddings, targets: Tensor | None) -> Tensor:
-        """(B, N) before revision; targets (B,) int64 say where a margin is set."""
-        return linear_float32(embeddings.embedding, self.weight)
-
-    def revised(self, logits: Tensor, embeddings: Embeddings) -> Tensor:
-        """The logits (B, N) after revision."""
+        """(B, N) float32."""
+        logits = linear_float32(embeddings.embedding, self.weight)
         return revise_logits(logits, embeddings.stripes, self.memory) if hasattr(self, "memory") else logits
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -100,16 +73,6 @@ class Focal(InSteps):
     """Focal loss, which knows no label smoothing."""
 
     losses = staticmethod(focal_losses)
-
-
-class Sphere(InSteps):
-    """Cross entropy of SphereFace's logits."""
-
-    def logits(self, embeddings: Embeddings, targets: Tensor | None) -> Tensor:
-        if targets is None:
-            return super().logits(embeddings, targets)
-        with torch.autocast(embeddings.embedding.device.type, enabled=False):
-            return sphere_logits(embeddings.embedding, self.weight, targets)
 
 
 class Shuffled(InSteps):
@@ -128,79 +91,55 @@ class Shuffled(InSteps):
         """The memory (n, N, C) that revises: another class's rows for each class."""
         return self.memory[:, self.shuffled]
 
-    def revised(self, logits: Tensor, embeddings: Embeddings) -> Tensor:
+    def revised_logits(self, embeddings: Embeddings) -> Tensor:
+        logits = linear_float32(embeddings.embedding, self.weight)
         return revise_logits(logits, embeddings.stripes, self.revising_memory)
 
     def label_and_mean_weight(self, stripes: Tensor, labels: Tensor) -> Tensor:
         return label_and_mean_weight(stripes, self.revising_memory, labels)
 
 
-class MapEmbeddings(NamedTuple):
-    """Embeddings, and the rows of the map whose mean is the embedding."""
-
-    pooled: Tensor
-    stripes: Tensor
-    embedding: Tensor
-    rows: Tensor  # (B, H, C) float32, after BNNeck
-
-
-class MapModel(ReidModel):
-    """A ReidModel whose BNNeck normalises the positions of the map in training; in use, the embedding is the same."""
+class FeatureModel(ReidModel):
+    """A ReidModel without BNNeck, whose embedding is the pooled feature; `neck` stays the identity."""
 
     def __init__(self, backbone: nn.Module, channels: int, stripes: int, gem: bool, precision: torch.dtype):
         if gem:
-            raise UserError("loss.variant: revised_maps averages the classifier's maps: it needs model.pooling average")
+            raise UserError("loss.variant: feature averages the classifier's maps: it needs model.pooling average")
         super().__init__(backbone, channels, stripes, gem, precision)
+        self.neck.requires_grad_(False)
 
-    def forward(self, images: Tensor) -> MapEmbeddings:
-        feature_map = self.feature_map(images)
-        pooled, stripes = self.pool(feature_map)
-        batch, channels, height, width = feature_map.shape
-        positions = feature_map.permute(0, 2, 3, 1).reshape(-1, channels).float()
-        rows = self.neck(positions).view(batch, height, width, channels).mean(dim=2)
-        return MapEmbeddings(pooled, stripes, rows.mean(dim=1), rows)
+    def forward(self, images: Tensor) -> Embeddings:
+        pooled, stripes = self.pool(self.feature_map(images))
+        return Embeddings(pooled, stripes, pooled)
 
 
-class RevisedMaps(InSteps, CGELoss):
-    """The classifier as a 1x1 convolution: the rows of stripe i of its N maps are multiplied by sigmoid(s_i[k])."""
+class Feature:
+    """Before a loss: a 1x1 convolution makes N maps of the feature map, w_k multiplies map k, the average is its logit.
 
-    model_class = MapModel
+    Convolution, weight and average commute: the logit is w_k times the classifier's of the averaged feature map.
+    """
 
-    def logits(self, embeddings: MapEmbeddings, targets: Tensor | None) -> Tensor:
-        return linear_float32(embeddings.rows, self.weight)  # (B, H, N): it commutes with the average over a row
-
-    def revised(self, logits: Tensor, embeddings: MapEmbeddings) -> Tensor:
-        stripes, (batch, height, _) = embeddings.stripes.split(1, dim=1), logits.shape
-        ones = logits.new_ones(batch, self.num_classes)  # of one stripe's memory revision gives sigmoid(s_i)
-        weights = [revise_logits(ones, *of_one) for of_one in zip(stripes, self.memory.split(1), strict=True)]
-        # Stripes may overlap: a row's shares of the stripes that it belongs to add up to 1.
-        belongs = (adaptive_avg_pool1d(torch.eye(height, device=logits.device)[None], len(stripes))[0] > 0).float()
-        shares = belongs / belongs.sum(dim=1, keepdim=True)
-        return torch.einsum("ibk,hi,bhk->bk", torch.stack(weights), shares, logits) / height
+    model_class = FeatureModel
 
 
 class MemoryNotUsed(InSteps, CGELoss):
     """The memory is written and its precision measured, but the logits stay as they are."""
 
-    def revised(self, logits: Tensor, embeddings: Embeddings) -> Tensor:
-        return logits
+    def revised_logits(self, embeddings: Embeddings) -> Tensor:
+        return linear_float32(embeddings.embedding, self.weight)
 
 
-VARIANTS: dict[str, type[nn.Module]] = {"memory_not_used": MemoryNotUsed, "revised_maps": RevisedMaps} | {
+VARIANTS: dict[str, type[nn.Module]] = {"memory_not_used": MemoryNotUsed} | {
     name: type(name, parts, {})
     for name, parts in {
         "scaled": (Scaled, InSteps, SoftmaxLoss),
         "focal": (Scaled, Focal, SoftmaxLoss),
-        "sphere": (Scaled, Sphere, SoftmaxLoss),
-        "cge_scaled": (Scaled, CGELoss),
+        "feature": (Feature, SoftmaxLoss),
+        "cge_scaled": (Scaled, InSteps, CGELoss),
+        "cge_focal": (Scaled, Focal, CGELoss),
+        "cge_feature": (Feature, CGELoss),
         "detached_weights": (Detached, CGELoss),
         "shuffled_memory": (Shuffled, CGELoss),
-        "cge_focal": (Scaled, Focal, CGELoss),
-        "cge_focal_detached_weights": (Detached, Focal, CGELoss),
-        "cge_focal_shuffled_memory": (Shuffled, Focal, CGELoss),
-        "cge_sphere": (Scaled, Sphere, CGELoss),
-        "cge_sphere_detached_weights": (Detached, Sphere, CGELoss),
-        "cge_sphere_shuffled_memory": (Shuffled, Sphere, CGELoss),
     }.items()
 }
 

@@ -63,9 +63,10 @@ class CGELoss(nn.Module):
             self.label_smoothing,
             shard=self.shard,
         )
-        first = rank() * len(labels) if self.shard else 0  # with a shard all ranks' samples come back
-        own = slice(first, first + len(labels))
-        return LossOutput(losses.mean(), correct[own], stripe_correct[own])
+        if self.shard:  # all ranks' samples come back
+            own = slice(rank() * len(labels), (rank() + 1) * len(labels))
+            correct, stripe_correct = correct[own], stripe_correct[own]
+        return LossOutput(losses.mean(), correct, stripe_correct)
 
     def revised_logits(self, embeddings: Embeddings) -> Tensor:
         """(B, N) float32, for analyses and losses of your own; with a shard those of its classes alone."""

@@ -1,4 +1,4 @@
-"""Losses of the features within a batch, by name, and the center loss."""
+"""Losses of features, by name: of those within a batch, and SphereFace's and the center loss of classes too."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, normalize, relu, softplus
 from cge_fast.options import Metric
 
 CIRCLE_MARGIN, CIRCLE_GAMMA = 0.25, 2.0  # the CGE paper's
+SPHERE_MARGIN = 4  # m: SphereFace's and the CGE paper's
 INSTANCE_SCALE = 64.0  # as in pytorch-metric-learning and Zheng's person re-ID baseline
 PUBLISHED_WRT_EPS = 1e-6
 
@@ -21,11 +22,19 @@ class MetricLoss(nn.Module):
     Args:
         kind: which loss.
         margin: of the triplet loss (`batch_hard_triplet`); the others have none.
+        num_classes: N, for "sphere", which has a weight for each class and channel.
+        channels: C, for "sphere".
     """
 
-    def __init__(self, kind: Metric = "triplet", margin: float | Literal["soft"] = 0.3):
+    def __init__(
+        self,
+        kind: Metric = "triplet",
+        margin: float | Literal["soft"] = 0.3,
+        num_classes: int | None = None,
+        channels: int | None = None,
+    ):
         super().__init__()
-        self.loss = loss_called(kind, margin)
+        self.loss = loss_called(kind, margin, num_classes, channels)
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """The loss, 0-d."""
@@ -34,7 +43,9 @@ class MetricLoss(nn.Module):
         return self.loss(features, labels)
 
 
-def loss_called(kind: Metric, margin: float | Literal["soft"]) -> Callable[[Tensor, Tensor], Tensor]:
+def loss_called(
+    kind: Metric, margin: float | Literal["soft"], num_classes: int | None, channels: int | None
+) -> Callable[[Tensor, Tensor], Tensor]:
     """The function or module that computes the loss."""
     match kind:
         case "triplet":
@@ -43,15 +54,19 @@ def loss_called(kind: Metric, margin: float | Literal["soft"]) -> Callable[[Tens
             return partial(weighted_regularised_triplet, published=kind == "wrt_published")
         case "instance":
             return instance_loss
-    from pytorch_metric_learning.losses import CircleLoss, ContrastiveLoss, LiftedStructureLoss  # takes a second
+    from pytorch_metric_learning import losses  # takes a second
 
     match kind:
         case "contrastive":
-            return ContrastiveLoss()  # positive margin 0, negative margin 1, of normalised features
+            return losses.ContrastiveLoss()  # positive margin 0, negative margin 1, of normalised features
         case "lifted":
-            return LiftedStructureLoss()  # the same margins
+            return losses.LiftedStructureLoss()  # the same margins
         case "circle":
-            return CircleLoss(m=CIRCLE_MARGIN, gamma=CIRCLE_GAMMA)
+            return losses.CircleLoss(m=CIRCLE_MARGIN, gamma=CIRCLE_GAMMA)
+        case "sphere":
+            if not num_classes or not channels:
+                raise ValueError(f"sphere needs num_classes and channels, got {num_classes} and {channels}")
+            return losses.SphereFaceLoss(num_classes, channels, margin=SPHERE_MARGIN)
 
 
 class CenterLoss(nn.Module):

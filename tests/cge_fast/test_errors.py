@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cge_fast.errors import UserError, one_line, run
+from cge_fast.errors import UserError, notice, one_line, run
 
 
 def ending(error, capsys) -> tuple[int, str]:
@@ -46,3 +46,24 @@ def test_a_workers_traceback_is_left_out():
         "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File ..."
     )
     assert one_line(UserError(wrapped + "\ncge_fast.errors.UserError: image x: broken\n")) == "image x: broken"
+
+
+def test_names_of_files_cannot_steer_the_terminal(capsys):
+    def main():
+        notice("a\x1b[2Jb\n.jpg")
+        raise UserError("image \x1b]0;x\x07\u202egpj.\udcff cannot be read")
+
+    with pytest.raises(SystemExit):
+        run(main, "program")
+    escaped = r"image \x1b]0;x\x07\u202egpj.\udcff cannot be read"
+    assert capsys.readouterr().err.splitlines() == [r"a\x1b[2Jb\n.jpg", f"program: error: {escaped}"]
+    error = FileNotFoundError(2, "No such file or directory", "\x1b[31mred")
+    with pytest.raises(SystemExit):
+        run(lambda: (_ for _ in ()).throw(error), "program")
+    assert capsys.readouterr().err == "program: error: \\x1b[31mred: No such file or directory\n"
+
+
+def test_of_several_ranks_the_first_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    notice("seen by nobody")
+    assert capsys.readouterr().err == ""

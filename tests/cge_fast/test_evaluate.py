@@ -1,5 +1,7 @@
 """python -m cge_fast.evaluate"""
 
+import shutil
+
 import PIL.Image
 import pytest
 import safetensors.torch
@@ -85,7 +87,7 @@ def test_a_network_trained_in_float16_is_evaluated_on_a_cpu(last, capsys):
     [
         ([], "checkpoint"),
         (["--checkpoint", "/nix"], "checkpoint /nix has no file model.safetensors"),
-        (["--checkpoint", "LAST", "--data.root", "/nix"], "data.root: there is no folder /nix/bounding_box_train"),
+        (["--checkpoint", "LAST", "--data.root", "/nix"], "data.root: there is no folder /nix/query"),
         (["--checkpoint", "LAST", "--evaluation.metric", "l1"], "evaluation.metric"),
         (["--checkpoint", "LAST", "--config", "pedestrians_cge"], "--config"),
     ],
@@ -113,4 +115,10 @@ def test_what_is_deployed_needs_neither_the_loss_nor_the_training_state(last, ca
     (last / "config.yaml").write_text(to_yaml(settings))
     for name in (checkpoint.LOSS, checkpoint.TRAINING):
         (last / name).unlink()
+    assert evaluated(capsys, "--checkpoint", last) == whole
+
+
+def test_a_set_without_a_training_split_is_evaluated(last, market, capsys):
+    whole = evaluated(capsys, "--checkpoint", last)
+    shutil.rmtree(market / "bounding_box_train")
     assert evaluated(capsys, "--checkpoint", last) == whole

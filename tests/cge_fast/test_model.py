@@ -81,6 +81,16 @@ def test_the_model_knows_nothing_of_identities_and_gives_float32():
     assert model.embed(torch.rand(2, 3, 32, 16)).shape == (2, 128)
 
 
+@pytest.mark.parametrize("learned", [True, False])
+def test_gems_exponent_is_learned_or_stays(learned):
+    model = build(ModelConfig(pooling="gem", gem_learned=learned))
+    before = model.pool.p.item()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, weight_decay=5e-4)
+    loss_of(model).backward()
+    optimizer.step()
+    assert (model.pool.p.item() != before) == learned
+
+
 def test_the_embedding_in_use_is_that_of_training():
     model, images = build(ModelConfig()).eval(), torch.rand(2, 3, 32, 16)
     torch.testing.assert_close(model.embed(images), model(images).embedding)

@@ -9,6 +9,11 @@ from cge_fast.cli import RECIPES, read_settings, recipes
 from cge_fast.errors import UserError
 from cge_fast.options import TrainConfig
 
+# What each public code has, read at these commits:
+#   reid-strong-baseline: michuanhaohao/reid-strong-baseline 3da7e6f
+#   ReID-Survey: mangye16/ReID-Survey 38f5912
+#   FastReID: JDAI-CV/fast-reid c9bc3ce
+#   LUPerson: DengpanFu/LUPerson d5fa344, its fork of FastReID in fast-reid/, which the CGE paper builds on
 METHODS = {
     "bot": {
         ("model", "non_local"): "none",
@@ -16,16 +21,29 @@ METHODS = {
         ("loss", "metric"): "triplet",
     },
     "agw": {
+        # inter_channels = reduc_ratio // reduc_ratio in ReID-Survey's and FastReID's non_local.py
         ("model", "non_local"): "one",
         ("model", "pooling"): "gem",
-        ("loss", "metric"): "wrt",
+        # softmax_weights in ReID-Survey's and FastReID's triplet_loss.py: max(-dist * mask) is 0, and + 1e-6
+        ("loss", "metric"): "wrt_published",
     },
 }
 VARIANTS = {
     "original": {
         ("data", "height"): 256,
+        # RandomErasing in both codes' transforms: sl 0.02, sh 0.4, r1 0.3, uniform aspect, 100 tries, mean=PIXEL_MEAN
+        ("data", "erasing_area"): 0.4,
+        ("data", "erasing_aspect"): "uniform",
         ("data", "erased"): "mean",
+        # T.Resize without an interpolation
+        ("data", "interpolation"): "bilinear",
+        # RandomIdentitySampler in both codes' triplet_sampler.py
+        ("data", "sampler"): "random",
         ("model", "cge"): False,
+        # "add missed relu" in the comments of both codes' resnet.py
+        ("model", "stem"): "without_relu",
+        # ReID-Survey's GeneralizedMeanPoolingP
+        ("model", "gem_learned"): True,
         ("model", "classifier_std"): 0.001,
         ("loss", "smoothed"): "all",
         ("loss", "margin"): 0.3,
@@ -38,21 +56,41 @@ VARIANTS = {
     },
     "fastreid": {
         ("data", "height"): 256,
+        # T.RandomErasing(p=rea_prob, value=rea_value) in FastReID's transforms/build.py: torchvision's, with its areas
+        # 0.02 to 0.33, log-uniform aspect and 10 tries, before normalisation with the mean colour
+        ("data", "erasing_area"): 0.33,
+        ("data", "erasing_aspect"): "log_uniform",
         ("data", "erased"): "zero",
+        # T.Resize(..., interpolation=3) there
+        ("data", "interpolation"): "bicubic",
+        # SAMPLER_TRAIN in FastReID's Base-bagtricks.yml
+        ("data", "sampler"): "naive",
         ("model", "cge"): False,
+        # MaxPool2d(kernel_size=3, stride=2, ceil_mode=True) in FastReID's resnet.py
+        ("model", "stem"): "ceil_pool",
         ("model", "classifier_std"): 0.01,
         ("loss", "smoothed"): "others",
-        ("loss", "margin"): "soft",
+        # TRI.MARGIN in FastReID's Base-bagtricks.yml; its 0 would be the soft margin
+        ("loss", "margin"): 0.3,
         ("optim", "warmup_steps"): 2000,
         ("optim", "warmup_factor"): 0.1,
         ("optim", "by_epoch"): False,
         ("optim", "milestones"): [40, 90],
+        # LRScheduler.after_epoch in FastReID's hooks.py
         ("optim", "milestones_after_warmup"): True,
     },
     "cge": {
         ("data", "height"): 384,
-        ("data", "erased"): "zero",
+        # RandomErasing in LUPerson's transforms.py: sl 0.02, sh 0.4, r1 0.3, uniform aspect, 100 tries
+        ("data", "erasing_area"): 0.4,
+        ("data", "erasing_aspect"): "uniform",
+        # T.Resize(size_train, interpolation=3) in LUPerson's transforms/build.py
+        ("data", "interpolation"): "bicubic",
+        # NAIVE_WAY in LUPerson's Base-bagtricks.yml
+        ("data", "sampler"): "naive",
         ("model", "cge"): True,
+        # MaxPool2d(kernel_size=3, stride=2, padding=1) and the ReLU in LUPerson's resnet.py
+        ("model", "stem"): "torchvision",
         ("model", "stripes"): 3,
         ("model", "memory_momentum"): "linear",
         ("model", "classifier_std"): 0.001,
@@ -66,6 +104,22 @@ VARIANTS = {
         ("optim", "milestones_after_warmup"): False,
     },
 }
+LUPERSONS_AGW = {
+    # inter_channels = in_channels // reduc_ratio in LUPerson's non_local.py
+    ("model", "non_local"): "half",
+    # POOL_LAYER "gempool" in LUPerson's Base-AGW.yml is GeneralizedMeanPooling, whose p is a number
+    ("model", "gem_learned"): False,
+    # the CGE paper's equations 7 and 8
+    ("loss", "metric"): "wrt",
+}
+OF_ONE_RECIPE = {
+    # CENTER_LOSS_WEIGHT in ReID-Survey's AGW_baseline.yml
+    "agw_original": {("loss", "center_weight"): 5e-4},
+    # POOL_LAYER GeneralizedMeanPooling in FastReID's Base-AGW.yml, whose p is a number
+    "agw_fastreid": {("model", "gem_learned"): False},
+    "cge_agw": LUPERSONS_AGW,
+    "cge_upt_agw": LUPERSONS_AGW,
+}
 START = {
     "imagenet": {
         ("model", "pretrained"): True,
@@ -76,8 +130,11 @@ START = {
     "upt": {
         ("model", "pretrained"): False,
         ("model", "weights"): "weights/lup_moco_r50.pth",
+        # EXTRA_BN, PIXEL_MEAN and PIXEL_STD in LUPerson's configs/CMDM/mgn_R50_moco.yml
         ("model", "map_norm"): True,
         ("data", "normalisation"): "luperson",
+        # REA.MEAN [0, 0, 0] there; ImageNet's mean colour in Base-bagtricks.yml
+        ("data", "erased"): "black",
     },
 }
 EVERYWHERE = {
@@ -86,14 +143,16 @@ EVERYWHERE = {
     ("data", "flip"): 0.5,
     ("data", "pad"): 10,
     ("data", "erasing"): 0.5,
-    ("data", "erasing_area"): 0.4,
+    ("data", "erased"): "zero",
     ("data", "identities"): 16,
     ("data", "instances"): 4,
     ("model", "backbone"): "resnet50",
+    ("model", "gem_learned"): True,
     ("loss", "variant"): "",
     ("loss", "label_smoothing"): 0.1,
     ("loss", "classification_weight"): 1,
     ("loss", "metric_weight"): 1,
+    ("loss", "center_weight"): 0,
     ("loss", "center_lr"): 0.5,
     ("optim", "epochs"): 120,
     ("optim", "lr"): 3.5e-4,
@@ -119,9 +178,9 @@ PUBLISHED = {
 @pytest.mark.parametrize("recipe", PUBLISHED)
 def test_every_value_of_a_published_recipe(recipe):
     method, variant, start = PUBLISHED[recipe]
-    center = {("loss", "center_weight"): 5e-4 if recipe == "agw_original" else 0}
     settings = asdict(read_settings(RECIPES / f"{recipe}.yaml"))
-    for (section, key), value in (EVERYWHERE | METHODS[method] | VARIANTS[variant] | START[start] | center).items():
+    values = EVERYWHERE | METHODS[method] | VARIANTS[variant] | START[start] | OF_ONE_RECIPE.get(recipe, {})
+    for (section, key), value in values.items():
         found = settings[section][key]
         assert (str(found) if key == "weights" and found else found) == value, (section, key)
 

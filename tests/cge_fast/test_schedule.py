@@ -25,12 +25,15 @@ def test_bagtricks_goes_by_epochs_counted_from_one():
         assert rates(optim, epoch - 1, epoch - 0.01) == pytest.approx([factor, factor]), epoch
 
 
-def test_fastreid_warms_up_by_steps_and_counts_milestones_afterwards():
+@pytest.mark.parametrize(("steps", "first"), [(200, 50), (202, 49), (199, 50)])
+def test_fastreid_warms_up_by_steps_and_drops_at_whole_epochs_afterwards(steps, first):
+    """Its scheduler steps at the end of each epoch from the one in which step 2000 is done."""
     optim = OptimConfig(
         epochs=120, lr=1.0, warmup_steps=2000, warmup_factor=0.1, milestones=[40, 90], milestones_after_warmup=True
     )
-    found = rates(optim, 0, 5, 10, 49.99, 50, 99.99, 100, steps_per_epoch=200)
-    assert found == pytest.approx([0.1, 0.55, 1, 1, 0.1, 0.1, 0.01])
+    found = rates(optim, 0, 1000 / steps, 2000 / steps, first - 1 / steps, first, steps_per_epoch=steps)
+    assert found == pytest.approx([0.1, 0.55, 1, 1, 0.1])
+    assert rates(optim, first + 50 - 1 / steps, first + 50, steps_per_epoch=steps) == pytest.approx([0.1, 0.01])
 
 
 def test_numbers_below_one_are_shares_of_the_training():

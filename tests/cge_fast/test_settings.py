@@ -34,6 +34,8 @@ from cge_fast.cli import NOW_VARIANT, RENAMED, read_settings
         (["--config", "no_such_recipe"], "no_such_recipe"),
         (["--backend", "fast"], "Expected a typing.Literal['auto', 'triton', 'cpu', 'reference']. Got value: fast"),
         (["--loss.variant", "focal"], "loss.variant: must be empty; python -m cge_fast.experiments.variants has some"),
+        (["--model.cge", "false", "--model.revision", "features"], "model.revision is now --loss.variant cge_feature"),
+        (["--loss.classification", "sphere"], "loss.classification is now --loss.metric sphere, which adds SphereFace"),
         (["--model.cge", "false", "--model.shard_classes", "true"], "shard_classes needs cge and the loss CGELoss"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from collections import Counter
 from typing import get_args
@@ -309,3 +310,21 @@ def test_a_loss_of_ones_own_trains_resumes_and_is_deployed_without_it(options, t
     assert capsys.readouterr().out.count("mAP") > 3
     with pytest.raises(errors.UserError, match=r"loss\.variant_args: .*'factor'"):
         train.main([*own[:-2], "--output", str(tmp_path / "other")], variants={"doubled": Doubled})
+
+
+@pytest.mark.parametrize("layout", ["one camera", "train alone"])
+def test_a_set_that_cannot_be_evaluated_is_trained_on_all_the_same(options, market, tmp_path, capsys, layout):
+    for split in ("query", "bounding_box_test"):
+        if layout == "train alone":
+            shutil.rmtree(market / split)
+        else:
+            for path in (market / split).iterdir():
+                path.rename(path.with_name(path.name.replace("_c2", "_c1").replace("_c3", "_c1")))
+    status, out, err = run([*options, "--optim.epochs", "1"], capsys)
+    assert status == 0
+    assert out == f"trained, not evaluated; checkpoint {tmp_path / 'run' / 'checkpoints' / 'last'}\n"
+    why = "no query's identity from another camera" if layout == "one camera" else "no images of query and gallery"
+    (line,) = [line for line in err.splitlines() if line.startswith("trains without evaluation: ")]
+    assert why in line
+    assert "cge_fast.evaluate --data.root" in line
+    assert [row["mAP"] for row in rows(tmp_path / "run")] == [None]

@@ -14,7 +14,8 @@ import cge_kernels
 from cge_kernels import Launch, Target
 from cge_kernels.common.budget import chunk_of_classes
 from cge_kernels.common.device_functions import jit, tl
-from cge_kernels.common.launch import INTERPRETER, Tiles, bind, current_target, float32_precision, launch
+from cge_kernels.common.launch import INTERPRETER, Tiles, bind, current_target, float32_precision
+from cge_kernels.common.plan import Plan
 from cge_kernels.tools.sample_calls import Shape, call_cross_entropy, call_pooling, call_revision, call_write
 
 H100 = Target("cuda", 90, 32, 132, 227 * 1024)
@@ -130,30 +131,32 @@ def scaled_kernel(x_ptr, y_ptr, factor, x_stride_0, x_stride_1, y_stride_1, COUN
         tl.store(y_ptr, tl.load(y_ptr) + factor * COUNT)
 
 
-def test_bind_fills_pointers_and_strides_by_the_parameters_names():
+def test_bind_fills_strides_and_scalars_by_the_parameters_names():
     x = torch.empty(3, 5).T
-    arguments = bind(scaled_kernel, {"x": x, "y": None}, factor=2, COUNT=4)
-    assert arguments.pop("x_ptr") is x
-    assert arguments == {"y_ptr": None, "factor": 2, "x_stride_0": 1, "x_stride_1": 5, "y_stride_1": 0, "COUNT": 4}
+    bound = bind(scaled_kernel, {"x": x, "y": None}, factor=2, COUNT=4)
+    assert bound == {"factor": 2, "x_stride_0": 1, "x_stride_1": 5, "y_stride_1": 0, "COUNT": 4}
 
 
 @pytest.mark.parametrize(
-    ("names", "message"),
+    ("names", "scalars", "message"),
     [
-        (("x",), "scaled_kernel needs a tensor y for its parameter y_ptr"),
-        (("x", "y", "z"), "scaled_kernel has no parameter z_ptr"),
+        (("x",), {"factor": 2}, "scaled_kernel takes x_ptr, y_ptr first, got tensors x$"),
+        (("y", "x"), {"factor": 2}, "scaled_kernel takes x_ptr, y_ptr first, got tensors y, x"),
+        (("x", "y", "z"), {"factor": 2}, "scaled_kernel takes x_ptr, y_ptr first, got tensors x, y, z"),
+        (("x", "y"), {}, "scaled_kernel wants factor, got x, y"),
     ],
 )
-def test_bind_names_what_is_missing_and_what_is_unknown(names, message):
+def test_bind_names_what_is_missing_and_what_is_unknown(names, scalars, message):
     with pytest.raises(TypeError, match=message):
-        bind(scaled_kernel, dict.fromkeys(names, torch.empty(1, 1)), factor=2)
+        bind(scaled_kernel, dict.fromkeys(names, torch.empty(1, 1)), **scalars)
 
 
 def test_a_kernel_may_loop_as_often_as_a_tensor_says():
     """The interpreters of Triton before 3.7 need help where NumPy, from 2.5 on, makes no int of an array."""
     count = torch.tensor([[3]], dtype=torch.int32, device=KERNEL_DEVICE)
     total = torch.zeros(1, 1, dtype=torch.int32, device=KERNEL_DEVICE)
-    launch(scaled_kernel, 1, Tiles({"COUNT": 4}, 1), {"x": count, "y": total}, factor=2)
+    with Plan() as plan:
+        plan.launch(scaled_kernel, {"x": count, "y": total}, lambda: (1, Tiles({"COUNT": 4}, 1), {"factor": 2}))
     assert total.item() == 3 * 2 * 4
 
 

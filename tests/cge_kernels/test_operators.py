@@ -1,5 +1,7 @@
 """What every operator must be for PyTorch: opaque, traceable, deterministic in dtype, differentiable once."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -75,7 +77,7 @@ def one_rank(tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_rank")
 def test_opcheck_of_every_operator(backend):
-    with OperatorCalls() as seen:
+    with OperatorCalls() as seen, mock.patch("torch.jit.is_tracing", return_value=True):  # eager calls take none
         run_everything()
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("cge_kernels::")}
     uncalled = registered - {func.name() for func, _ in seen.calls}
@@ -167,13 +169,13 @@ def test_a_second_derivative_is_an_error(backend):
     _, local_features = cge_kernels.stripe_pool(feature_map, 2, 3.0)
     revised = cge_kernels.revise_logits(sample.logits, local_features, sample.memory)
     (grad,) = torch.autograd.grad(revised.square().sum(), feature_map, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
     loss, *_ = cge_kernels.revised_cross_entropy(
         features, sample.weight, sample.local_features, sample.memory, sample.labels
     )
     (grad,) = torch.autograd.grad(loss.sum(), features, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
 
 

@@ -13,11 +13,12 @@ import cge_kernels
 from cge_kernels import Launch, Target
 from cge_kernels.common import tiles
 from cge_kernels.common.launch import current_target
+from cge_kernels.common.plan import Plan
 from cge_kernels.common.tiles import cdiv, parts_of_channels, products_tiles
 from cge_kernels.cross_entropy import cpu
 from cge_kernels.cross_entropy.forward import launch_forward
 from cge_kernels.cross_entropy.inputs import Inputs
-from cge_kernels.cross_entropy.op import revised_cross_entropy_op
+from cge_kernels.cross_entropy.op import cross_entropy_op
 
 FLAGS = ("correct", "stripe_correct")
 SPLIT = ["products_kernel", "loss_kernel"]
@@ -111,7 +112,7 @@ def test_more_channels_of_the_classifier_than_of_the_memory_and_any_strides():
 def test_labels_out_of_range_are_not_a_number_and_nothing_about_them_is_correct():
     arguments = draw(4)
     arguments["labels"][1:3] = torch.tensor([-1, 19])
-    (loss, _, correct, stripe_correct), *_ = launch_forward(inputs_of(arguments), 0.1)
+    (loss, _, correct, stripe_correct), *_ = launch_forward(Plan(), inputs_of(arguments), 0.1)
     assert loss.isnan().tolist() == [False, True, True, False]
     assert not correct[1:3].any()
     assert not stripe_correct[1:3].any()
@@ -123,7 +124,7 @@ def test_statistics_of_a_shard(first_class):
     arguments = draw(6)
     arguments["labels"] = torch.tensor([0, 6, 7, 18, 25, 26], device=KERNEL_DEVICE)
     inputs = inputs_of(arguments, first_class, 30)
-    ours, saved_logits, inv_norm = launch_forward(inputs, None)
+    ours, saved_logits, inv_norm = launch_forward(Plan(), inputs, None)
     expected, expected_logits, expected_norm = cpu.revised_statistics(inputs)
     torch.testing.assert_close(tuple(ours), tuple(expected), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(saved_logits[:, :19, :6], expected_logits[:, :19, :6], rtol=1e-5, atol=1e-5)
@@ -151,7 +152,7 @@ def test_more_classes_and_channels_than_a_block_of_the_loss(monkeypatch):
 @pytest.mark.usefixtures("split")
 def test_the_same_bits_from_run_to_run():
     arguments = draw(5, 3, 35, 70)
-    first, second = (launch_forward(inputs_of(arguments), 0.1)[0] for _ in range(2))
+    first, second = (launch_forward(Plan(), inputs_of(arguments), 0.1)[0] for _ in range(2))
     assert all(a.equal(b) for a, b in zip(first, second, strict=True))
 
 
@@ -183,7 +184,7 @@ def test_what_is_launched(number, megabytes, forward, monkeypatch):
 @pytest.mark.usefixtures("split")
 def test_results_lie_as_torch_compile_expects_them():
     arguments = tuple(draw().values())
-    torch.library.opcheck(revised_cross_entropy_op, (*arguments, None, 0.1, True), test_utils="test_faketensor")
+    torch.library.opcheck(cross_entropy_op, (*arguments, None, 0.1, True), test_utils="test_faketensor")
 
 
 def test_the_border_is_where_the_widest_tiles_fill_the_machine():

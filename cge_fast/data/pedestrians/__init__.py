@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cge_fast.data.market1501 import SPLITS
+from cge_fast.data.market1501 import FOLDERS
 from cge_fast.data.pedestrians.identities import (
     CAMERAS,
     CAMERAS_OF_AN_IDENTITY,
@@ -49,7 +49,7 @@ def draw(
 
 def write_images(folder: Path, seed: int, persons: list[Identity], train_identities: int) -> None:
     """Every image of every person; the first of a test identity in a camera is a query, the rest is gallery."""
-    for name in SPLITS:
+    for name in FOLDERS.values():
         (folder / name).mkdir()
     cameras = {number: random_camera(generator(seed, SHARED, number)) for number in range(1, CAMERAS + 1)}
     shots = [(identity, image) for identity, person in enumerate(persons) for image in range(len(person.cameras))]

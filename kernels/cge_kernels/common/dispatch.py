@@ -1,8 +1,8 @@
 """The one place that decides where an operator runs: Triton kernels, the CPU's implementation, or the reference."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from cge_kernels.common.device_functions import triton
 from cge_kernels.common.launch import kernels_can_run_on_cpu
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
+
+ALREADY_OFF = nullcontext()
+PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)}
 
 _override: str | None = None
 
@@ -65,15 +68,14 @@ def runs_on_triton(*tensors: Tensor) -> bool:
         TypeError: Triton was asked for with float64.
     """
     chosen = current_backend()
-    device = tensors[0].device.type
-    is_float64 = any(tensor.dtype == torch.float64 for tensor in tensors)
+    is_float64 = torch.float64 in [tensor.dtype for tensor in tensors]
     if chosen != "triton":
-        return chosen == "auto" and device == "cuda" and triton is not None and not is_float64
+        return chosen == "auto" and tensors[0].is_cuda and triton is not None and not is_float64
     if triton is None:
         raise RuntimeError("CGE_BACKEND is triton, but Triton is not installed")
     if is_float64:
         raise TypeError("CGE_BACKEND is triton, whose kernels know no float64; use cpu")
-    if device == "cpu" and not kernels_can_run_on_cpu():
+    if tensors[0].is_cpu and not kernels_can_run_on_cpu():
         raise RuntimeError(
             "CGE_BACKEND is triton, but the tensors are on the CPU: set TRITON_INTERPRET=1 before importing "
             "cge_kernels, or take the launches with cge_kernels.launching"
@@ -81,6 +83,55 @@ def runs_on_triton(*tensors: Tensor) -> bool:
     return True
 
 
-def autocast_off(tensor: Tensor) -> torch.autocast:
+def autocast_off(tensor: Tensor) -> AbstractContextManager:
     """For the time inside: an operator's dtypes follow from its arguments alone."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else ALREADY_OFF
+
+
+def is_traced(*tensors: Tensor | None) -> bool:
+    """Whether torch.compile, torch.export, a trace, a functional transform or a fake tensor looks on.
+
+    Then an operator is called as a custom operator, which these know, else as an autograd function, which takes the
+    host half of the time.
+    """
+    for tensor in tensors:
+        if tensor.__class__ not in PLAIN:
+            return True
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+
+
+class NoSecondDerivative(torch.autograd.Function):
+    """Hands gradients on, and refuses theirs."""
+
+    @staticmethod
+    def forward(ctx, *gradients):
+        return gradients
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("cge_kernels: the operators have no second derivative")
+
+
+def autograd_function(run: Callable, setup_context: Callable, backward: Callable) -> Callable:
+    """(*inputs, call) -> run(call, *inputs), with a gradient from what torch.library.register_autograd takes."""
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs_and_call):
+            *inputs, call = inputs_and_call
+            output = run(call, *inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            with torch.no_grad():
+                results = backward(ctx, *gradients)
+            if torch.is_grad_enabled():  # somebody may want to differentiate these once more
+                leaves = [None if result is None else result.detach().requires_grad_() for result in results]
+                results = NoSecondDerivative.apply(*leaves)
+            return *results, None
+
+    Eager.__name__ = run.__name__
+    return Eager.apply

@@ -1,7 +1,7 @@
 """A kernel launch as data, so that whoever compiles, counts or simulates launches sees each one as it would run.
 
-Operators call `launch`, which builds a `Launch` and runs it; inside `with launching(function):` the function gets it
-instead. The hook is plain process-wide state, since on CUDA autograd runs the backward in a thread of its own.
+Operators launch through a Plan (plan.py), which runs a `Launch`; inside `with launching(function):` the function gets
+it instead. The hook is plain process-wide state, since on CUDA autograd runs the backward in a thread of its own.
 Replaying a CUDA graph repeats the kernels without coming through here.
 """
 
@@ -78,24 +78,25 @@ class Launch:
     constants: dict[str, Any]
     options: dict[str, Any]
 
-    def run(self) -> None:
-        """Runs the kernel on the device of its tensors; a grid without programs is no launch."""
+    def run(self) -> Any:
+        """Runs the kernel on the device of its tensors, and returns it compiled; a grid without programs runs none."""
         if 0 in self.grid:
-            return
+            return None
         tensor = next(value for value in self.args.values() if isinstance(value, Tensor))
         with torch.cuda.device_of(tensor):
-            self.kernel[self.grid](**self.args, **self.constants, **self.options)
+            return self.kernel[self.grid](**self.args, **self.constants, **self.options)
 
 
-_hook: Callable[[Launch], None] | None = None
+_hook: Callable[[Launch], Any] | None = None
 _target: Target | None = None
 
 
 @contextmanager
-def launching(function: Callable[[Launch], None], target: Target | None = None) -> Iterator[None]:
+def launching(function: Callable[[Launch], Any] | None, target: Target | None = None) -> Iterator[None]:
     """Inside, every launch goes to `function(launch)`, which may call `launch.run()`, in place of running.
 
-    target: what tiles and grids are chosen for; without it, the device of the tensors.
+    target: what tiles and grids are chosen for; without it, the device of the tensors. A target without a function:
+    launches go to Triton's active driver, CPU tensors too.
     """
     global _hook, _target
     before = _hook, _target
@@ -107,50 +108,53 @@ def launching(function: Callable[[Launch], None], target: Target | None = None) 
 
 
 def bind(kernel: Any, tensors: dict[str, Tensor | None], /, **scalars: Any) -> dict[str, Any]:
-    """A kernel's arguments by name: x_ptr is tensor x, x_stride_1 its stride along dimension 1 (0 where x is None).
+    """What follows a kernel's pointers: x_stride_1 is tensor x's stride along dimension 1 (0 where x is None).
+
+    The pointers, x_ptr for tensor x, are its first parameters, in the order of the tensors.
 
     Raises:
-        TypeError: the kernel has no parameter for a tensor, or has one for a tensor that is not there.
+        TypeError: they are not, or the kernel wants the stride of another tensor, or a scalar that is not there.
     """
-    arguments, pointers = dict(scalars), set()
-    for parameter in kernel.arg_names:
-        if parameter.endswith("_ptr"):
-            name, dimension = parameter.removesuffix("_ptr"), None
-            pointers.add(name)
-        elif "_stride_" in parameter:
-            name, _, dimension = parameter.rpartition("_stride_")
-        else:
-            continue
-        if name not in tensors:
-            raise TypeError(f"{kernel.fn.__name__} needs a tensor {name} for its parameter {parameter}")
-        tensor = tensors[name]
-        if dimension is None:
-            arguments[parameter] = tensor
-        else:
-            arguments[parameter] = 0 if tensor is None else tensor.stride(int(dimension))
-    if unknown := tensors.keys() - pointers:
-        raise TypeError(f"{kernel.fn.__name__} has no parameter {min(unknown)}_ptr")
-    return arguments
+    pointers, rest = kernel.arg_names[: len(tensors)], kernel.arg_names[len(tensors) :]
+    if pointers != [f"{name}_ptr" for name in tensors] or any(name.endswith("_ptr") for name in rest):
+        wanted = [name for name in kernel.arg_names if name.endswith("_ptr")]
+        raise TypeError(f"{kernel.fn.__name__} takes {', '.join(wanted)} first, got tensors {', '.join(tensors)}")
+    bound = {}
+    for parameter in rest:
+        name, is_stride, dimension = parameter.rpartition("_stride_")
+        source = tensors if is_stride else scalars
+        if (name if is_stride else parameter) not in source:
+            raise TypeError(f"{kernel.fn.__name__} wants {parameter}, got {', '.join([*tensors, *scalars])}")
+        tensor = tensors[name] if is_stride else None
+        bound[parameter] = (
+            scalars[parameter] if not is_stride else 0 if tensor is None else tensor.stride(int(dimension))
+        )
+    return bound
 
 
-def launch(
-    kernel: Any, programs: int, tiles: Tiles, tensors: dict[str, Tensor | None], options: dict[str, Any] | None = None,
-    /, **scalars: Any,
-) -> None:  # fmt: skip
-    """Launches so many programs of a kernel, or gives the launch to the hook.
+def launch(launch: Launch) -> Any:
+    """Runs it, or gives it to the hook."""
+    return (_hook or Launch.run)(launch)
 
-    tensors, scalars: what `bind` takes; scalars in upper case are the kernel's tl.constexpr parameters.
-    options: launch options beside those of the tiles.
-    """
-    arguments = bind(kernel, tensors, **scalars, **tiles.blocks)
-    constants = {name: value for name, value in arguments.items() if name.isupper()}
-    args = {name: value for name, value in arguments.items() if name not in constants}
-    (_hook or Launch.run)(Launch(kernel, (programs,), args, constants, tiles.options | (options or {})))
+
+def current_state() -> tuple:
+    """All that tiles, grids and the way of launching depend on but the tensors."""
+    return _target, _hook is None, torch.get_float32_matmul_precision()
+
+
+def is_direct() -> bool:
+    """Whether launches are run as compiled kernels: not by a hook, nor by Triton's interpreter."""
+    return _hook is None and not (INTERPRETED is not None and INTERPRETED.value)
 
 
 def kernels_can_run_on_cpu() -> bool:
-    """Whether a launch with CPU tensors goes anywhere: to the interpreter or to a hook."""
-    return _hook is not None or (INTERPRETED is not None and INTERPRETED.value)
+    """Whether a launch with CPU tensors goes anywhere: to the interpreter, to a hook, or as for another target."""
+    return _hook is not None or _target is not None or (INTERPRETED is not None and INTERPRETED.value)
+
+
+def host_may_look(tensor: Tensor) -> bool:
+    """Whether looking at a tensor's numbers makes nobody wait: not on a GPU, nor where a driver is told of one."""
+    return tensor.is_cpu and (_target is None or _hook is not None)
 
 
 def current_target(tensor: Tensor) -> Target:

@@ -5,13 +5,16 @@ gradients (grad_logits, elementwise); and library matmuls, which make of these t
 and of the local features' gradient. In the end the latter goes through the normalisation (normalize_backward).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cge_kernels.common.budget import chunk_of_logits, empty_logits, lie_by_sample, score_row
 from cge_kernels.common.device_functions import NORM_EPS, jit, log_sigmoid, product, tl
-from cge_kernels.common.dispatch import autocast_off, runs_on_triton
-from cge_kernels.common.launch import current_target, launch
+from cge_kernels.common.dispatch import autocast_off
+from cge_kernels.common.launch import Tiles, current_target
+from cge_kernels.common.plan import Call, Plan
 from cge_kernels.common.tiles import GRAD_LOGITS, cdiv, row_tiles
 from cge_kernels.cross_entropy import cpu
 from cge_kernels.cross_entropy.forward import launch_cross_entropy
@@ -22,13 +25,14 @@ from cge_kernels.revise_logits.forward import cast_and_norm
 @jit
 def grad_logits_kernel(
     grad_ptr, lse_ptr, labels_ptr, saved_logits_ptr, grad_logits_ptr,
-    batch, classes, end_class, saved_logits_stride_0, saved_logits_stride_1, saved_logits_stride_2,
+    batch, classes, end_class, grad_stride_0, saved_logits_stride_0, saved_logits_stride_1, saved_logits_stride_2,
     grad_logits_stride_0, grad_logits_stride_1, grad_logits_stride_2, first_class, all_classes, label_smoothing,
     STRIPES: tl.constexpr, LOCAL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program for BLOCK_N classes x BLOCK_B samples.
 
-    grad_ptr, lse_ptr: (B,) float32
+    grad_ptr: (B,) float32, any stride
+    lse_ptr: (B,) float32
     labels_ptr: (B,), any integer, of all_classes
     saved_logits_ptr: (n+1, at least `classes`, at least B) float32, logits and scores of `classes` classes from
         first_class on; samples or classes contiguous
@@ -52,7 +56,8 @@ def grad_logits_kernel(
     weight = tl.exp(log_weight / STRIPES)
     revised = tl.load(saved_logits_ptr + offsets, mask=mask, other=0.0) * weight
     label = tl.load(labels_ptr + sample, mask=sample_mask, other=-1).to(tl.int64)
-    grad = tl.load(grad_ptr + sample, mask=sample_mask & (label >= 0) & (label < all_classes), other=0.0)
+    is_valid = sample_mask & (label >= 0) & (label < all_classes)
+    grad = tl.load(grad_ptr + sample * grad_stride_0, mask=is_valid, other=0.0)
     lse = tl.load(lse_ptr + sample, mask=sample_mask, other=0.0)
     is_label = identity[:, None] + first_class == label[None, :]
     target = label_smoothing / all_classes + tl.where(is_label, 1.0 - label_smoothing, 0.0)
@@ -97,115 +102,138 @@ def normalize_backward_kernel(
 
 
 def launch_grad_logits(
-    inputs: Inputs, grad: Tensor, lse: Tensor, saved_logits: Tensor, grad_logits: Tensor, label_smoothing: float
-) -> None:
+    plan: Plan, inputs: Inputs, grad: Tensor, lse: Tensor, saved_logits: Tensor, grad_logits: Tensor,
+    label_smoothing: float,
+) -> None:  # fmt: skip
     """Fills grad_logits (n+1 or 1, at least rows, at least B) from saved_logits (n+1, at least rows, at least B)."""
-    batch, stripes, classes = inputs.sizes
-    by_sample = lie_by_sample(saved_logits)
-    tiles = GRAD_LOGITS["by sample" if by_sample else "by class"]
-    launch(
-        grad_logits_kernel, cdiv(batch, tiles["BLOCK_B"]) * cdiv(classes, tiles["BLOCK_N"]), tiles,
+
+    def prepare() -> tuple[int, Tiles, dict[str, Any]]:
+        (batch, stripes, classes), by_sample = inputs.sizes, lie_by_sample(saved_logits)
+        tiles = GRAD_LOGITS["by sample" if by_sample else "by class"]
+        scalars = {"batch": batch, "classes": classes, "end_class": score_row(classes) if by_sample else classes}
+        scalars |= {"first_class": inputs.first_class, "all_classes": inputs.all_classes}
+        scalars |= {"label_smoothing": label_smoothing, "STRIPES": stripes, "LOCAL": len(grad_logits) > 1}
+        return cdiv(batch, tiles["BLOCK_B"]) * cdiv(classes, tiles["BLOCK_N"]), tiles, scalars
+
+    plan.launch(
+        grad_logits_kernel,
         {"grad": grad, "lse": lse, "labels": inputs.labels, "saved_logits": saved_logits, "grad_logits": grad_logits},
-        batch=batch, classes=classes, end_class=score_row(classes) if by_sample else classes,
-        first_class=inputs.first_class, all_classes=inputs.all_classes, label_smoothing=label_smoothing,
-        STRIPES=stripes, LOCAL=len(grad_logits) > 1,
+        prepare,
     )  # fmt: skip
 
 
-def launch_normalize_backward(sums: Tensor, local_features: Tensor, inv_norm: Tensor) -> Tensor:
+def launch_normalize_backward(plan: Plan, sums: Tensor, local_features: Tensor, inv_norm: Tensor) -> Tensor:
     """The local features' gradient (B, n, C) from sums (n, B, C), the gradient of what has length one."""
-    batch, stripes, channels = local_features.shape
     grad_local = torch.empty_like(local_features, memory_format=torch.contiguous_format)
-    launch(
-        normalize_backward_kernel, batch * stripes, row_tiles(current_target(sums), channels),
+
+    def prepare() -> tuple[int, Tiles, dict[str, Any]]:
+        batch, stripes, channels = local_features.shape
+        tiles = row_tiles(current_target(sums), channels)
+        return batch * stripes, tiles, {"batch": batch, "channels": channels, "STRIPES": stripes}
+
+    plan.launch(
+        normalize_backward_kernel,
         {"sums": sums, "local": local_features, "inv_norm": inv_norm, "grad_local": grad_local},
-        batch=batch, channels=channels,
-        STRIPES=stripes,
+        prepare,
     )  # fmt: skip
     return grad_local
 
 
-@torch.library.custom_op("cge_kernels::product_", mutates_args=("total",))
 def product_(total: Tensor, a: Tensor, b: Tensor, adds: bool) -> None:
-    """total (g, m, n) float32 = a @ b, or += if it adds; a (g, m, k) and b (g, k, n) of one dtype.
+    """total (m, n) or (g, m, n) float32 = a @ b, or += if it adds; a and b of one dtype.
 
-    A library's matmul with float32 results. Opaque, so that whoever counts operations sees one: only on the CPU, which
-    has no such product of 16-bit operands, are these converted first.
+    A library's matmul with float32 results. Only on the CPU, which has no such product of 16-bit operands, are these
+    converted first; whoever watches operations sees one nevertheless.
     """
-    if a.dtype == torch.float32 or not a.is_cuda:
+    (product_op if torch._C._len_torch_dispatch_stack() else multiply_into)(total, a, b, adds)
+
+
+def multiply_into(total: Tensor, a: Tensor, b: Tensor, adds: bool) -> None:
+    multiply, add = (torch.bmm, torch.baddbmm) if total.dim() == 3 else (torch.mm, torch.addmm)
+    if a.dtype != torch.float32 and not a.is_cuda:
         a, b = a.float(), b.float()
-        torch.baddbmm(total, a, b, out=total) if adds else torch.bmm(a, b, out=total)
+    if a.dtype == torch.float32:
+        add(total, a, b, out=total) if adds else multiply(a, b, out=total)
     elif adds:
-        total.add_(torch.bmm(a, b, out_dtype=torch.float32))
+        total.add_(multiply(a, b, out_dtype=torch.float32))
     else:
-        torch.bmm(a, b, out_dtype=torch.float32, out=total)
+        multiply(a, b, out_dtype=torch.float32, out=total)
 
 
-@product_.register_fake
+product_op = torch.library.custom_op("cge_kernels::product_", mutates_args=("total",))(multiply_into)
+
+
+@product_op.register_fake
 def _(total, a, b, adds):
     pass
 
 
 def launch_backward(
-    inputs: Inputs, grad: Tensor, saved: Saved, label_smoothing: float, local_gradient: bool
+    plan: Plan, inputs: Inputs, grad: Tensor, saved: Saved, label_smoothing: float, local_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of features (B, C), weight (N, C), local features (B, n, C') and bias (N,).
 
     Those of the local features are empty without local_gradient, those of the bias without one.
     """
     inputs = inputs.contiguous()
-    features, weight, memory = inputs.features, inputs.weight, inputs.memory
+    features, weight, memory, local = inputs.features, inputs.weight, inputs.memory, inputs.local_features
     (batch, stripes, classes), channels = inputs.sizes, memory.shape[2]
-    row, chunk = score_row(batch), chunk_of_logits(batch, stripes, classes)
-    scratch, features_cast = None, features.to(memory.dtype)
-    if not saved.saved_logits.shape[1]:
-        scratch = features.new_empty(stripes + 1, chunk, row, dtype=torch.float32)
-        casts = cast_and_norm(inputs.local_features, memory, features)
-    by_sample = lie_by_sample(saved.saved_logits)
-    gradients_of = stripes + 1 if local_gradient else 1
-    grad_logits = empty_logits(features, (gradients_of, chunk, batch), memory.dtype, by_sample)
+    chunk = chunk_of_logits(batch, stripes, classes)
+    recomputes = saved.saved_logits.shape[1] == 0
+    if recomputes:
+        scratch = features.new_empty((stripes + 1, chunk, score_row(batch)), dtype=torch.float32)
+        casts = cast_and_norm(plan, local, memory, features)
+    features_cast, in_float32 = features.to(memory.dtype), weight.dtype == torch.float32
+    sizes = (stripes + 1 if local_gradient else 1, chunk, batch)
+    grad_logits = empty_logits(features, sizes, memory.dtype, lie_by_sample(saved.saved_logits))
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad_bias = weight.new_empty(0) if inputs.bias is None else torch.empty_like(inputs.bias)
-    grad_features = features.new_empty(1, batch, features.shape[1], dtype=torch.float32)
-    sums = features.new_empty(stripes if local_gradient else 0, batch, channels, dtype=torch.float32)
+    grad_features = features.new_empty(features.shape, dtype=torch.float32)
+    sums = features.new_empty((stripes, batch, channels), dtype=torch.float32) if local_gradient else None
     for start in range(0, classes, chunk):
         rows = slice(start, min(start + chunk, classes))
-        part = inputs.rows(rows)
-        if scratch is not None:
-            launch_cross_entropy(part, casts, scratch, None)
-        saved_logits = saved.saved_logits[:, start : start + score_row(chunk)] if scratch is None else scratch
-        launch_grad_logits(part, grad, saved.lse, saved_logits, grad_logits, label_smoothing)
-        gradients = grad_logits[:, : rows.stop - start, :batch]
-        in_float32 = weight.dtype == torch.float32
-        grad_rows = grad_weight[None, rows] if in_float32 else torch.empty_like(part.weight[None], dtype=torch.float32)
-        product_(grad_rows, gradients[:1], features_cast[None], False)
+        part = inputs if chunk >= classes else inputs.rows(rows)
+        if recomputes:
+            launch_cross_entropy(plan, part, casts, scratch, None)
+        saved_logits = scratch if recomputes else saved.saved_logits
+        if not (recomputes or part is inputs):
+            saved_logits = saved_logits[:, start : start + score_row(chunk)]
+        launch_grad_logits(plan, part, grad, saved.lse, saved_logits, grad_logits, label_smoothing)
+        gradients = grad_logits[:, : rows.stop - start, :batch].transpose(1, 2)
+        grad_rows = grad_weight[rows] if in_float32 else torch.empty_like(part.weight, dtype=torch.float32)
+        product_(grad_rows, gradients[0].T, features_cast, False)
         if not in_float32:
-            grad_weight[rows] = grad_rows[0]
-        columns = gradients.transpose(1, 2)
-        product_(grad_features, columns[:1], part.weight[None].to(memory.dtype), start > 0)
+            grad_weight[rows] = grad_rows
+        product_(grad_features, gradients[0], part.weight.to(memory.dtype), start > 0)
         if local_gradient:
-            product_(sums, columns[1:], part.memory, start > 0)
+            product_(sums, gradients[1:], part.memory, start > 0)
         if inputs.bias is not None:
-            grad_bias[rows] = gradients[0].sum(dim=1, dtype=torch.float32)
-    local = inputs.local_features
-    grad_local = launch_normalize_backward(sums, local, saved.inv_norm) if local_gradient else local.new_empty(0)
-    return grad_features[0].to(features.dtype), grad_weight, grad_local, grad_bias
+            grad_bias[rows] = gradients[0].sum(dim=0, dtype=torch.float32)
+    grad_local = launch_normalize_backward(plan, sums, local, saved.inv_norm) if local_gradient else local.new_empty(0)
+    return grad_features.to(features.dtype), grad_weight, grad_local, grad_bias
 
 
-@torch.library.custom_op("cge_kernels::revised_cross_entropy_backward", mutates_args=())
-def revised_cross_entropy_backward_op(
+def cross_entropy_backward(
     grad: Tensor, lse: Tensor, features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor,
     labels: Tensor, bias: Tensor | None, saved_logits: Tensor, inv_norm: Tensor, label_smoothing: float,
     first_class: int, all_classes: int, local_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     inputs = Inputs(features, weight, local_features, memory, labels, bias, first_class, all_classes)
-    on_triton = runs_on_triton(features, weight, local_features, memory)
-    run = launch_backward if on_triton else cpu.revised_cross_entropy_backward
+    saved = Saved(lse, saved_logits, inv_norm)
+    call = Call.of("revised_cross_entropy_backward", inputs, grad, saved, label_smoothing, local_gradient)
+    if call.runs_on_triton(features, weight, local_features, memory):
+        with Plan(call) as plan:
+            return launch_backward(plan, inputs, grad, saved, label_smoothing, local_gradient)
     with autocast_off(features):
-        return run(inputs, grad, Saved(lse, saved_logits, inv_norm), label_smoothing, local_gradient)
+        return cpu.revised_cross_entropy_backward(inputs, grad, saved, label_smoothing, local_gradient)
 
 
-@revised_cross_entropy_backward_op.register_fake
+cross_entropy_backward_op = torch.library.custom_op("cge_kernels::revised_cross_entropy_backward", mutates_args=())(
+    cross_entropy_backward
+)
+
+
+@cross_entropy_backward_op.register_fake
 def _(
     grad, lse, features, weight, local_features, memory, labels, bias, saved_logits, inv_norm, label_smoothing,
     first_class, all_classes, local_gradient,

@@ -6,15 +6,18 @@ samples for one classifier, the global one or that of a stripe.
 Logits and scores have classes as rows, so that a chunk of classes is contiguous, and a warp's lanes lie along samples.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cge_kernels.common.budget import chunk_of_statistics, empty_saved, kept_parts, score_row
 from cge_kernels.common.device_functions import NORM_EPS, jit, log_sigmoid, multiply, product, sum_parts, tl
-from cge_kernels.common.launch import current_target, float32_precision, launch
+from cge_kernels.common.launch import Tiles, current_target, float32_precision
+from cge_kernels.common.plan import Piece, Plan
 from cge_kernels.common.tiles import REDUCE_TILES, block_of_parts, cdiv, scores_tiles
 from cge_kernels.cross_entropy import split
-from cge_kernels.cross_entropy.inputs import Inputs, Loss, Statistics, empty_loss, empty_statistics
+from cge_kernels.cross_entropy.inputs import Inputs, Loss, Statistics, as_dict, empty_loss, empty_statistics
 from cge_kernels.cross_entropy.split import FAR
 from cge_kernels.revise_logits.forward import Casts, cast_and_norm
 
@@ -199,70 +202,85 @@ def reduce_tiles_kernel(
 
 
 def launch_cross_entropy(
-    inputs: Inputs, casts: Casts, saved_logits: Tensor | None, inv_norm: Tensor | None
+    plan: Plan, inputs: Inputs, casts: Casts, saved_logits: Tensor | None, inv_norm: Tensor | None
 ) -> Statistics | None:
     """Fills saved_logits (n+1, rows, at least B) unless None; with inv_norm (n, B), fills it and returns statistics.
 
     These have a first axis of class tiles (but label_logit), at least B samples, and int32 classes from first_class on.
     """
-    batch, stripes, classes = inputs.sizes
     weight, memory = inputs.weight, inputs.memory
-    parts, row = casts.partial_sq_norms.shape[1], score_row(batch)
-    target = current_target(memory)
-    tiles = scores_tiles(target, memory.dtype, batch, classes)
-    class_tiles = cdiv(classes, tiles["BLOCK_N"])
-    partials = None
-    if inv_norm is not None:
-        row_max = inv_norm.new_empty(class_tiles, stripes + 1, row)
-        sums, label_logit = inv_norm.new_empty(class_tiles, 2, row), inv_norm.new_empty(batch)
-        partials = Statistics(row_max, torch.empty_like(row_max, dtype=torch.int32), sums, label_logit)
-    launch(
-        cross_entropy_kernel, cdiv(batch, tiles["BLOCK_B"]) * class_tiles, tiles,
+
+    def tiles() -> Tiles:
+        return scores_tiles(current_target(memory), memory.dtype, len(inputs.features), memory.shape[1])
+
+    def pieces() -> list[Piece]:
+        batch, stripes, classes = inputs.sizes
+        class_tiles, row = cdiv(classes, tiles()["BLOCK_N"]), score_row(batch)
+        row_max = Piece((class_tiles, stripes + 1, row), torch.float32)
+        argmax, sums = row_max._replace(dtype=torch.int32), Piece((class_tiles, 2, row), torch.float32)
+        return [row_max, argmax, sums, Piece((batch,), torch.float32)]
+
+    def prepare() -> tuple[int, Tiles, dict[str, Any]]:
+        (batch, stripes, classes), chosen = inputs.sizes, tiles()
+        parts = casts.partial_sq_norms.shape[1]
+        scalars = {"batch": batch, "classes": classes, "channels": memory.shape[2], "parts": parts, "STRIPES": stripes}
+        scalars |= {"feature_channels": weight.shape[1], "first_class": inputs.first_class}
+        scalars |= {"partial_row": score_row(batch), "BLOCK_PARTS": block_of_parts(parts), "FAR": FAR}
+        scalars["PRECISION"] = float32_precision(current_target(memory))
+        # Float32 tiles of the shape of 16-bit ones would be loaded like these, eight numbers for each lane, and then
+        # each request uses half of its sectors.
+        scalars["BLOCK_W"] = chosen["BLOCK_K"] // (2 if weight.itemsize > memory.itemsize else 1)
+        return cdiv(batch, chosen["BLOCK_B"]) * cdiv(classes, chosen["BLOCK_N"]), chosen, scalars
+
+    partials = None if inv_norm is None else Statistics(*plan.scratch(weight, pieces))
+    plan.launch(
+        cross_entropy_kernel,
         {
             "features_cast": casts.features, "weight": weight, "bias": inputs.bias, "local_cast": casts.local,
             "partial_sq_norms": casts.partial_sq_norms, "memory": memory, "labels": inputs.labels,
-            "saved_logits": saved_logits, "inv_norm": inv_norm,
-            **(partials._asdict() if partials else dict.fromkeys(Statistics._fields)),
+            "saved_logits": saved_logits, "inv_norm": inv_norm, **as_dict(partials, Statistics),
         },
-        batch=batch, classes=classes, channels=memory.shape[2], feature_channels=weight.shape[1], parts=parts,
-        first_class=inputs.first_class, partial_row=row,
-        STRIPES=stripes, PRECISION=float32_precision(target), BLOCK_PARTS=block_of_parts(parts), FAR=FAR,
-        # Float32 tiles of the shape of 16-bit ones would be loaded like these, eight numbers for each lane, and then
-        # each request uses half of its sectors.
-        BLOCK_W=tiles["BLOCK_K"] // (2 if weight.itemsize > memory.itemsize else 1),
+        prepare,
     )  # fmt: skip
     return partials
 
 
 def launch_reduce_tiles(
-    partials: Statistics, inputs: Inputs, statistics: Statistics | None, loss: Loss | None, is_first: bool,
+    plan: Plan, partials: Statistics, inputs: Inputs, statistics: Statistics | None, loss: Loss | None, is_first: bool,
     label_smoothing: float,
 ) -> None:  # fmt: skip
     """Fills the loss or, if that is None, the statistics, which have those of the classes before unless it is_first."""
-    batch, stripes, classes = inputs.sizes
-    known = statistics._asdict() if statistics else dict.fromkeys(Statistics._fields)
-    launch(
-        reduce_tiles_kernel, cdiv(batch, REDUCE_TILES["BLOCK_B"]) * (stripes + 1), REDUCE_TILES,
+
+    def prepare() -> tuple[int, Tiles, dict[str, Any]]:
+        batch, stripes, classes = inputs.sizes
+        scalars = {"batch": batch, "classes": classes, "tiles": len(partials.row_max), "STRIPES": stripes, "FAR": FAR}
+        scalars |= {"first_class": inputs.first_class, "all_classes": inputs.all_classes}
+        scalars |= {"label_smoothing": label_smoothing, "EARLIER": not is_first}
+        return cdiv(batch, REDUCE_TILES["BLOCK_B"]) * (stripes + 1), REDUCE_TILES, scalars
+
+    known = as_dict(statistics, Statistics)
+    plan.launch(
+        reduce_tiles_kernel,
         {
             **partials._asdict(), "labels": inputs.labels, **{f"all_{name}": tensor for name, tensor in known.items()},
-            **(loss._asdict() if loss else dict.fromkeys(Loss._fields)),
+            **as_dict(loss, Loss),
         },
-        batch=batch, classes=classes, tiles=len(partials.row_max), first_class=inputs.first_class,
-        all_classes=inputs.all_classes, label_smoothing=label_smoothing,
-        STRIPES=stripes, EARLIER=not is_first, FAR=FAR,
+        prepare,
     )  # fmt: skip
 
 
-def launch_forward(inputs: Inputs, label_smoothing: float | None) -> tuple[Loss | Statistics, Tensor, Tensor]:
+def launch_forward(
+    plan: Plan, inputs: Inputs, label_smoothing: float | None
+) -> tuple[Loss | Statistics, Tensor, Tensor]:
     """Goes over the classes, all at once if their logits are kept: the loss or, if label_smoothing is None, statistics.
 
     Returns beside them saved_logits and inv_norm as in `Saved`.
     """
     batch, stripes, classes = inputs.sizes
     inputs = inputs.contiguous()
-    if parts := kept_parts(batch, inputs.memory):
-        return split.launch_forward(inputs, parts, label_smoothing)
-    casts = cast_and_norm(inputs.local_features, inputs.memory, inputs.features)
+    if parts := plan.once(lambda: kept_parts(batch, inputs.memory)):
+        return split.launch_forward(plan, inputs, parts, label_smoothing)
+    casts = cast_and_norm(plan, inputs.local_features, inputs.memory, inputs.features)
     saved_logits, inv_norm = empty_saved(batch, inputs.memory, torch.float32, on_triton=True)
     rows = saved_logits.shape[1]
     chunk = rows or chunk_of_statistics(batch, stripes, classes)
@@ -270,8 +288,8 @@ def launch_forward(inputs: Inputs, label_smoothing: float | None) -> tuple[Loss 
     statistics = None if loss and chunk >= classes else empty_statistics(inputs.features, stripes, torch.float32)
     for start in range(0, classes, chunk):
         end = min(start + chunk, classes)
-        part = inputs.rows(slice(start, end))
-        partials = launch_cross_entropy(part, casts, saved_logits if rows else None, inv_norm)
+        part = inputs if chunk >= classes else inputs.rows(slice(start, end))
+        partials = launch_cross_entropy(plan, part, casts, saved_logits if rows else None, inv_norm)
         results = loss if end == classes else None
-        launch_reduce_tiles(partials, part, statistics, results, start == 0, label_smoothing or 0.0)
+        launch_reduce_tiles(plan, partials, part, statistics, results, start == 0, label_smoothing or 0.0)
     return loss or statistics, saved_logits, inv_norm

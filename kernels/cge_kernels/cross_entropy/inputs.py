@@ -1,14 +1,12 @@
 """What the functions of revised_cross_entropy hand to each other."""
 
-from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """The tensors that the loss is made from, with the rows of all N classes or of a run of them."""
 
     features: Tensor  # (B, C)
@@ -29,12 +27,12 @@ class Inputs:
         """The same of some of the rows."""
         bias = None if self.bias is None else self.bias[part]
         weight, memory = self.weight[part], self.memory[:, part]
-        return replace(self, weight=weight, memory=memory, bias=bias, first_class=self.first_class + part.start)
+        return self._replace(weight=weight, memory=memory, bias=bias, first_class=self.first_class + part.start)
 
     def contiguous(self) -> Self:
         """The same with those tensors contiguous of which the kernels expect it."""
         bias = None if self.bias is None else self.bias.contiguous()
-        return replace(self, weight=self.weight.contiguous(), labels=self.labels.contiguous(), bias=bias)
+        return self._replace(weight=self.weight.contiguous(), labels=self.labels.contiguous(), bias=bias)
 
 
 class Statistics(NamedTuple):
@@ -59,9 +57,7 @@ class Saved(NamedTuple):
     """What the backward takes beside the inputs."""
 
     lse: Tensor  # (B,)
-    saved_logits: (
-        Tensor  # (n+1, at least rows or 0, at least B): logits, then each stripe's scores; 0: there is no room
-    )
+    saved_logits: Tensor  # (n+1, at least rows, at least B): logits, then each stripe's scores; no rows if no room
     inv_norm: Tensor  # (n, B): 1 / max(||f_i||, 1e-12)
 
 
@@ -76,3 +72,8 @@ def empty_loss(features: Tensor, stripes: int, dtype: torch.dtype) -> Loss:
     """Where the results of the features' samples go."""
     loss, correct = features.new_empty(len(features), dtype=dtype), features.new_empty(len(features), dtype=torch.bool)
     return Loss(loss, torch.empty_like(loss), correct, correct.new_empty(len(features), stripes))
+
+
+def as_dict(results: Statistics | Loss | None, kind: type[Statistics] | type[Loss]) -> dict[str, Tensor | None]:
+    """The results by name; without them None for each."""
+    return dict.fromkeys(kind._fields) if results is None else results._asdict()

@@ -15,32 +15,44 @@ from torch import Tensor
 
 from cge_kernels.common import checks
 from cge_kernels.common.budget import empty_saved
-from cge_kernels.common.dispatch import autocast_off, runs_on_reference, runs_on_triton
+from cge_kernels.common.dispatch import autocast_off, autograd_function, is_traced, runs_on_reference
+from cge_kernels.common.launch import host_may_look
+from cge_kernels.common.plan import Call, Plan
 from cge_kernels.common.sharding import ClassShard, has_all_classes, require_equal_lengths
 from cge_kernels.cross_entropy import cpu
-from cge_kernels.cross_entropy.backward import revised_cross_entropy_backward_op
+from cge_kernels.cross_entropy.backward import cross_entropy_backward, cross_entropy_backward_op
 from cge_kernels.cross_entropy.forward import launch_forward
 from cge_kernels.cross_entropy.inputs import Inputs, empty_loss
 from cge_kernels.cross_entropy.sharded import ShardedCrossEntropy
 
 
-@torch.library.custom_op("cge_kernels::revised_cross_entropy", mutates_args=())
-def revised_cross_entropy_op(
-    features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor, labels: Tensor, bias: Tensor | None,
-    label_smoothing: float, local_gradient: bool,
+def cross_entropy(
+    call: Call, features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor, labels: Tensor,
+    bias: Tensor | None, label_smoothing: float, local_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     classes = memory.shape[1]
-    if labels.device.type == "cpu":
+    if host_may_look(labels):
         checks.valid_labels(labels, classes)
     inputs = Inputs(features, weight, local_features, memory, labels, bias, 0, classes)
-    on_triton = runs_on_triton(features, weight, local_features, memory)
-    run = launch_forward if on_triton else cpu.revised_cross_entropy
-    with autocast_off(features):
-        loss, *saved = run(inputs, label_smoothing)
+    if call.runs_on_triton(features, weight, local_features, memory):
+        with Plan(call) as plan:
+            loss, *saved = launch_forward(plan, inputs, label_smoothing)
+    else:
+        with autocast_off(features):
+            loss, *saved = cpu.revised_cross_entropy(inputs, label_smoothing)
     return *loss, *saved
 
 
-@revised_cross_entropy_op.register_fake
+@torch.library.custom_op("cge_kernels::revised_cross_entropy", mutates_args=())
+def cross_entropy_op(
+    features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor, labels: Tensor, bias: Tensor | None,
+    label_smoothing: float, local_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs = features, weight, local_features, memory, labels, bias, label_smoothing, local_gradient
+    return cross_entropy(Call.of("revised_cross_entropy", *inputs), *inputs)
+
+
+@cross_entropy_op.register_fake
 def _(features, weight, local_features, memory, labels, bias, label_smoothing, local_gradient):
     dtype = checks.accumulation_dtype(features, weight, local_features, memory)
     return *empty_loss(features, len(memory), dtype), *empty_saved(len(features), memory, dtype)
@@ -50,23 +62,49 @@ def setup_context(ctx, inputs, output) -> None:
     features, weight, local_features, memory, labels, bias, ctx.label_smoothing, ctx.local_gradient = inputs
     _, lse, correct, stripe_correct, saved_logits, inv_norm = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(correct, stripe_correct)
+    ctx.mark_non_differentiable(lse, correct, stripe_correct, saved_logits, inv_norm)
     ctx.save_for_backward(lse, features, weight, local_features, memory, labels, bias, saved_logits, inv_norm)
 
 
 def backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 8
+    saved = ctx.saved_tensors
     local_gradient = ctx.local_gradient and ctx.needs_input_grad[2]
-    memory, bias = ctx.saved_tensors[4], ctx.saved_tensors[6]
-    grad_features, grad_weight, grad_local, grad_bias = revised_cross_entropy_backward_op(
-        grad.contiguous(), *ctx.saved_tensors, ctx.label_smoothing, 0, memory.shape[1], local_gradient
+    run = cross_entropy_backward_op if is_traced(grad, *saved) else cross_entropy_backward
+    grad_features, grad_weight, grad_local, grad_bias = run(
+        grad, *saved, ctx.label_smoothing, 0, saved[4].shape[1], local_gradient
     )
     grad_local = grad_local if local_gradient else None
-    return grad_features, grad_weight, grad_local, None, None, grad_bias if bias is not None else None, None, None
+    return grad_features, grad_weight, grad_local, None, None, None if saved[6] is None else grad_bias, None, None
 
 
-revised_cross_entropy_op.register_autograd(backward, setup_context=setup_context)
+cross_entropy_op.register_autograd(backward, setup_context=setup_context)
+eager_cross_entropy = autograd_function(cross_entropy, setup_context, backward)
+
+
+def check_loss(
+    features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor, labels: Tensor, bias: Tensor | None,
+    label_smoothing: float,
+) -> None:  # fmt: skip
+    """Raises as `revised_cross_entropy` says."""
+    checks.require_tensor("features", features, "(B, C)")
+    checks.require_tensor("weight", weight, "(N, C)")
+    checks.require_tensor("labels", labels, "(B,)", "an integer")
+    checks.check_local(local_features, memory)
+    checks.require_same_device(
+        features=features, weight=weight, local_features=local_features, memory=memory, labels=labels
+    )
+    batch, classes = len(local_features), memory.shape[1]
+    fitting = f"local_features {tuple(local_features.shape)} and memory {tuple(memory.shape)}"
+    checks.require_shape("features", features, (batch, features.shape[1]), fitting)
+    checks.require_shape("weight", weight, (classes, features.shape[1]), f"memory and features {tuple(features.shape)}")
+    checks.require_shape("labels", labels, (batch,), fitting)
+    if bias is not None:
+        checks.require_tensor("bias", bias, "(N,)")
+        checks.require_shape("bias", bias, (classes,), "weight")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
 
 
 def revised_cross_entropy(
@@ -106,35 +144,24 @@ def revised_cross_entropy(
             outside [0, N), or the ranks have different numbers of samples; on a GPU, where looking would synchronise,
             the loss of such a label is NaN, and nothing about it is correct.
     """
-    checks.require_tensor("features", features, "(B, C)")
-    checks.require_tensor("weight", weight, "(N, C)")
-    checks.require_tensor("labels", labels, "(B,)", "an integer")
-    checks.check_local(local_features, memory)
-    checks.require_same_device(
-        features=features, weight=weight, local_features=local_features, memory=memory, labels=labels
-    )
-    batch, classes = len(local_features), memory.shape[1]
-    fitting = f"local_features {tuple(local_features.shape)} and memory {tuple(memory.shape)}"
-    checks.require_shape("features", features, (batch, features.shape[1]), fitting)
-    checks.require_shape("weight", weight, (classes, features.shape[1]), f"memory and features {tuple(features.shape)}")
-    checks.require_shape("labels", labels, (batch,), fitting)
-    if bias is not None:
-        checks.require_tensor("bias", bias, "(N,)")
-        checks.require_shape("bias", bias, (classes,), "weight")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
-
-    arguments = features, weight, local_features, memory, labels
+    label_smoothing = float(label_smoothing)
+    arguments = features, weight, local_features, memory, labels, bias, label_smoothing, local_gradient
+    call = None if is_traced(*arguments[:6]) else Call.of("revised_cross_entropy", *arguments)
+    if call is None or not call.is_checked:
+        check_loss(features, weight, local_features, memory, labels, bias, label_smoothing)
     if not has_all_classes(shard, memory):
         if labels.device.type == "cpu":
             require_equal_lengths("samples", labels, shard.group)
-        return ShardedCrossEntropy.apply(*arguments, float(label_smoothing), local_gradient, bias, shard)
+        return ShardedCrossEntropy.apply(*arguments, shard)
     if runs_on_reference():
         import cge_reference
 
-        checks.valid_labels(labels, classes)
-        return cge_reference.revised_cross_entropy(*arguments, label_smoothing, local_gradient, bias)
-    loss, _, correct, stripe_correct, _, _ = revised_cross_entropy_op(
-        *arguments, bias, float(label_smoothing), local_gradient
-    )
+        checks.valid_labels(labels, memory.shape[1])
+        return cge_reference.revised_cross_entropy(*arguments[:5], label_smoothing, local_gradient, bias)
+    if call is None:
+        results = cross_entropy_op(*arguments)
+    else:
+        call.is_checked = True
+        results = eager_cross_entropy(*arguments, call)
+    loss, _, correct, stripe_correct, _, _ = results
     return loss, correct, stripe_correct

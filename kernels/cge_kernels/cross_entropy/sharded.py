@@ -12,16 +12,16 @@ from torch import Tensor
 
 from cge_kernels.common.budget import empty_saved
 from cge_kernels.common.checks import accumulation_dtype, valid_labels
-from cge_kernels.common.dispatch import autocast_off, runs_on_triton
+from cge_kernels.common.dispatch import autocast_off, is_traced
+from cge_kernels.common.plan import Call, Plan
 from cge_kernels.common.sharding import ClassShard, gather_equal, reduce_to_own
 from cge_kernels.cross_entropy import cpu
-from cge_kernels.cross_entropy.backward import revised_cross_entropy_backward_op
+from cge_kernels.cross_entropy.backward import cross_entropy_backward
 from cge_kernels.cross_entropy.forward import launch_forward
 from cge_kernels.cross_entropy.inputs import Inputs, Statistics, empty_statistics
 
 
-@torch.library.custom_op("cge_kernels::revised_statistics", mutates_args=())
-def revised_statistics_op(
+def revised_statistics(
     features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor, labels: Tensor, bias: Tensor | None,
     first_class: int, all_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -30,10 +30,17 @@ def revised_statistics_op(
     No gradient.
     """
     inputs = Inputs(features, weight, local_features, memory, labels, bias, first_class, all_classes)
-    on_triton = runs_on_triton(features, weight, local_features, memory)
-    with autocast_off(features):
-        statistics, *saved = launch_forward(inputs, None) if on_triton else cpu.revised_statistics(inputs)
+    call = Call.of("revised_statistics", inputs)
+    if call.runs_on_triton(features, weight, local_features, memory):
+        with Plan(call) as plan:
+            statistics, *saved = launch_forward(plan, inputs, None)
+    else:
+        with autocast_off(features):
+            statistics, *saved = cpu.revised_statistics(inputs)
     return *statistics, *saved
+
+
+revised_statistics_op = torch.library.custom_op("cge_kernels::revised_statistics", mutates_args=())(revised_statistics)
 
 
 @revised_statistics_op.register_fake
@@ -48,13 +55,13 @@ class ShardedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, features, weight, local_features, memory, labels, label_smoothing, local_gradient, bias, shard: ClassShard
+        ctx, features, weight, local_features, memory, labels, bias, label_smoothing, local_gradient, shard: ClassShard
     ):
         features, local_features, labels = (gather_equal(x, shard.group) for x in (features, local_features, labels))
         valid_labels(labels, shard.classes)
-        *own, saved_logits, inv_norm = revised_statistics_op(
-            features, weight, local_features, memory, labels, bias, shard.first, shard.classes
-        )
+        arguments = features, weight, local_features, memory, labels, bias, shard.first, shard.classes
+        run = revised_statistics_op if is_traced(*arguments[:6]) else revised_statistics
+        *own, saved_logits, inv_norm = run(*arguments)
         statistics = reduce_statistics(Statistics(*own), shard)
         loss, lse, correct, stripe_correct = cpu.loss_of_statistics(statistics, labels, shard.classes, label_smoothing)
         ctx.settings = label_smoothing, local_gradient, shard
@@ -66,14 +73,14 @@ class ShardedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad, *_):
         label_smoothing, local_gradient, shard = ctx.settings
         local_gradient = local_gradient and ctx.needs_input_grad[2]
-        grad_features, grad_weight, grad_local, grad_bias = revised_cross_entropy_backward_op(
-            grad.contiguous(), *ctx.saved_tensors, label_smoothing, shard.first, shard.classes, local_gradient
+        grad_features, grad_weight, grad_local, grad_bias = cross_entropy_backward(
+            grad, *ctx.saved_tensors, label_smoothing, shard.first, shard.classes, local_gradient
         )
         ranks = dist.get_world_size(shard.group)  # DistributedDataParallel will divide by it
         grad_features = reduce_to_own(grad_features, shard.group).mul_(ranks)
         grad_local = reduce_to_own(grad_local, shard.group).mul_(ranks) if local_gradient else None
-        grad_bias = grad_bias if ctx.needs_input_grad[7] else None
-        return grad_features, grad_weight, grad_local, None, None, None, None, grad_bias, None
+        grad_bias = grad_bias if ctx.needs_input_grad[5] else None
+        return grad_features, grad_weight, grad_local, None, None, grad_bias, None, None, None
 
 
 def reduce_statistics(own: Statistics, shard: ClassShard) -> Statistics:

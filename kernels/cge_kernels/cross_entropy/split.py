@@ -5,14 +5,17 @@ loss: a program adds the parts of one sample, and has all its logits and scores,
 Both have a sample's classes as neighbours. The parts are added in their order: the same bits from run to run.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cge_kernels.common.budget import empty_saved, score_row
 from cge_kernels.common.device_functions import NORM_EPS, jit, log_sigmoid, multiply, product, tl
-from cge_kernels.common.launch import current_target, float32_precision, launch
+from cge_kernels.common.launch import Tiles, current_target, float32_precision
+from cge_kernels.common.plan import Piece, Plan
 from cge_kernels.common.tiles import cdiv, loss_tiles, products_tiles
-from cge_kernels.cross_entropy.inputs import Inputs, Loss, Statistics, empty_loss, empty_statistics
+from cge_kernels.cross_entropy.inputs import Inputs, Loss, Statistics, as_dict, empty_loss, empty_statistics
 from cge_kernels.revise_logits.forward import cast_and_norm
 
 FAR = 2**31 - 1  # a class beyond all others
@@ -201,49 +204,63 @@ def loss_kernel(
         tl.store(label_logit_ptr + sample, label_logit)
 
 
-def launch_products(inputs: Inputs, parts: int) -> Tensor:
+def launch_products(plan: Plan, inputs: Inputs, parts: int) -> Tensor:
     """Products (parts, n+1, B, score_row) of features and classifier, local features and memory; float32."""
-    batch, stripes, classes = inputs.sizes
     features, weight, local, memory = inputs.features, inputs.weight, inputs.local_features, inputs.memory
-    target = current_target(memory)
-    tiles, precision = products_tiles(target, memory.dtype, batch), float32_precision(target)
-    if memory.dtype == torch.float32 and precision == "ieee":
-        local, _, features = cast_and_norm(local, memory, features)  # into rows of samples
-    products = memory.new_empty(parts, stripes + 1, batch, score_row(classes), dtype=torch.float32)
-    launch(
-        products_kernel,
-        cdiv(batch, tiles["BLOCK_B"]) * cdiv(classes, tiles["BLOCK_N"]) * (stripes + 1) * parts,
-        tiles,
-        {"features": features, "weight": weight, "local": local, "memory": memory, "products": products},
-        batch=batch, classes=classes, channels=memory.shape[2], feature_channels=weight.shape[1],
-        STRIPES=stripes, PARTS=parts, PRECISION=precision,
+
+    def settings() -> tuple[Tiles, str]:
+        target = current_target(memory)
+        return products_tiles(target, memory.dtype, len(features)), float32_precision(target)
+
+    def pieces() -> list[Piece]:
+        batch, stripes, classes = inputs.sizes
+        return [Piece((parts, stripes + 1, batch, score_row(classes)), torch.float32)]
+
+    def prepare() -> tuple[int, Tiles, dict[str, Any]]:
+        (batch, stripes, classes), (tiles, precision) = inputs.sizes, settings()
+        tiles_of_each = cdiv(batch, tiles["BLOCK_B"]) * cdiv(classes, tiles["BLOCK_N"])
+        scalars = {"batch": batch, "classes": classes, "channels": memory.shape[2], "feature_channels": weight.shape[1]}
+        scalars |= {"STRIPES": stripes, "PARTS": parts, "PRECISION": precision}
         # Float32 tiles of the shape of 16-bit ones would be loaded like these, eight numbers for each lane, and then
         # each request uses half of its sectors.
-        BLOCK_W=tiles["BLOCK_K"] // (2 if weight.itemsize > memory.itemsize else 1),
+        scalars["BLOCK_W"] = tiles["BLOCK_K"] // (2 if weight.itemsize > memory.itemsize else 1)
+        return tiles_of_each * (stripes + 1) * parts, tiles, scalars
+
+    if plan.once(lambda: memory.dtype == torch.float32 and settings()[1] == "ieee"):
+        local, _, features = cast_and_norm(plan, local, memory, features)  # into rows of samples
+    (products,) = plan.scratch(memory, pieces)
+    plan.launch(
+        products_kernel,
+        {"features": features, "weight": weight, "local": local, "memory": memory, "products": products},
+        prepare,
     )  # fmt: skip
     return products
 
 
 def launch_forward(
-    inputs: Inputs, parts: int, label_smoothing: float | None
+    plan: Plan, inputs: Inputs, parts: int, label_smoothing: float | None
 ) -> tuple[Loss | Statistics, Tensor, Tensor]:
     """The loss or, if label_smoothing is None, statistics; saved_logits and inv_norm as in `Saved`."""
-    batch, stripes, classes = inputs.sizes
-    products = launch_products(inputs, parts)
-    saved_logits, inv_norm = empty_saved(batch, inputs.memory, torch.float32, on_triton=True)
-    loss = None if label_smoothing is None else empty_loss(inputs.features, stripes, torch.float32)
-    statistics = None if loss else empty_statistics(inputs.features, stripes, torch.float32)
-    channels = inputs.memory.shape[2]
-    launch(
-        loss_kernel, batch, loss_tiles(current_target(products), stripes, classes, channels),
+
+    def prepare() -> tuple[int, Tiles, dict[str, Any]]:
+        (batch, stripes, classes), channels = inputs.sizes, inputs.memory.shape[2]
+        scalars = {"batch": batch, "classes": classes, "channels": channels, "label_smoothing": label_smoothing or 0.0}
+        scalars |= {"first_class": inputs.first_class, "all_classes": inputs.all_classes}
+        scalars |= {"STRIPES": stripes, "PARTS": parts, "FAR": FAR}
+        return batch, loss_tiles(current_target(inputs.memory), stripes, classes, channels), scalars
+
+    features, stripes = inputs.features, len(inputs.memory)
+    products = launch_products(plan, inputs, parts)
+    saved_logits, inv_norm = empty_saved(len(features), inputs.memory, torch.float32, on_triton=True)
+    loss = None if label_smoothing is None else empty_loss(features, stripes, torch.float32)
+    statistics = None if loss else empty_statistics(features, stripes, torch.float32)
+    plan.launch(
+        loss_kernel,
         {
             "products": products, "bias": inputs.bias, "local": inputs.local_features, "labels": inputs.labels,
-            "saved_logits": saved_logits, "inv_norm": inv_norm,
-            **(statistics._asdict() if statistics else dict.fromkeys(Statistics._fields)),
-            **(loss._asdict() if loss else dict.fromkeys(Loss._fields)),
+            "saved_logits": saved_logits, "inv_norm": inv_norm, **as_dict(statistics, Statistics),
+            **as_dict(loss, Loss),
         },
-        batch=batch, classes=classes, channels=channels, first_class=inputs.first_class,
-        all_classes=inputs.all_classes, label_smoothing=label_smoothing or 0.0,
-        STRIPES=stripes, PARTS=parts, FAR=FAR,
+        prepare,
     )  # fmt: skip
     return loss or statistics, saved_logits, inv_norm

@@ -4,13 +4,16 @@ grad_scores, elementwise: a program owns BLOCK_B samples x BLOCK_N classes, of a
 classes: a program owns BLOCK_B samples x BLOCK_C channels of one stripe.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cge_kernels.common.budget import chunk_of_classes, score_row
 from cge_kernels.common.device_functions import NORM_EPS, dot, jit, log_sigmoid, product, sum_parts, tl
-from cge_kernels.common.dispatch import autocast_off, runs_on_triton
-from cge_kernels.common.launch import current_target, float32_precision, launch
+from cge_kernels.common.dispatch import autocast_off
+from cge_kernels.common.launch import Tiles, current_target, float32_precision
+from cge_kernels.common.plan import Call, Plan
 from cge_kernels.common.tiles import GRAD_SCORES, block_of_parts, cdiv, grad_local_tiles
 from cge_kernels.revise_logits import cpu
 from cge_kernels.revise_logits.forward import cast_and_norm, launch_revise
@@ -122,45 +125,54 @@ def grad_local_kernel(
 
 
 def launch_grad_scores(
-    grad: Tensor, logits: Tensor, scores: Tensor, grad_logits: Tensor, grad_scores: Tensor | None,
+    plan: Plan, grad: Tensor, logits: Tensor, scores: Tensor, grad_logits: Tensor, grad_scores: Tensor | None,
     projection: Tensor | None, first_tile: int,
 ) -> None:  # fmt: skip
     """Fills grad_logits (B, N), grad_scores (n, B, score_row) and rows of projection (n, tiles, at least B)."""
-    batch, classes = logits.shape
-    launch(
-        grad_scores_kernel, cdiv(batch, GRAD_SCORES["BLOCK_B"]) * cdiv(scores.shape[2], GRAD_SCORES["BLOCK_N"]),
-        GRAD_SCORES,
+
+    def prepare() -> tuple[int, Tiles, dict[str, int]]:
+        (batch, classes), tiles = logits.shape, 0 if projection is None else projection.shape[1]
+        programs = cdiv(batch, GRAD_SCORES["BLOCK_B"]) * cdiv(scores.shape[2], GRAD_SCORES["BLOCK_N"])
+        scalars = {"batch": batch, "classes": classes, "first_tile": first_tile, "projection_tiles": tiles}
+        return programs, GRAD_SCORES, {**scalars, "STRIPES": scores.shape[0]}
+
+    plan.launch(
+        grad_scores_kernel,
         {
             "grad": grad, "logits": logits, "scores": scores, "grad_logits": grad_logits, "grad_scores": grad_scores,
             "projection": projection,
         },
-        batch=batch, classes=classes, first_tile=first_tile,
-        projection_tiles=0 if projection is None else projection.shape[1],
-        STRIPES=scores.shape[0],
+        prepare,
     )  # fmt: skip
 
 
 def launch_grad_local(
-    grad_scores: Tensor, memory: Tensor, earlier: Tensor | None, local_features: Tensor | None, inv_norm: Tensor,
-    projection: Tensor, grad_local: Tensor,
+    plan: Plan, grad_scores: Tensor, memory: Tensor, earlier: Tensor | None, local_features: Tensor | None,
+    inv_norm: Tensor, projection: Tensor, grad_local: Tensor,
 ) -> None:  # fmt: skip
     """Fills grad_local (B, n, C): the sum over classes so far or, where local_features is not None, the gradient."""
-    batch, stripes, channels = grad_local.shape
-    target = current_target(grad_local)
-    tiles = grad_local_tiles(target, memory.dtype, batch, channels * stripes)
-    launch(
-        grad_local_kernel, cdiv(batch, tiles["BLOCK_B"]) * stripes * cdiv(channels, tiles["BLOCK_C"]), tiles,
+
+    def prepare() -> tuple[int, Tiles, dict[str, Any]]:
+        (batch, stripes, channels), classes = grad_local.shape, memory.shape[1]
+        target, parts = current_target(grad_local), projection.shape[1]
+        tiles = grad_local_tiles(target, memory.dtype, batch, channels * stripes)
+        programs = cdiv(batch, tiles["BLOCK_B"]) * stripes * cdiv(channels, tiles["BLOCK_C"])
+        scalars = {"batch": batch, "classes": classes, "channels": channels, "projection_tiles": parts}
+        scalars |= {"PRECISION": float32_precision(target), "BLOCK_PARTS": block_of_parts(parts)}
+        return programs, tiles, {**scalars, "STRIPES": stripes}
+
+    plan.launch(
+        grad_local_kernel,
         {
             "grad_scores": grad_scores, "memory": memory, "earlier": earlier, "local": local_features,
             "inv_norm": inv_norm, "projection": projection, "grad_local": grad_local,
         },
-        batch=batch, classes=memory.shape[1], channels=channels, projection_tiles=projection.shape[1],
-        STRIPES=stripes, PRECISION=float32_precision(target), BLOCK_PARTS=block_of_parts(projection.shape[1]),
+        prepare,
     )  # fmt: skip
 
 
 def launch_backward(
-    grad: Tensor, logits: Tensor, local_features: Tensor, memory: Tensor, scores: Tensor, inv_norm: Tensor,
+    plan: Plan, grad: Tensor, logits: Tensor, local_features: Tensor, memory: Tensor, scores: Tensor, inv_norm: Tensor,
     local_gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of the logits (B, N) and of the local features (B, n, C), the latter empty without local_gradient."""
@@ -169,7 +181,7 @@ def launch_backward(
     kept = scores.shape[2] > 0
     grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if not kept:
-        casts = cast_and_norm(local_features, memory)
+        casts = cast_and_norm(plan, local_features, memory)
     chunk = score_row(classes) if kept else chunk_of_classes(batch, stripes, classes)
     tile = GRAD_SCORES["BLOCK_N"]
     starts = range(0, classes, chunk)
@@ -186,15 +198,16 @@ def launch_backward(
         row = score_row(rows.shape[1])
         if not kept:
             scores = logits.new_empty(stripes, batch, row, dtype=torch.float32)
-            launch_revise(None, casts, rows, None, scores, None)
+            launch_revise(plan, None, casts, rows, None, scores, None)
         grad_scores = scores.new_empty(scores.shape, dtype=memory.dtype) if local_gradient else None
         launch_grad_scores(
-            grad[:, part], logits[:, part], scores, grad_logits[:, part], grad_scores, projection, first_tile
+            plan, grad[:, part], logits[:, part], scores, grad_logits[:, part], grad_scores, projection, first_tile
         )
         first_tile += cdiv(row, tile)
         if local_gradient:
             is_last = start == starts[-1]
             launch_grad_local(
+                plan,
                 grad_scores,
                 rows,
                 sums if start else None,
@@ -206,14 +219,22 @@ def launch_backward(
     return grad_logits, grad_local
 
 
-@torch.library.custom_op("cge_kernels::revise_logits_backward", mutates_args=())
-def revise_logits_backward_op(
+def revise_backward(
     grad: Tensor, logits: Tensor, local_features: Tensor, memory: Tensor, scores: Tensor, inv_norm: Tensor,
     local_gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    run = launch_backward if runs_on_triton(logits, local_features, memory) else cpu.revise_logits_backward
+    arguments = grad, logits, local_features, memory, scores, inv_norm, local_gradient
+    call = Call.of("revise_logits_backward", *arguments)
+    if call.runs_on_triton(logits, local_features, memory):
+        with Plan(call) as plan:
+            return launch_backward(plan, *arguments)
     with autocast_off(logits):
-        return run(grad, logits, local_features, memory, scores, inv_norm, local_gradient)
+        return cpu.revise_logits_backward(*arguments)
+
+
+revise_logits_backward_op = torch.library.custom_op("cge_kernels::revise_logits_backward", mutates_args=())(
+    revise_backward
+)
 
 
 @revise_logits_backward_op.register_fake

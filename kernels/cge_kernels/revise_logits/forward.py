@@ -4,14 +4,15 @@ cast_and_norm: a program owns BLOCK_B samples x BLOCK_C channels of one stripe. 
 root and revision in its epilogue: a program owns BLOCK_N classes x BLOCK_B samples, of all stripes.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cge_kernels.common.budget import empty_scores, score_row
 from cge_kernels.common.device_functions import NORM_EPS, jit, log_sigmoid, multiply, product, sum_parts, tl
-from cge_kernels.common.launch import current_target, float32_precision, launch
+from cge_kernels.common.launch import Tiles, current_target, float32_precision
+from cge_kernels.common.plan import Piece, Plan
 from cge_kernels.common.tiles import CAST_AND_NORM, block_of_parts, cdiv, scores_tiles
 
 
@@ -148,69 +149,98 @@ class Casts(NamedTuple):
     features: Tensor | None  # (B, C') in the memory's dtype
 
 
-def empty_cast(features: Tensor, memory: Tensor) -> Tensor:
-    """Where features (B, n, C) go in the memory's dtype; they themselves if the matmul can read them.
+def cast_layout(features: Tensor, memory: Tensor) -> Piece | None:
+    """Where features (B, C) or (B, n, C) go in the memory's dtype; None if the matmul can read them themselves.
 
     Tensor cores take features with C contiguous. Without them each lane reads the features of its own samples, and
     only with B contiguous (a row padded to 16) do they lie in different banks of the shared memory.
     """
-    batch, stripes, channels = features.shape
     if memory.dtype == torch.float32 and float32_precision(current_target(memory)) == "ieee":
-        return memory.new_empty(stripes, channels, score_row(batch))[:, :, :batch].permute(2, 0, 1)
-    if features.dtype == memory.dtype and features.stride(2) == 1:
-        return features
-    return memory.new_empty(batch, stripes, channels)
+        row, channels = score_row(features.shape[0]), features.shape[-1]
+        strides = (1, channels * row, row) if features.dim() == 3 else (1, row)
+        return Piece(tuple(features.shape), memory.dtype, strides)
+    if features.dtype == memory.dtype and features.stride(-1) == 1:
+        return None
+    return Piece(tuple(features.shape), memory.dtype)
 
 
-def cast_and_norm(local_features: Tensor, memory: Tensor, features: Tensor | None = None) -> Casts:
+def cast_and_norm(plan: Plan, local_features: Tensor, memory: Tensor, features: Tensor | None = None) -> Casts:
     """Local features and, unless None, what the classifier sees (B, C'), cast; squared lengths of the former."""
-    batch, stripes, channels = local_features.shape
-    local_cast, features_cast = empty_cast(local_features, memory), None
-    if features is not None:
-        unchanged = features.unsqueeze(1)
-        features_cast = empty_cast(unchanged, memory)
-        features_cast = features if features_cast is unchanged else features_cast.squeeze(1)
-    converts = features_cast is not features
-    feature_channels = features.shape[1] if converts else 0
-    parts = cdiv(max(channels, feature_channels), CAST_AND_NORM["BLOCK_C"])
-    partial_sq_norms = local_features.new_empty(stripes, parts, score_row(batch), dtype=torch.float32)
-    launch(
-        cast_and_norm_kernel, cdiv(batch, CAST_AND_NORM["BLOCK_B"]) * (stripes + converts) * parts, CAST_AND_NORM,
+    local_piece, features_piece = plan.once(
+        lambda: (
+            cast_layout(local_features, memory),
+            None if features is None else cast_layout(features, memory),
+        )
+    )
+
+    def sizes() -> tuple[int, int, int, int, int]:
+        batch, stripes, channels = local_features.shape
+        feature_channels = features.shape[1] if features_piece else 0
+        return (
+            batch,
+            stripes,
+            channels,
+            feature_channels,
+            cdiv(max(channels, feature_channels), CAST_AND_NORM["BLOCK_C"]),
+        )
+
+    def pieces() -> list[Piece]:
+        batch, stripes, _, _, parts = sizes()
+        sq_norms = Piece((stripes, parts, score_row(batch)), torch.float32)
+        return [sq_norms, *[piece for piece in (local_piece, features_piece) if piece]]
+
+    def prepare() -> tuple[int, Tiles, dict[str, int]]:
+        batch, stripes, channels, feature_channels, parts = sizes()
+        programs = cdiv(batch, CAST_AND_NORM["BLOCK_B"]) * (stripes + bool(features_piece)) * parts
+        scalars = {"batch": batch, "channels": channels, "parts": parts, "feature_channels": feature_channels}
+        return programs, CAST_AND_NORM, {**scalars, "STRIPES": stripes}
+
+    partial_sq_norms, *converted = plan.scratch(local_features, pieces)
+    local_cast = converted.pop(0) if local_piece else None
+    features_cast = converted.pop(0) if features_piece else None
+    plan.launch(
+        cast_and_norm_kernel,
         {
-            "local": local_features, "local_cast": None if local_cast is local_features else local_cast,
-            "partial_sq_norms": partial_sq_norms, "features": features if converts else None,
-            "features_cast": features_cast if converts else None,
+            "local": local_features, "local_cast": local_cast, "partial_sq_norms": partial_sq_norms,
+            "features": features if features_piece else None, "features_cast": features_cast,
         },
-        batch=batch, channels=channels, parts=parts, feature_channels=feature_channels,
-        STRIPES=stripes,
+        prepare,
     )  # fmt: skip
-    return Casts(local_cast, partial_sq_norms, features_cast)
+    return Casts(
+        local_features if local_cast is None else local_cast,
+        partial_sq_norms,
+        features if features_cast is None else features_cast,
+    )
 
 
 def launch_revise(
-    logits: Tensor | None, casts: Casts, memory: Tensor, revised: Tensor | None, scores: Tensor | None,
+    plan: Plan, logits: Tensor | None, casts: Casts, memory: Tensor, revised: Tensor | None, scores: Tensor | None,
     inv_norm: Tensor | None,
 ) -> None:  # fmt: skip
     """Fills revised (B, N), scores (n, B, score_row) and inv_norm (n, B), each unless None."""
-    batch, stripes, channels = casts.local.shape
-    classes, parts = memory.shape[1], casts.partial_sq_norms.shape[1]
-    target = current_target(memory)
-    tiles = scores_tiles(target, memory.dtype, batch, classes)
-    launch(
-        revise_kernel, cdiv(batch, tiles["BLOCK_B"]) * cdiv(classes, tiles["BLOCK_N"]), tiles,
+
+    def prepare() -> tuple[int, Tiles, dict[str, Any]]:
+        batch, stripes, channels = casts.local.shape
+        classes, parts, target = memory.shape[1], casts.partial_sq_norms.shape[1], current_target(memory)
+        tiles = scores_tiles(target, memory.dtype, batch, classes)
+        scalars = {"batch": batch, "classes": classes, "channels": channels, "parts": parts, "STRIPES": stripes}
+        scalars |= {"PRECISION": float32_precision(target), "BLOCK_PARTS": block_of_parts(parts)}
+        return cdiv(batch, tiles["BLOCK_B"]) * cdiv(classes, tiles["BLOCK_N"]), tiles, scalars
+
+    plan.launch(
+        revise_kernel,
         {
             "logits": logits, "local_cast": casts.local, "partial_sq_norms": casts.partial_sq_norms, "memory": memory,
             "revised": revised, "scores": scores, "inv_norm": inv_norm,
         },
-        batch=batch, classes=classes, channels=channels, parts=parts,
-        STRIPES=stripes, PRECISION=float32_precision(target), BLOCK_PARTS=block_of_parts(parts),
+        prepare,
     )  # fmt: skip
 
 
-def launch_forward(logits: Tensor, local_features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def launch_forward(plan: Plan, logits: Tensor, local_features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Revised logits (B, N), scores (n, B, score_row) or (n, B, 0) if they are not kept, inv_norm (n, B)."""
-    casts = cast_and_norm(local_features, memory)
+    casts = cast_and_norm(plan, local_features, memory)
     revised = torch.empty_like(logits, memory_format=torch.contiguous_format)
     scores, inv_norm = empty_scores(len(local_features), memory, torch.float32)
-    launch_revise(logits, casts, memory, revised, scores if scores.shape[2] else None, inv_norm)
+    launch_revise(plan, logits, casts, memory, revised, scores if scores.shape[2] else None, inv_norm)
     return revised, scores, inv_norm

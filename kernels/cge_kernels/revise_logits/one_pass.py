@@ -15,20 +15,23 @@ scope, and the spin acquires. The counter is fresh for each call: a shared one w
 aborted launch left. The launch is cooperative: the driver refuses a grid that would not be resident as a whole.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cge_kernels.common import checks
 from cge_kernels.common.budget import empty_scores, score_row
 from cge_kernels.common.device_functions import jit, tl
-from cge_kernels.common.dispatch import autocast_off, runs_on_reference, runs_on_triton
-from cge_kernels.common.launch import current_target, float32_precision, launch
+from cge_kernels.common.dispatch import autocast_off, autograd_function, is_traced, runs_on_reference
+from cge_kernels.common.launch import Tiles, current_target, float32_precision
+from cge_kernels.common.plan import Call, Piece, Plan
 from cge_kernels.common.tiles import ONE_PASS_POOL, block_of_parts, cdiv, contiguous_axis, one_pass_tiles
 from cge_kernels.revise_logits import cpu
-from cge_kernels.revise_logits.backward import revise_logits_backward_op
+from cge_kernels.revise_logits.backward import revise_backward, revise_logits_backward_op
 from cge_kernels.revise_logits.forward import revise_tile
 from cge_kernels.stripe_pool import cpu as pool_cpu
-from cge_kernels.stripe_pool.op import check_pooling, stripe_pool_backward_op
+from cge_kernels.stripe_pool.op import check_pooling, exponent, pool_backward, stripe_pool_backward_op
 from cge_kernels.stripe_pool.triton import map_constants, pool_tile
 
 
@@ -44,10 +47,10 @@ def grid_barrier(counter_ptr):
 
 @jit
 def one_pass_kernel(
-    map_ptr, p_ptr, eps, local_ptr, converted_ptr, local_cast_ptr, partial_sq_norms_ptr, counter_ptr, logits_ptr,
+    map_ptr, p_ptr, local_ptr, converted_ptr, local_cast_ptr, partial_sq_norms_ptr, counter_ptr, logits_ptr,
     memory_ptr, revised_ptr, scores_ptr, inv_norm_ptr,
-    batch, channels, map_stride_0, map_stride_1, map_stride_2, map_stride_3, classes, logits_stride_0, logits_stride_1,
-    partial_sq_norms_stride_1, scores_stride_1,
+    eps, batch, channels, map_stride_0, map_stride_1, map_stride_2, map_stride_3, classes, logits_stride_0,
+    logits_stride_1, partial_sq_norms_stride_1, scores_stride_1,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIPES: tl.constexpr, FLAT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr, BLOCK_PARTS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -79,32 +82,41 @@ def one_pass_kernel(
 
 
 def launch_forward(
-    feature_map: Tensor, logits: Tensor, memory: Tensor, p: Tensor | None, eps: float
+    plan: Plan, feature_map: Tensor, logits: Tensor, memory: Tensor, p: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Revised logits (B, N), local features (B, n, C), scores and inv_norm as revise_logits has them."""
     batch, channels = feature_map.shape[:2]
     stripes, classes, _ = memory.shape
-    target = current_target(feature_map)
-    pool = ONE_PASS_POOL[contiguous_axis(feature_map)]
-    matmul, programs = one_pass_tiles(target, memory.dtype, batch, classes)
-    channel_tiles = cdiv(channels, pool["BLOCK_C"])
-    class_tiles = cdiv(batch, matmul["BLOCK_B"]) * cdiv(classes, matmul["BLOCK_N"])
+    converts = memory.dtype != torch.float32
+    channel_tiles = cdiv(channels, ONE_PASS_POOL[contiguous_axis(feature_map)]["BLOCK_C"])
+
+    def pieces() -> list[Piece]:
+        converted = Piece((batch, stripes, channels), memory.dtype)
+        return [Piece((stripes, channel_tiles, score_row(batch)), torch.float32), *[converted][:converts]]
+
+    def prepare() -> tuple[int, Tiles, dict[str, Any], dict[str, Any]]:
+        target, pool = current_target(feature_map), ONE_PASS_POOL[contiguous_axis(feature_map)]
+        matmul, resident = one_pass_tiles(target, memory.dtype, batch, classes)
+        class_tiles = cdiv(batch, matmul["BLOCK_B"]) * cdiv(classes, matmul["BLOCK_N"])
+        programs = min(resident, max(batch * channel_tiles, class_tiles))
+        scalars = {"eps": eps, "batch": batch, "channels": channels, "classes": classes, **pool}
+        scalars |= {"PRECISION": float32_precision(target), "BLOCK_PARTS": block_of_parts(channel_tiles)}
+        scalars |= map_constants(stripes, feature_map)
+        return programs, matmul, scalars, {"launch_cooperative_grid": True}
+
+    partial_sq_norms, *converted = plan.scratch(feature_map, pieces)
     local_features = feature_map.new_empty(batch, stripes, channels, dtype=torch.float32)
-    converted = None if memory.dtype == torch.float32 else torch.empty_like(local_features, dtype=memory.dtype)
     revised = torch.empty_like(logits, memory_format=torch.contiguous_format)
     scores, inv_norm = empty_scores(batch, memory, torch.float32)
-    launch(
-        one_pass_kernel, min(programs, max(batch * channel_tiles, class_tiles)), matmul,
+    plan.launch(
+        one_pass_kernel,
         {
-            "map": feature_map, "p": p, "local": local_features, "converted": converted,
-            "local_cast": local_features if converted is None else converted,
-            "partial_sq_norms": feature_map.new_empty(stripes, channel_tiles, score_row(batch), dtype=torch.float32),
+            "map": feature_map, "p": p, "local": local_features, "converted": converted[0] if converts else None,
+            "local_cast": converted[0] if converts else local_features, "partial_sq_norms": partial_sq_norms,
             "counter": feature_map.new_zeros(1, dtype=torch.int32), "logits": logits, "memory": memory,
             "revised": revised, "scores": scores if scores.shape[2] else None, "inv_norm": inv_norm,
         },
-        {"launch_cooperative_grid": True},
-        eps=eps, batch=batch, channels=channels, classes=classes, **map_constants(stripes, feature_map), **pool,
-        PRECISION=float32_precision(target), BLOCK_PARTS=block_of_parts(channel_tiles),
+        prepare,
     )  # fmt: skip
     return revised, local_features, scores, inv_norm
 
@@ -118,13 +130,22 @@ def cpu_forward(
     return revised, local_features, scores, inv_norm
 
 
+def one_pass(
+    call: Call, feature_map: Tensor, logits: Tensor, memory: Tensor, p: Tensor | None, eps: float, local_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if call.runs_on_triton(feature_map, logits, memory):
+        with Plan(call) as plan:
+            return launch_forward(plan, feature_map, logits, memory, p, eps)
+    with autocast_off(feature_map):
+        return cpu_forward(feature_map, logits, memory, p, eps)
+
+
 @torch.library.custom_op("cge_kernels::revise_logits_one_pass", mutates_args=())
 def one_pass_op(
     feature_map: Tensor, logits: Tensor, memory: Tensor, p: Tensor | None, eps: float, local_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = launch_forward if runs_on_triton(feature_map, logits, memory) else cpu_forward
-    with autocast_off(feature_map):
-        return run(feature_map, logits, memory, p, eps)
+    arguments = feature_map, logits, memory, p, eps, local_gradient
+    return one_pass(Call.of("revise_logits_one_pass", *arguments), *arguments)
 
 
 @one_pass_op.register_fake
@@ -144,19 +165,36 @@ def setup_context(ctx, inputs, output) -> None:
 
 def backward(ctx, grad, grad_local, _grad_scores, _grad_scale):
     feature_map, logits, memory, p, local_features, scores, inv_norm = ctx.saved_tensors
+    traced = is_traced(grad, grad_local, feature_map)
+    revise_backward_, pool_backward_ = (
+        (revise_logits_backward_op, stripe_pool_backward_op) if traced else (revise_backward, pool_backward)
+    )
     grad_logits, grad_map, grad_p = None, None, None
     if grad is not None:
-        grad_logits, grad_revision = revise_logits_backward_op(
+        grad_logits, grad_revision = revise_backward_(
             grad, logits, local_features, memory, scores, inv_norm, ctx.local_gradient
         )
         if ctx.local_gradient:
             grad_local = grad_revision if grad_local is None else grad_local + grad_revision
     if grad_local is not None and (ctx.needs_input_grad[0] or ctx.needs_input_grad[3]):
-        grad_map, grad_p = stripe_pool_backward_op(None, grad_local, feature_map, None, local_features, p, ctx.eps)
+        grad_map, grad_p = pool_backward_(None, grad_local, feature_map, None, local_features, p, ctx.eps)
     return grad_map, grad_logits, None, None if p is None else grad_p, None, None
 
 
 one_pass_op.register_autograd(backward, setup_context=setup_context)
+eager_one_pass = autograd_function(one_pass, setup_context, backward)
+
+
+def check_one_pass(feature_map: Tensor, logits: Tensor, memory: Tensor, p: float | Tensor | None) -> None:
+    """Raises as `revise_logits_one_pass` says."""
+    checks.require_memory("memory", memory)
+    stripes, classes, _ = memory.shape
+    check_pooling(feature_map, stripes, p)
+    checks.require_tensor("logits", logits, "(B, N)")
+    checks.require_same_device(feature_map=feature_map, logits=logits, memory=memory)
+    batch, map_channels = feature_map.shape[:2]
+    checks.require_shape("memory", memory, (stripes, classes, map_channels), f"feature_map {tuple(feature_map.shape)}")
+    checks.require_shape("logits", logits, (batch, classes), f"feature_map and memory {tuple(memory.shape)}")
 
 
 def revise_logits_one_pass(
@@ -178,17 +216,20 @@ def revise_logits_one_pass(
     Raises:
         TypeError, ValueError: as `stripe_pool` and `revise_logits`.
     """
-    checks.require_memory("memory", memory)
-    stripes, classes, _ = memory.shape
-    p = check_pooling(feature_map, stripes, p)
-    checks.require_tensor("logits", logits, "(B, N)")
-    checks.require_same_device(feature_map=feature_map, logits=logits, memory=memory)
-    batch, map_channels = feature_map.shape[:2]
-    checks.require_shape("memory", memory, (stripes, classes, map_channels), f"feature_map {tuple(feature_map.shape)}")
-    checks.require_shape("logits", logits, (batch, classes), f"feature_map and memory {tuple(memory.shape)}")
+    eps = float(eps)
+    call = (
+        None
+        if is_traced(feature_map, logits, memory)
+        else Call.of("revise_logits_one_pass", feature_map, logits, memory, p, eps, local_gradient)
+    )
+    if call is None or not call.is_checked:
+        check_one_pass(feature_map, logits, memory, p)
+    arguments = feature_map, logits, memory, exponent(p, feature_map), eps, local_gradient
     if runs_on_reference():
         import cge_reference
 
-        return cge_reference.revise_logits_one_pass(feature_map, logits, memory, p, eps, local_gradient)
-    revised, local_features, _, _ = one_pass_op(feature_map, logits, memory, p, eps, local_gradient)
-    return revised, local_features
+        return cge_reference.revise_logits_one_pass(*arguments)
+    if call is None:
+        return one_pass_op(*arguments)[:2]
+    call.is_checked = True
+    return eager_one_pass(*arguments, call)[:2]

@@ -16,19 +16,29 @@ from torch import Tensor
 
 from cge_kernels.common import checks
 from cge_kernels.common.budget import empty_scores
-from cge_kernels.common.dispatch import autocast_off, runs_on_reference, runs_on_triton
+from cge_kernels.common.dispatch import autocast_off, autograd_function, is_traced, runs_on_reference
+from cge_kernels.common.plan import Call, Plan
 from cge_kernels.revise_logits import cpu
-from cge_kernels.revise_logits.backward import revise_logits_backward_op
+from cge_kernels.revise_logits.backward import revise_backward, revise_logits_backward_op
 from cge_kernels.revise_logits.forward import launch_forward
+
+
+def revise(
+    call: Call, logits: Tensor, local_features: Tensor, memory: Tensor, local_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if call.runs_on_triton(logits, local_features, memory):
+        with Plan(call) as plan:
+            return launch_forward(plan, logits, local_features, memory)
+    with autocast_off(logits):
+        return cpu.revise_logits(logits, local_features, memory)
 
 
 @torch.library.custom_op("cge_kernels::revise_logits", mutates_args=())
 def revise_logits_op(
     logits: Tensor, local_features: Tensor, memory: Tensor, local_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = launch_forward if runs_on_triton(logits, local_features, memory) else cpu.revise_logits
-    with autocast_off(logits):
-        return run(logits, local_features, memory)
+    arguments = logits, local_features, memory, local_gradient
+    return revise(Call.of("revise_logits", *arguments), *arguments)
 
 
 @revise_logits_op.register_fake
@@ -47,12 +57,23 @@ def setup_context(ctx, inputs, output) -> None:
 def backward(ctx, grad, _grad_scores, _grad_scale):
     if grad is None:
         return None, None, None, None
-    local_gradient = ctx.local_gradient and ctx.needs_input_grad[1]
-    grad_logits, grad_local = revise_logits_backward_op(grad, *ctx.saved_tensors, local_gradient)
+    saved, local_gradient = ctx.saved_tensors, ctx.local_gradient and ctx.needs_input_grad[1]
+    run = revise_logits_backward_op if is_traced(grad, *saved) else revise_backward
+    grad_logits, grad_local = run(grad, *saved, local_gradient)
     return grad_logits, grad_local if local_gradient else None, None, None
 
 
 revise_logits_op.register_autograd(backward, setup_context=setup_context)
+eager_revise_logits = autograd_function(revise, setup_context, backward)
+
+
+def check_revision(logits: Tensor, local_features: Tensor, memory: Tensor) -> None:
+    """Raises as `revise_logits` says."""
+    checks.require_tensor("logits", logits, "(B, N)")
+    checks.check_local(local_features, memory)
+    checks.require_same_device(logits=logits, memory=memory)
+    fitting = f"local_features and memory {tuple(memory.shape)}"
+    checks.require_shape("logits", logits, (len(local_features), memory.shape[1]), fitting)
 
 
 def revise_logits(logits: Tensor, local_features: Tensor, memory: Tensor, local_gradient: bool = True) -> Tensor:
@@ -75,13 +96,15 @@ def revise_logits(logits: Tensor, local_features: Tensor, memory: Tensor, local_
         TypeError: an argument is not a floating tensor.
         ValueError: ranks, shapes or devices do not fit, or the memory is not contiguous.
     """
-    checks.require_tensor("logits", logits, "(B, N)")
-    checks.check_local(local_features, memory)
-    checks.require_same_device(logits=logits, memory=memory)
-    fitting = f"local_features and memory {tuple(memory.shape)}"
-    checks.require_shape("logits", logits, (len(local_features), memory.shape[1]), fitting)
+    arguments = logits, local_features, memory, local_gradient
+    call = None if is_traced(*arguments[:3]) else Call.of("revise_logits", *arguments)
+    if call is None or not call.is_checked:
+        check_revision(*arguments[:3])
     if runs_on_reference():
         import cge_reference
 
-        return cge_reference.revise_logits(logits, local_features, memory, local_gradient)
-    return revise_logits_op(logits, local_features, memory, local_gradient)[0]
+        return cge_reference.revise_logits(*arguments)
+    if call is None:
+        return revise_logits_op(*arguments)[0]
+    call.is_checked = True
+    return eager_revise_logits(*arguments, call)[0]

@@ -11,15 +11,22 @@ import torch
 from torch import Tensor
 
 from cge_kernels.common.checks import accumulation_dtype, require_tensor
-from cge_kernels.common.dispatch import autocast_off, runs_on_reference, runs_on_triton
+from cge_kernels.common.dispatch import autocast_off, autograd_function, is_traced, runs_on_reference
+from cge_kernels.common.plan import Call, Plan
 from cge_kernels.stripe_pool import cpu, triton
+
+
+def pool(call: Call, feature_map: Tensor, stripes: int, p: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    if call.runs_on_triton(feature_map):
+        with Plan(call) as plan:
+            return triton.launch_forward(plan, feature_map, stripes, p, eps)
+    with autocast_off(feature_map):
+        return cpu.stripe_pool(feature_map, stripes, p, eps)
 
 
 @torch.library.custom_op("cge_kernels::stripe_pool", mutates_args=())
 def stripe_pool_op(feature_map: Tensor, stripes: int, p: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    run = triton.launch_forward if runs_on_triton(feature_map) else cpu.stripe_pool
-    with autocast_off(feature_map):
-        return run(feature_map, stripes, p, eps)
+    return pool(Call.of("stripe_pool", feature_map, stripes, p, eps), feature_map, stripes, p, eps)
 
 
 @stripe_pool_op.register_fake
@@ -32,14 +39,20 @@ def _(feature_map, stripes, p, eps):
     )
 
 
-@torch.library.custom_op("cge_kernels::stripe_pool_backward", mutates_args=())
-def stripe_pool_backward_op(
+def pool_backward(
     grad_global: Tensor | None, grad_local: Tensor | None, feature_map: Tensor, global_feature: Tensor | None,
     local_features: Tensor, p: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    run = triton.launch_backward if runs_on_triton(feature_map) else cpu.stripe_pool_backward
+    arguments = grad_global, grad_local, feature_map, global_feature, local_features, p, eps
+    call = Call.of("stripe_pool_backward", *arguments)
+    if call.runs_on_triton(feature_map):
+        with Plan(call) as plan:
+            return triton.launch_backward(plan, *arguments)
     with autocast_off(feature_map):
-        return run(grad_global, grad_local, feature_map, global_feature, local_features, p, eps)
+        return cpu.stripe_pool_backward(*arguments)
+
+
+stripe_pool_backward_op = torch.library.custom_op("cge_kernels::stripe_pool_backward", mutates_args=())(pool_backward)
 
 
 @stripe_pool_backward_op.register_fake
@@ -55,27 +68,31 @@ def setup_context(ctx, inputs, output) -> None:
 
 def backward(ctx, grad_global, grad_local):
     feature_map, p, global_feature, local_features = ctx.saved_tensors
-    grad_map, grad_p = stripe_pool_backward_op(
-        grad_global, grad_local, feature_map, global_feature, local_features, p, ctx.eps
-    )
+    run = stripe_pool_backward_op if is_traced(feature_map, grad_global, grad_local) else pool_backward
+    grad_map, grad_p = run(grad_global, grad_local, feature_map, global_feature, local_features, p, ctx.eps)
     return grad_map, None, None if p is None else grad_p, None
 
 
 stripe_pool_op.register_autograd(backward, setup_context=setup_context)
+eager_stripe_pool = autograd_function(pool, setup_context, backward)
 
 
-def check_pooling(feature_map: Tensor, stripes: int, p: float | Tensor | None) -> Tensor | None:
-    """Raises as `stripe_pool` says; returns p as a 0-d tensor on the map's device in the dtype of the sums, or None."""
+def check_pooling(feature_map: Tensor, stripes: int, p: float | Tensor | None) -> None:
+    """Raises as `stripe_pool` says."""
     require_tensor("feature_map", feature_map, "(B, C, H, W)")
     height = feature_map.shape[2]
     if 0 in feature_map.shape[1:]:
         raise ValueError(f"feature_map must have no empty dimension but B, got {tuple(feature_map.shape)}")
     if not 1 <= stripes <= height:
         raise ValueError(f"stripes must lie between 1 and the feature map's height {height}, got {stripes}")
-    if p is None:
-        return None
     if isinstance(p, Tensor) and p.dim() != 0:
         raise ValueError(f"p must be a number or a 0-d tensor, got shape {tuple(p.shape)}")
+
+
+def exponent(p: float | Tensor | None, feature_map: Tensor) -> Tensor | None:
+    """p as a 0-d tensor on the map's device in the dtype of the sums, or None."""
+    if p is None:
+        return None
     return torch.as_tensor(p, dtype=accumulation_dtype(feature_map), device=feature_map.device)
 
 
@@ -101,9 +118,16 @@ def stripe_pool(
         TypeError: the map is not a floating tensor.
         ValueError: it has another rank or an empty dimension, n is outside 1..H, or p is a tensor with dimensions.
     """
-    p = check_pooling(feature_map, stripes, p)
+    eps = float(eps)
+    call = None if is_traced(feature_map) else Call.of("stripe_pool", feature_map, stripes, p, eps)
+    if call is None or not call.is_checked:
+        check_pooling(feature_map, stripes, p)
+    p = exponent(p, feature_map)
     if runs_on_reference():
         import cge_reference
 
         return cge_reference.stripe_pool(feature_map, stripes, p, eps)
-    return stripe_pool_op(feature_map, stripes, p, eps)
+    if call is None:
+        return stripe_pool_op(feature_map, stripes, p, eps)
+    call.is_checked = True
+    return eager_stripe_pool(feature_map, stripes, p, eps, call)

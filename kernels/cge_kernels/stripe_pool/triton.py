@@ -5,11 +5,14 @@ stripe shares with the next one (where n does not divide H), so that each elemen
 exactly once; the global sum comes from the same loads.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cge_kernels.common.device_functions import jit, product, tl, triton
-from cge_kernels.common.launch import launch
+from cge_kernels.common.launch import Tiles
+from cge_kernels.common.plan import Plan
 from cge_kernels.common.tiles import POOL, POOL_BACKWARD, cdiv, contiguous_axis
 
 # Below this log2 of a mean x^p the forward clamps the mean (at 2^-126), so no gradient passes.
@@ -113,8 +116,8 @@ def pool_tile(
 
 @jit
 def stripe_pool_kernel(
-    map_ptr, p_ptr, eps, global_ptr, local_ptr,
-    channels, map_stride_0, map_stride_1, map_stride_2, map_stride_3,
+    map_ptr, p_ptr, global_ptr, local_ptr,
+    eps, channels, map_stride_0, map_stride_1, map_stride_2, map_stride_3,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIPES: tl.constexpr, FLAT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -193,8 +196,8 @@ def write_rows(
 
 @jit
 def stripe_pool_backward_kernel(
-    grad_global_ptr, grad_local_ptr, map_ptr, global_ptr, local_ptr, p_ptr, eps, grad_map_ptr, grad_p_ptr,
-    channels, map_stride_0, map_stride_1, map_stride_2, map_stride_3,
+    grad_global_ptr, grad_local_ptr, map_ptr, global_ptr, local_ptr, p_ptr, grad_map_ptr, grad_p_ptr,
+    eps, channels, map_stride_0, map_stride_1, map_stride_2, map_stride_3,
     grad_map_stride_0, grad_map_stride_1, grad_map_stride_2, grad_map_stride_3,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIPES: tl.constexpr, FLAT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -261,40 +264,47 @@ def map_constants(stripes: int, *maps: Tensor) -> dict[str, int | bool]:
     return {"HEIGHT": height, "WIDTH": width, "STRIPES": stripes, "FLAT": flat}
 
 
-def launch_forward(feature_map: Tensor, stripes: int, p: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def prepare(tiles: Tiles, stripes: int, eps: float, *maps: Tensor) -> tuple[int, Tiles, dict[str, Any]]:
+    """Programs, tiles and scalars of a pass over maps (B, C, H, W)."""
+    batch, channels = maps[0].shape[:2]
+    programs = batch * cdiv(channels, tiles["BLOCK_C"])
+    return programs, tiles, {"eps": eps, "channels": channels, **map_constants(stripes, *maps)}
+
+
+def launch_forward(
+    plan: Plan, feature_map: Tensor, stripes: int, p: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
     """Global (B, C) and local (B, n, C) features, float32."""
     batch, channels = feature_map.shape[:2]
-    global_feature = feature_map.new_empty(batch, channels, dtype=torch.float32)
-    local_features = feature_map.new_empty(batch, stripes, channels, dtype=torch.float32)
-    tiles = POOL[contiguous_axis(feature_map)]
-    launch(
-        stripe_pool_kernel, batch * cdiv(channels, tiles["BLOCK_C"]), tiles,
-        {"map": feature_map, "p": p, "global": global_feature, "local": local_features},
-        eps=eps, channels=channels, **map_constants(stripes, feature_map),
+    global_feature = feature_map.new_empty((batch, channels), dtype=torch.float32)
+    local_features = feature_map.new_empty((batch, stripes, channels), dtype=torch.float32)
+    plan.launch(
+        stripe_pool_kernel, {"map": feature_map, "p": p, "global": global_feature, "local": local_features},
+        lambda: prepare(POOL[contiguous_axis(feature_map)], stripes, eps, feature_map),
     )  # fmt: skip
     return global_feature, local_features
 
 
 def launch_backward(
-    grad_global: Tensor | None, grad_local: Tensor | None, feature_map: Tensor, global_feature: Tensor | None,
-    local_features: Tensor, p: Tensor | None, eps: float,
+    plan: Plan, grad_global: Tensor | None, grad_local: Tensor | None, feature_map: Tensor,
+    global_feature: Tensor | None, local_features: Tensor, p: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradient of the map, and of p (0-d float32; 0 for average pooling)."""
-    batch, channels = feature_map.shape[:2]
     grad_map = torch.empty_like(feature_map)
     tiles = POOL_BACKWARD[contiguous_axis(feature_map)]
-    programs = batch * cdiv(channels, tiles["BLOCK_C"])
-    grad_p = None if p is None else feature_map.new_empty(programs, dtype=torch.float32)
-    tensors = {
-        "grad_global": None if grad_global is None else grad_global.contiguous(),
-        "grad_local": None if grad_local is None else grad_local.contiguous(),
-        "map": feature_map,
-        "global": global_feature,
-        "local": local_features,
-        "p": p,
-        "grad_map": grad_map,
-        "grad_p": grad_p,
-    }
-    constants = map_constants(local_features.shape[1], feature_map, grad_map)
-    launch(stripe_pool_backward_kernel, programs, tiles, tensors, eps=eps, channels=channels, **constants)
+    grad_p = None
+    if p is not None:
+        grad_p = feature_map.new_empty(
+            len(feature_map) * cdiv(feature_map.shape[1], tiles["BLOCK_C"]), dtype=torch.float32
+        )
+    plan.launch(
+        stripe_pool_backward_kernel,
+        {
+            "grad_global": None if grad_global is None else grad_global.contiguous(),
+            "grad_local": None if grad_local is None else grad_local.contiguous(),
+            "map": feature_map, "global": global_feature, "local": local_features, "p": p, "grad_map": grad_map,
+            "grad_p": grad_p,
+        },
+        lambda: prepare(tiles, local_features.shape[1], eps, feature_map, grad_map),
+    )  # fmt: skip
     return grad_map, feature_map.new_zeros((), dtype=torch.float32) if grad_p is None else grad_p.sum()

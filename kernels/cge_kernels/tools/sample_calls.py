@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cge_kernels.common.budget import SCRATCH_MB
+from cge_kernels.common.plan import Plan
 from cge_kernels.cross_entropy.backward import launch_backward as cross_entropy_backward
 from cge_kernels.cross_entropy.forward import launch_forward as cross_entropy_forward
 from cge_kernels.cross_entropy.inputs import Inputs, Saved
@@ -74,9 +75,9 @@ def call_pooling(shape: Shape, dtype: torch.dtype, every_variant: bool) -> None:
     """
     for feature_map in feature_maps(shape, dtype)[: 3 if every_variant else 2]:
         for p in (None, empty()):
-            pooled, local = pool_forward(feature_map, shape.stripes, p, EPS)
+            pooled, local = pool_forward(Plan(), feature_map, shape.stripes, p, EPS)
             for gradients in ((pooled, local), (pooled, None), (None, local))[: 3 if every_variant else 1]:
-                pool_backward(*gradients, feature_map, pooled, local, p, EPS)
+                pool_backward(Plan(), *gradients, feature_map, pooled, local, p, EPS)
 
 
 def call_revision(shape: Shape, dtype: torch.dtype, memory_dtype: torch.dtype, every_variant: bool) -> None:
@@ -91,12 +92,12 @@ def call_revision(shape: Shape, dtype: torch.dtype, memory_dtype: torch.dtype, e
         with mock.patch.dict(os.environ, CGE_SCRATCH_MB=str(megabytes)):
             for local_dtype in {torch.float32, memory_dtype} if every_variant else [torch.float32]:
                 local = empty(shape.batch, shape.stripes, shape.channels, dtype=local_dtype)
-                _, scores, inv_norm = revise_forward(logits, local, memory)
+                _, scores, inv_norm = revise_forward(Plan(), logits, local, memory)
                 for local_gradient in (True, False)[: 2 if every_variant else 1]:
-                    revise_backward(logits, logits, local, memory, scores, inv_norm, local_gradient)
+                    revise_backward(Plan(), logits, logits, local, memory, scores, inv_norm, local_gradient)
             for feature_map in feature_maps(shape, dtype)[: 3 if every_variant else 2]:
                 for p in (empty(), None)[: 2 if every_variant else 1]:
-                    one_pass_forward(feature_map, logits, memory, p, EPS)
+                    one_pass_forward(Plan(), feature_map, logits, memory, p, EPS)
 
 
 def call_cross_entropy(shape: Shape, dtype: torch.dtype, memory_dtype: torch.dtype, every_variant: bool) -> None:
@@ -115,11 +116,11 @@ def call_cross_entropy(shape: Shape, dtype: torch.dtype, memory_dtype: torch.dty
                 weight = empty(shape.classes, shape.channels, dtype=feature_dtype)
                 bias = empty(shape.classes) if every_variant else None
                 inputs = Inputs(features, weight, local, memory, labels, bias, 0, shape.classes)
-                (_, lse, _, _), *saved = cross_entropy_forward(inputs, 0.1)
+                (_, lse, _, _), *saved = cross_entropy_forward(Plan(), inputs, 0.1)
                 for local_gradient in (True, False)[: 2 if every_variant else 1]:
-                    cross_entropy_backward(inputs, grad, Saved(lse, *saved), 0.1, local_gradient)
+                    cross_entropy_backward(Plan(), inputs, grad, Saved(lse, *saved), 0.1, local_gradient)
                 if every_variant:
-                    cross_entropy_forward(inputs, None)
+                    cross_entropy_forward(Plan(), inputs, None)
 
 
 def call_write(shape: Shape, dtype: torch.dtype) -> None:
@@ -127,9 +128,9 @@ def call_write(shape: Shape, dtype: torch.dtype) -> None:
     memory = empty(shape.stripes, shape.classes, shape.channels)
     local = empty(shape.batch, shape.stripes, shape.channels)
     labels = empty(shape.batch, dtype=torch.int64)
-    launch_write(memory, local, labels, empty(), None)
+    launch_write(Plan(), memory, local, labels, empty(), None)
     if dtype != torch.float32:
-        launch_write(memory, local, labels, empty(), empty(*memory.shape, dtype=dtype))
+        launch_write(Plan(), memory, local, labels, empty(), empty(*memory.shape, dtype=dtype))
 
 
 def call_operators(quick: bool, dtype: torch.dtype, memory_dtype: torch.dtype) -> None:

@@ -6,6 +6,7 @@ For each identity y of the batch, u_i = normalise(mean of its f_i): M[i,y] <- no
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn.functional import normalize
 
 from cge_kernels.common.checks import (
@@ -15,9 +16,13 @@ from cge_kernels.common.checks import (
     require_tensor,
     valid_labels,
 )
-from cge_kernels.common.dispatch import autocast_off, runs_on_reference, runs_on_triton
+from cge_kernels.common.dispatch import autocast_off, is_traced, runs_on_reference
+from cge_kernels.common.launch import host_may_look
+from cge_kernels.common.plan import Call, Plan
 from cge_kernels.common.sharding import ClassShard, gather, has_all_classes
 from cge_kernels.write_memory.triton import launch_write
+
+_constants: dict[tuple, Tensor] = {}
 
 NORM_EPS = 1e-12  # a mean feature below this norm counts as zero: it has no direction
 
@@ -44,29 +49,56 @@ def write_on_cpu(
         low_precision_memory[:, identities] = rows.to(low_precision_memory.dtype)
 
 
+def write(
+    call: Call, memory: Tensor, local_features: Tensor, labels: Tensor, momentum: Tensor,
+    low_precision_memory: Tensor | None,
+) -> None:  # fmt: skip
+    if host_may_look(labels):  # elsewhere the kernel masks wrong ones
+        valid_labels(labels, memory.shape[1])
+    if host_may_look(momentum) and not 0 <= momentum.item() <= 1:
+        raise ValueError(f"momentum must lie in [0, 1], got {momentum.item()}")
+    arguments = memory, local_features, labels, momentum.to(memory.device, memory.dtype), low_precision_memory
+    if runs_on_reference():
+        import cge_reference
+
+        cge_reference.write_memory_(*arguments)
+    elif call.runs_on_triton(memory, local_features):
+        with Plan(call) as plan:
+            launch_write(plan, *arguments)
+    else:
+        with autocast_off(memory):
+            write_on_cpu(*arguments)
+
+
 @torch.library.custom_op("cge_kernels::write_memory_", mutates_args=("memory", "low_precision_memory"))
 def write_memory_op(
     memory: Tensor, local_features: Tensor, labels: Tensor, momentum: Tensor, low_precision_memory: Tensor | None
 ) -> None:
-    # Looking at labels and momentum on a GPU would synchronise with the host; there the kernel masks wrong labels.
-    if labels.device.type == "cpu":
-        valid_labels(labels, memory.shape[1])
-    if momentum.device.type == "cpu" and not 0 <= momentum.item() <= 1:
-        raise ValueError(f"momentum must lie in [0, 1], got {momentum.item()}")
-    momentum = momentum.to(memory.device, memory.dtype)
-    if runs_on_reference():
-        import cge_reference
-
-        cge_reference.write_memory_(memory, local_features, labels, momentum, low_precision_memory)
-        return
-    write = launch_write if runs_on_triton(memory, local_features) else write_on_cpu
-    with autocast_off(memory):
-        write(memory, local_features, labels, momentum, low_precision_memory)
+    arguments = memory, local_features, labels, momentum, low_precision_memory
+    write(Call.of("write_memory_", *arguments), *arguments)
 
 
 @write_memory_op.register_fake
 def _(memory, local_features, labels, momentum, low_precision_memory):
     return None
+
+
+def check_write(memory: Tensor, local_features: Tensor, labels: Tensor, low_precision_memory: Tensor | None) -> None:
+    """Raises as `write_memory_` says."""
+    require_memory("memory", memory)
+    if memory.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"memory must be float32 or float64 (a smaller dtype loses increments), got {memory.dtype}")
+    require_tensor("local_features", local_features, "(B, n, C)")
+    require_tensor("labels", labels, "(B,)", "an integer")
+    require_same_device(memory=memory, local_features=local_features, labels=labels)
+    stripes, _, channels = memory.shape
+    batch = len(local_features)
+    require_shape("local_features", local_features, (batch, stripes, channels), f"memory {tuple(memory.shape)}")
+    require_shape("labels", labels, (batch,), f"local_features {tuple(local_features.shape)}")
+    if low_precision_memory is not None:
+        require_memory("low_precision_memory", low_precision_memory)
+        require_shape("low_precision_memory", low_precision_memory, tuple(memory.shape), "memory")
+        require_same_device(memory=memory, low_precision_memory=low_precision_memory)
 
 
 def write_memory_(
@@ -100,29 +132,39 @@ def write_memory_(
         ValueError: ranks, shapes or devices do not fit, a memory is not contiguous, the momentum (a number or on the
             CPU) is outside [0, 1], or (on the CPU) a label is outside [0, N); on a GPU such a sample writes nothing.
     """
-    require_memory("memory", memory)
-    if memory.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"memory must be float32 or float64 (a smaller dtype loses increments), got {memory.dtype}")
-    require_tensor("local_features", local_features, "(B, n, C)")
-    require_tensor("labels", labels, "(B,)", "an integer")
-    require_same_device(memory=memory, local_features=local_features, labels=labels)
-    stripes, _, channels = memory.shape
-    batch = len(local_features)
-    require_shape("local_features", local_features, (batch, stripes, channels), f"memory {tuple(memory.shape)}")
-    require_shape("labels", labels, (batch,), f"local_features {tuple(local_features.shape)}")
-    if low_precision_memory is not None:
-        require_memory("low_precision_memory", low_precision_memory)
-        require_shape("low_precision_memory", low_precision_memory, tuple(memory.shape), "memory")
-        require_same_device(memory=memory, low_precision_memory=low_precision_memory)
+    tensors = memory, local_features, labels, low_precision_memory
+    given = momentum if isinstance(momentum, Tensor) else None
+    call = None if is_traced(*tensors, given) else Call.of("write_memory_", *tensors, given)
+    if call is None or not call.is_checked:
+        check_write(*tensors)
     if not isinstance(momentum, Tensor):
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must lie in [0, 1], got {float(momentum)}")
-        momentum = torch.full((), momentum, dtype=memory.dtype, device=memory.device)
+        make = torch.full if call is None else constant
+        momentum = make((), float(momentum), dtype=memory.dtype, device=memory.device)
     local_features = local_features.detach()
     if not has_all_classes(shard, memory):
         local_features, labels = of_own_classes(local_features, labels, shard)
-    write_memory_op(memory, local_features, labels, momentum, low_precision_memory)
+        call = Call.of("write_memory_", memory, local_features, labels, low_precision_memory, given)
+    if call is None:
+        write_memory_op(memory, local_features, labels, momentum, low_precision_memory)
+    else:
+        call.is_checked = True
+        write(call, memory, local_features, labels, momentum, low_precision_memory)
+        increment_version(memory if low_precision_memory is None else (memory, low_precision_memory))
     return memory
+
+
+def constant(shape: tuple[()], number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.full, remembered. What a CUDA graph's capture makes has its value only when the graph runs: not kept."""
+    key = number, dtype, device
+    made = _constants.get(key)
+    if made is None:
+        made = torch.full(shape, number, dtype=dtype, device=device)
+        if not (made.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _constants.clear()  # momentum changes once an epoch: only the last one is worth keeping
+            _constants[key] = made
+    return made
 
 
 def of_own_classes(local_features: Tensor, labels: Tensor, shard: ClassShard) -> tuple[Tensor, Tensor]:

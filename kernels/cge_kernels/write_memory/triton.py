@@ -8,7 +8,8 @@ atomic and no look from the host. A row is held whole in registers, so that it i
 from torch import Tensor
 
 from cge_kernels.common.device_functions import NORM_EPS, jit, product, tl
-from cge_kernels.common.launch import current_target, launch
+from cge_kernels.common.launch import Tiles, current_target
+from cge_kernels.common.plan import Plan
 from cge_kernels.common.tiles import write_tiles
 
 MAX_CHANNELS = 8_192  # a row of more does not fit a program's registers
@@ -68,19 +69,24 @@ def write_memory_kernel(
 
 
 def launch_write(
-    memory: Tensor, local_features: Tensor, labels: Tensor, momentum: Tensor, low_precision_memory: Tensor | None
-) -> None:
+    plan: Plan, memory: Tensor, local_features: Tensor, labels: Tensor, momentum: Tensor,
+    low_precision_memory: Tensor | None,
+) -> None:  # fmt: skip
     """Writes memory and low_precision_memory in place."""
     stripes, classes, channels = memory.shape
-    if channels > MAX_CHANNELS:
-        raise ValueError(f"memory must have at most {MAX_CHANNELS} channels, got {channels}")
     batch = len(labels)
-    launch(
-        write_memory_kernel, batch * stripes, write_tiles(current_target(memory), batch, channels),
+
+    def prepare() -> tuple[int, Tiles, dict[str, int]]:
+        if channels > MAX_CHANNELS:
+            raise ValueError(f"memory must have at most {MAX_CHANNELS} channels, got {channels}")
+        tiles = write_tiles(current_target(memory), batch, channels)
+        return batch * stripes, tiles, {"batch": batch, "classes": classes, "channels": channels, "STRIPES": stripes}
+
+    plan.launch(
+        write_memory_kernel,
         {
             "memory": memory, "low_precision_memory": low_precision_memory, "local": local_features, "labels": labels,
             "momentum": momentum,
         },
-        batch=batch, classes=classes, channels=channels,
-        STRIPES=stripes,
+        prepare,
     )  # fmt: skip

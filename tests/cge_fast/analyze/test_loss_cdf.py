@@ -1,4 +1,4 @@
-"""The distribution of the loss."""
+"""The cumulated loss."""
 
 import pytest
 import torch
@@ -21,8 +21,8 @@ def larger_logits(run):
 @pytest.mark.parametrize(
     ("cge", "variant"),
     [
-        *(("true", variant) for variant in ("", "cge_focal", "cge_sphere", "revised_maps", "shuffled_memory")),
-        *(("false", variant) for variant in ("", "focal", "sphere")),
+        *(("true", variant) for variant in ("", "cge_focal", "cge_feature", "shuffled_memory")),
+        *(("false", variant) for variant in ("", "focal", "feature")),
     ],
 )
 def test_the_mean_of_the_samples_is_the_loss_of_training(opened, train_set, cge, variant):
@@ -36,23 +36,22 @@ def test_the_mean_of_the_samples_is_the_loss_of_training(opened, train_set, cge,
     torch.testing.assert_close(losses.mean(), trained.loss(embeddings, labels).loss, rtol=1e-6, atol=0)
 
 
-def test_shares_of_images_up_to_parts_of_the_largest_loss(opened, rows_of, tmp_path):
+def test_the_images_of_least_loss_make_their_share_of_the_loss(opened, rows_of, tmp_path):
     first = opened("first", change=larger_logits)
     second = opened("second", "--model.cge", "false", *SETTINGS, change=larger_logits)
     written = loss_cdf([first, second], tmp_path)
-    rows = rows_of(written.table)
     for trained in (first, second):
-        losses = train_losses(trained)
-        mine = [{k: v if k == "checkpoint" else float(v) for k, v in r.items()} for r in rows]
-        mine = [row for row in mine if row["checkpoint"] == trained.label]
-        assert [row["normalised_loss"] for row in mine] == pytest.approx([part / 500 for part in range(501)])
-        assert mine[-1]["loss"] == losses.max().item()
-        assert mine[-1]["share"] == 1
-        assert mine[0]["share"] == 0
-        for row in mine:
-            assert row["loss"] == pytest.approx(row["normalised_loss"] * losses.max().item())
-            assert row["share"] == (losses <= row["loss"]).double().mean().item()
-        assert f"{trained.label}: largest {losses.max():.3f}" in written.summary
+        losses = sorted(train_losses(trained).tolist())
+        rows = [row for row in rows_of(written.table) if row["checkpoint"] == trained.label]
+        shares = [(float(row["share_of_images"]), float(row["share_of_loss"])) for row in rows]
+        assert (shares[0], len(shares)) == ((0, 0), 501)
+        assert shares[-1] == pytest.approx((1, 1))
+        for images, share in shares:
+            count = round(images * len(losses))
+            assert images == count / len(losses)
+            assert share == pytest.approx(sum(losses[:count]) / sum(losses))
+        hardest = sum(losses[22:]) / sum(losses)  # of 24 images: 450 of 500 steps are 21.6 images, so 22
+        assert f"{trained.label}: the hardest tenth makes {hardest:.1%} of it" in written.summary
     assert written.picture.exists()
 
 

@@ -9,10 +9,9 @@ import PIL.Image
 import pytest
 import torch
 
-from cge_fast.analyze.ranked import Features, average_precisions, first_images, plain_distances, ranked
+from cge_fast.analyze.ranked import Features, first_images, plain_distances, ranked
 from cge_fast.data import read
 from cge_fast.errors import UserError
-from cge_fast.evaluation import ranking
 from cge_fast.evaluation.features import evaluate
 
 
@@ -23,18 +22,6 @@ def few_values(random, images, identities=5, cameras=3):
         torch.from_numpy(random.integers(0, identities, size=images)),
         torch.from_numpy(random.integers(0, cameras, size=images)),
     )
-
-
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("chunk", [1, 10**6])
-def test_the_mean_of_the_precisions_is_evaluations(seed, chunk, monkeypatch):
-    random = np.random.default_rng(seed)
-    query, gallery = few_values(random, 9, identities=6), few_values(random, 40)
-    monkeypatch.setattr(ranking, "CHUNK_DISTANCES", chunk)
-    precisions = average_precisions(query, gallery, plain_distances(query, gallery, "euclidean"))
-    evaluated = ranking.evaluate_ranking(*query, *gallery, "euclidean")
-    assert precisions.nanmean().item() == pytest.approx(evaluated.mAP, rel=1e-12)
-    assert precisions.isnan().sum() == evaluated.skipped
 
 
 @pytest.mark.parametrize("seed", range(5))

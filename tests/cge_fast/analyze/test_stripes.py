@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from cge_fast.analyze.stripes import level_name, levels, precision, train_stripe_correct
+from cge_fast.analyze.stripes import levels, precision, train_stripe_correct
 from cge_fast.errors import UserError
 from cge_reference.revise_logits import local_scores
 
@@ -63,11 +63,6 @@ def test_levels_count_images_by_their_correct_stripes_the_easiest_first(opened, 
     assert [float(row["share"]) for row in rows] == [int(row["images"]) / IMAGES for row in rows]
     assert "empty: 2 of 2 correct 25.0%, 1 of 2 correct 0.0%, 0 of 2 correct 75.0%" in written.summary
     assert written.picture.exists()
-
-
-def test_only_three_stripes_have_the_papers_names():
-    assert [level_name(correct, 3) for correct in (3, 0)] == ["easiest", "hardest"]
-    assert level_name(3, 4) == "3 of 4 correct"
 
 
 @pytest.mark.parametrize("analysis", [levels, precision])

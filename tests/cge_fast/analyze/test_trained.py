@@ -10,7 +10,6 @@ import torch
 from cge_fast.analyze.trained import (
     open_checkpoint,
     require_cge,
-    require_labels_differ,
     train_batches,
 )
 from cge_fast.errors import UserError
@@ -22,13 +21,6 @@ def test_a_checkpoint_is_called_by_its_run_or_by_its_folder_or_as_one_likes(save
     assert open_checkpoint(last, "CGE").label == "CGE"
     copied = shutil.copytree(last, tmp_path / "sent")
     assert open_checkpoint(copied).label == "sent"
-
-
-def test_two_of_the_same_name_are_refused(opened, saved):
-    first = opened("mine")
-    with pytest.raises(UserError, match=r"^labels: 2 checkpoints are called mine, give each a name of its own$"):
-        require_labels_differ([first, first])
-    require_labels_differ([first, opened("other")])
 
 
 def test_a_network_without_cge_is_refused_where_cge_is_needed(opened):

@@ -37,11 +37,20 @@ def test_an_image_too_small_for_instance_normalisation_is_named():
         backbones.map_size(backbone, 16, 8)
 
 
-def test_the_stem_is_torchvisions():
-    backbone = backbones.build("resnet18")
-    stem = [type(module).__name__ for module in list(backbone)[:4]]
-    assert stem == ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d"]
-    assert backbone.maxpool.padding == 1
+@pytest.mark.parametrize(
+    ("stem", "relu", "padding", "ceil"),
+    [("torchvision", "ReLU", 1, False), ("without_relu", "Identity", 1, False), ("ceil_pool", "ReLU", 0, True)],
+)
+def test_the_stem_is_torchvisions_or_that_of_public_code(stem, relu, padding, ceil):
+    backbone = backbones.build("resnet18", stem=stem)
+    assert [type(module).__name__ for module in list(backbone)[:4]] == ["Conv2d", "BatchNorm2d", relu, "MaxPool2d"]
+    assert (backbone.maxpool.padding, backbone.maxpool.ceil_mode) == (padding, ceil)
+    assert backbones.map_size(backbone, 96, 48) == (512, 6, 3)
+
+
+def test_the_small_network_has_no_such_stem():
+    with pytest.raises(UserError, match=r"^model.stem: without_relu is of a ResNet, the backbone compact has"):
+        backbones.build("compact", stem="without_relu")
 
 
 def test_ibn_a_has_the_published_names_and_shapes():

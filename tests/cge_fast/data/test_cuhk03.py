@@ -17,6 +17,7 @@ PEOPLE = (2, 1, 0, 0, 1)  # of each of the five camera pairs
 TRAIN = ["1_001_1_01.png", "1_001_1_02.png", "1_001_2_06.png"]
 QUERY = ["1_002_1_01.png", "5_001_1_01.png", "5_001_2_06.png"]
 GALLERY = ["1_002_2_06.png", "5_001_1_02.png", "5_001_2_10.png"]
+CLASSIC_TEST = [(5, 1), (1, 2)]  # camera pair and person, of the first of the 20 classic splits
 IMAGES = [*TRAIN, *QUERY, *GALLERY]
 IDENTITIES = {"1_001": 1, "1_002": 2, "5_001": 1467}
 
@@ -50,6 +51,11 @@ def write_archive(file):
                     )
                 pairs[0, pair - 1] = mat.create_dataset(f"#refs#/{boxes}{pair}", data=cells, dtype=h5py.ref_dtype).ref
             mat.create_dataset(boxes, data=pairs, dtype=h5py.ref_dtype)
+        splits = np.empty((1, 20), dtype=h5py.ref_dtype)
+        for split in range(20):
+            test = CLASSIC_TEST if split == 0 else [(1, 1)]
+            splits[0, split] = stored(np.array(test, dtype=float).T)
+        mat.create_dataset("testsets", data=splits, dtype=h5py.ref_dtype)
 
 
 def write_protocol(file, **other):
@@ -141,13 +147,13 @@ def test_a_damaged_archive_is_named(archive, keep):
 @pytest.mark.parametrize("content", [b"", b"not MATLAB " * 100])
 def test_a_damaged_protocol_is_named(archive, content):
     (archive / "cuhk03_new_protocol_config_detected.mat").write_bytes(content)
-    with pytest.raises(UserError, match=r"config_detected.mat is not the new protocol of CUHK03"):
+    with pytest.raises(UserError, match=r"config_detected.mat does not hold the protocol of CUHK03"):
         cuhk03(archive)
 
 
 def test_a_protocol_that_lacks_a_field_is_named(archive):
     savemat(archive / "cuhk03_new_protocol_config_detected.mat", {"train_idx": [[1]]})
-    with pytest.raises(UserError, match=r"config_detected.mat is not the new protocol of CUHK03 \(KeyError"):
+    with pytest.raises(UserError, match=r"config_detected.mat does not hold the protocol of CUHK03 \(KeyError"):
         cuhk03(archive)
 
 
@@ -155,4 +161,35 @@ def test_a_protocol_that_lacks_a_field_is_named(archive):
 def test_without_the_extra_the_error_says_what_to_install(archive, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=r"CUHK03 needs h5py and scipy: pip install 'cge-fast\[cuhk03\]'"):
+        cuhk03(archive)
+
+
+@pytest.mark.parametrize("boxes", ["detected", "labeled"])
+def test_the_classic_split_is_the_first_of_the_archive_and_needs_no_other_file(archive, boxes):
+    for protocol in archive.glob("*.mat"):
+        protocol.unlink()
+    found = cuhk03(archive, f"{boxes}-classic")
+    # In the archive's order 1_001 is identity 1, 1_002 is 2, 2_001 (no image) 3 and 5_001 the fourth.
+    assert [(image.identity, image.camera) for image in found.train] == [(1, 1), (1, 1), (1, 2)]
+    assert [(image.identity, image.camera) for image in found.query] == [(2, 1), (4, 1), (4, 1)]
+    assert [(image.identity, image.camera) for image in found.gallery] == [(2, 2), (4, 2)], (
+        "one of the second view each"
+    )
+    assert found.gallery[1].path.name.removeprefix("0004_c2_") in ("5_001_2_06.png", "5_001_2_10.png")
+    with PIL.Image.open(found.train[0].path) as picture:
+        assert np.array_equal(np.asarray(picture), pixels("1_001_1_01.png", boxes))
+    (archive / "cuhk03_release" / "cuhk-03.mat").unlink()
+    assert cuhk03(archive, f"{boxes}-classic") == found
+
+
+def test_an_archive_without_splits_is_named(archive):
+    with h5py.File(archive / "cuhk03_release" / "cuhk-03.mat", "a") as mat:
+        del mat["testsets"]
+    with pytest.raises(UserError, match=r"cuhk-03.mat does not hold the protocol of CUHK03 \(KeyError"):
+        cuhk03(archive, "detected-classic")
+
+
+def test_extracted_images_that_are_lost_are_named(archive):
+    next(image.path for image in cuhk03(archive).gallery).unlink()
+    with pytest.raises(UserError, match=r"images_detected holds 8 of its 9 files: remove it, and it is made anew"):
         cuhk03(archive)

@@ -112,7 +112,8 @@ def test_counts_that_are_not_the_published_ones_fail_after_table_and_sheet(marke
         assert sheet.width > 72
 
 
-# Zheng et al. 2015 (without the junk), Wei et al. 2018, Zhong et al. 2017 (new protocol), Liu et al. 2016
+# Zheng et al. 2015 (without the junk), Wei et al. 2018, Zhong et al. 2017 (new protocol), Li et al. 2014, Liu et al.
+# 2016, Zheng et al. 2017, Miao et al. 2019; VehicleID and VERI-Wild by their lists, as FastReID's readers count them
 @pytest.mark.parametrize(
     ("name", "train", "query", "gallery"),
     [
@@ -121,7 +122,14 @@ def test_counts_that_are_not_the_published_ones_fail_after_table_and_sheet(marke
         ("msmt17-train-only", (1041, 30248, 15), (3060, 11659, 15), (3060, 82161, 15)),
         ("cuhk03-detected", (767, 7365, 2), (700, 1400, 2), (700, 5332, 2)),
         ("cuhk03-labeled", (767, 7368, 2), (700, 1400, 2), (700, 5328, 2)),
+        ("cuhk03-labeled-classic", (1367, None, 2), (100, None, 1), (100, 100, 1)),
         ("veri776", (576, 37778, 20), (200, 1678, 19), (200, 11579, 19)),
+        ("dukemtmc", (702, 16522, 8), (702, 2228, 8), (1110, 17661, 8)),
+        ("occluded-duke", (702, 15618, 8), (519, 2210, 8), (1110, 17661, 8)),
+        ("vehicleid-800", (13164, 113346, None), (800, 5693, None), (800, 800, None)),
+        ("vehicleid-2400", (13164, 113346, None), (2400, 17377, None), (2400, 2400, None)),
+        ("veri-wild-3000", (30671, 277797, None), (3000, 3000, None), (3000, 38861, None)),
+        ("veri-wild-10000", (30671, 277797, None), (10000, 10000, None), (10000, 128517, None)),
     ],
 )
 def test_the_published_counts(name, train, query, gallery):
@@ -129,11 +137,14 @@ def test_the_published_counts(name, train, query, gallery):
     assert published == {"train": train, "query": query, "gallery": gallery}
 
 
-def test_a_single_count_that_differs_is_the_one_named(market, tmp_path, monkeypatch):
+def test_a_single_count_that_differs_is_the_one_named(market, tmp_path, monkeypatch, capsys):
     published = {"train": Counts(4, 24, 3), "query": Counts(4, 4, 1), "gallery": Counts(4, 20, 3)}
     arguments = ["market1501", "--root", str(market), "--sheet", str(tmp_path / "sheet.png")]
     monkeypatch.setitem(SETS, "market1501", (read_market1501, published))
     main(arguments)
+    monkeypatch.setitem(SETS, "market1501", (read_market1501, published | {"query": Counts(4, 4, None)}))
+    main(arguments)  # None was not published
+    assert capsys.readouterr().out.splitlines()[-3].endswith("-")
     monkeypatch.setitem(SETS, "market1501", (read_market1501, published | {"query": Counts(4, 4, 6)}))
     with pytest.raises(errors.UserError, match=r"not the published counts: query cameras 1, not 6$"):
         main(arguments)
@@ -151,3 +162,18 @@ def test_a_set_of_which_nothing_was_published_is_shown(tmp_path, monkeypatch, ca
     assert ["gallery", "1", "1", "1"] in [line.split() for line in printed.splitlines()]
     with PIL.Image.open(tmp_path / "folder_contact_sheet.png") as sheet:
         assert sheet.size == (72 + 2 * 64, 2 * 126), "anna is no distractor: a row of each split"
+
+
+def test_a_set_without_a_split_is_shown_and_images_of_any_shape_fit(tmp_path, capsys):
+    for name, size in (("c1_1.png", (1, 2000)), ("c2_1.bmp", (2000, 1))):
+        (tmp_path / "crops" / "train" / "anna").mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("RGB", size).save(tmp_path / "crops" / "train" / "anna" / name)
+    main(["folder", "--root", str(tmp_path / "crops"), "--sheet", str(tmp_path / "sheet.png")])
+    assert ["gallery", "0", "0", "0"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_set_of_distractors_alone_has_nothing_to_show(tmp_path):
+    (tmp_path / "query").mkdir()
+    PIL.Image.new("RGB", (4, 8)).save(tmp_path / "query" / "0000_c1s1_000001_00.png")
+    with pytest.raises(errors.UserError, match="the set holds nobody but distractors"):
+        main(["dukemtmc", "--root", str(tmp_path), "--sheet", str(tmp_path / "sheet.png")])

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -89,3 +90,73 @@ def test_an_identity_with_fewer_than_k_images_is_drawn_again():
 def test_impossible_batches_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         PKSampler(*arguments)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=2, max_size=9),
+    identities=st.integers(1, 4),
+    instances=st.integers(1, 3),
+    law=st.sampled_from(["naive", "random"]),
+    epoch=st.integers(1, 4),
+)
+def test_naive_and_random_draw_each_image_once_until_too_few_identities_have_k_left(
+    sizes, identities, instances, law, epoch
+):
+    labels = [label for label, size in enumerate(sizes) for _ in range(size)]
+    if identities > len(sizes) or identities * instances > len(labels):
+        return
+    sampler = PKSampler(labels, identities, instances, 3, law=law)
+    sampler.epoch = epoch
+    batches = list(sampler)
+    assert len(sampler) == len(batches)
+    for batch in batches:
+        counts = Counter(labels[index] for index, _ in batch)
+        assert (len(counts), set(counts.values())) == (identities, {instances})
+    whole = list(sampler.one_pass(epoch))
+    drawn = Counter(index for batch in whole for index, _ in batch)
+    assert all(times == 1 or sizes[labels[index]] < instances for index, times in drawn.items())
+    times_of = Counter(labels[index] for batch in whole for index, _ in batch)
+    left = [label for label, size in enumerate(sizes) if max(size, instances) - times_of[label] >= instances]
+    assert len(left) < identities, "a pass goes on as long as it can"
+    if law == "random":
+        assert batches == whole
+
+
+def test_epochs_of_naive_are_cut_out_of_one_pass_after_another():
+    labels = [label for label in range(7) for _ in range(5)]
+    sampler = PKSampler(labels, 4, 2, 1, law="naive")
+    passes = [batch for number in range(1, 8) for batch in sampler.one_pass(number)]
+    for epoch in range(1, 4):
+        sampler.epoch = epoch
+        expected = passes[(epoch - 1) * 4 : epoch * 4]
+        assert list(sampler) == list(sampler) == expected, "again, too"
+        resumed = PKSampler(labels, 4, 2, 1, law="naive")
+        resumed.epoch = epoch
+        assert list(resumed) == expected, "without the epochs before"
+
+
+def test_ranks_share_the_batches_of_every_law():
+    labels = [label for label in range(8) for _ in range(5)]
+    for law in ("naive", "random"):
+        whole = list(PKSampler(labels, 4, 2, 3, law=law))
+        parts = [list(PKSampler(labels, 4, 2, 3, rank, 2, law)) for rank in (0, 1)]
+        assert [left + right for left, right in zip(*parts, strict=True)] == whole
+
+
+# Measured of the public code on a set with Market-1501's sizes: coverage of an epoch, draws of large identities.
+@pytest.mark.parametrize(
+    ("law", "coverage", "draws"), [("balanced", 0.60, 4.3), ("naive", 0.83, 9.8), ("random", 0.91, 9.0)]
+)
+def test_how_much_of_a_market_like_set_an_epoch_sees(law, coverage, draws):
+    sizes = np.clip(np.random.default_rng(0).gamma(2.2, 17.2 / 2.2, 751).round().astype(int), 2, 72)
+    labels = np.repeat(np.arange(len(sizes)), sizes).tolist()
+    sampler, seen, large = PKSampler(labels, 16, 4, law=law), [], []
+    for epoch in range(1, 9):
+        sampler.epoch = epoch
+        drawn = [[index for index, _ in batch] for batch in sampler]
+        seen.append(len({index for batch in drawn for index in batch}) / len(labels))
+        times = Counter(labels[index] for batch in drawn for index in batch[::4])
+        large.append(np.mean([times[label] for label in np.flatnonzero(sizes > 30)]))
+    assert np.mean(seen) == pytest.approx(coverage, abs=0.02)
+    assert np.mean(large) == pytest.approx(draws, abs=0.4)

@@ -1,11 +1,13 @@
 """Readers: what they find, and what they say when they do not."""
 
+import shutil
 from typing import get_args, get_type_hints
 
 import PIL.Image
 import pytest
 
 from cge_fast.data import read
+from cge_fast.data.pedestrians import draw
 from cge_fast.data.sets import SETS, pedestrians
 from cge_fast.errors import UserError
 from cge_fast.options import DataConfig
@@ -57,29 +59,46 @@ def test_market1501_names_what_is_missing_or_wrong(market, tmp_path):
         market1501(market)
     for path in (market / "query").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match=r"/query holds no jpg or png image"):
+    with pytest.raises(UserError, match=r"/query holds no jpg, png, webp, bmp or tif image"):
         market1501(market)
     touch(market / "query" / "-1_c1s1_000001_00.jpg")
     with pytest.raises(UserError, match=r"/query holds only junk images"):
         market1501(market)
 
 
-def test_a_root_above_or_below_the_right_folder_is_told_what_is_there(market, tmp_path):
+@pytest.mark.parametrize("name", [f"{'9' * 19}_c1s1.jpg", f"1_c{'9' * 19}s1.jpg", "-2_c1s1.jpg", "٣_c1s1.jpg"])
+def test_numbers_beyond_64_bits_and_of_other_scripts_are_named(market, name):
+    touch(market / "query" / name)
+    with pytest.raises(UserError, match=r"must be named like 0002_c1s1_000451_03.jpg"):
+        market1501(market)
+
+
+def test_market1501s_folders_may_lie_one_level_below_the_root(market):
+    clean = market1501(market)
     unpacked = market / "Market-1501-v15.09.15"
     unpacked.mkdir()
     for split in ("bounding_box_train", "query", "bounding_box_test"):
         (market / split).rename(unpacked / split)
-    with pytest.raises(
-        UserError, match=rf"there is no folder .*/bounding_box_train; {market} holds Market-1501-v15.09.15/$"
-    ):
+    (market / "__MACOSX" / "query").mkdir(parents=True)
+    assert [who(part) for part in vars(market1501(market)).values()] == [who(part) for part in vars(clean).values()]
+    (market / "another" / "query").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"no folder .*/bounding_box_train; {market} holds Market-1501-v15.09.15/"):
         market1501(market)
+
+
+def test_a_root_below_the_right_folder_is_told_what_is_there(market):
     for number in range(1, 10):
-        touch(unpacked / "query" / f"0009_c2s1_000001_0{number}.jpg")
+        touch(market / "query" / f"0009_c2s1_000001_0{number}.jpg")
     with pytest.raises(UserError, match=r"query holds 0009_c2s1_000001_00.jpg, .*, 0009_c2s1_000001_05.jpg, 4 more$"):
-        market1501(unpacked / "query")
-    (unpacked / "empty").mkdir()
+        market1501(market / "query")
+    (market / "empty").mkdir()
     with pytest.raises(UserError, match=r"there is no folder .*; .*/empty holds nothing$"):
-        market1501(unpacked / "empty")
+        market1501(market / "empty")
+
+
+def test_duke_and_occluded_duke_are_of_market1501s_format(market):
+    for name in ("dukemtmc", "occluded-duke"):
+        assert who(read(DataConfig(name=name, root=market)).train) == [(2, 1), (7, 12)]
 
 
 def test_every_set_with_a_reader_can_be_chosen():
@@ -106,6 +125,31 @@ def test_a_folder_of_crops_names_identities_and_cameras_as_it_likes(tmp_path):
     assert by_name == {"north_1.jpg": query.camera, "south_b_2.png": gallery.camera}
 
 
+def test_market1501s_names_in_folders_of_identities_say_the_camera(tmp_path):
+    names = {"train/0002": ["0002_c1s1_000451_03.jpg", "0002_c1s2_000776_01.jpg", "0002_c4s1_000001_01.jpg"]}
+    names |= {"query/9": ["0009_c1s1_000001_01.jpg"], "gallery/9": ["0009_c04s1_000001_01.jpg"]}
+    names |= {"gallery/-1": ["-1_c1s1_1_1.jpg"], "gallery/0000": ["0000_c2s1_000001_01.jpg"]}
+    for folder, files in names.items():
+        for name in files:
+            touch(tmp_path / folder / name)
+    found = read(DataConfig(name="folder", root=tmp_path))
+    assert [image.camera for image in found.train] == [1, 1, 4]
+    (query,) = found.query
+    assert sorted((image.identity, image.camera) for image in found.gallery) == [(0, 2), (query.identity, 4)]
+
+
+def test_cameras_that_are_numbers_keep_them(tmp_path):
+    def cameras():
+        found = read(DataConfig(name="folder", root=tmp_path))
+        return [image.camera for part in vars(found).values() for image in part]
+
+    for name in ("train/a/07_1.jpg", "query/b/12_1.jpg", "gallery/b/7_1.jpg"):
+        touch(tmp_path / name)
+    assert sorted(cameras()) == [0, 1, 2], "07 and 7 are two names"
+    (tmp_path / "train" / "a" / "07_1.jpg").rename(tmp_path / "train" / "a" / "12_1.jpg")
+    assert cameras() == [12, 12, 7]
+
+
 @pytest.mark.parametrize("wrong", ["stray_1.jpg", "anna/nocamera.jpg", "anna/deep/north_1.jpg", "anna/_1.jpg"])
 def test_a_misplaced_crop_is_named(tmp_path, wrong):
     for split in ("train", "query", "gallery"):
@@ -122,11 +166,54 @@ def test_a_split_whose_images_are_all_corrupt_is_named(market):
         market1501(market, skip_corrupt=True)
 
 
-def test_a_gallery_without_any_match_is_refused_before_training(market):
+def test_corrupt_images_are_counted_and_the_first_are_named(market, capsys):
+    for number in range(8):
+        (market / "bounding_box_train" / f"0001_c1s1_{number}.jpg").write_bytes(b"")
+    assert len(market1501(market, skip_corrupt=True).train) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("left out 8 corrupt images: ")
+    assert line.count(".jpg") == 6
+    assert line.endswith(", 2 more")
+
+
+def test_a_gallery_without_any_match_is_refused_where_it_is_needed(market):
     (market / "bounding_box_test" / "0009_c3s1_000003_00.jpg").unlink()
     touch(market / "bounding_box_test" / "0009_c2s1_000003_00.jpg")
-    with pytest.raises(UserError, match="no query's identity from another camera"):
+    with pytest.raises(UserError, match=r"no query's identity from another camera.*its camera: <camera>_<anything>"):
         market1501(market)
+    settings = DataConfig(name="market1501", root=market)
+    assert len(read(settings, ["train"], ["query", "gallery"]).gallery) == 2
+
+
+def test_only_the_splits_that_are_needed_must_be_there(market):
+    settings = DataConfig(name="market1501", root=market)
+    shutil.rmtree(market / "bounding_box_train")
+    found = read(settings, ["query", "gallery"])
+    assert (len(found.train), len(found.query), len(found.gallery)) == (0, 1, 2)
+    with pytest.raises(UserError, match=r"there is no folder .*bounding_box_train"):
+        read(settings, ["train"], ["query", "gallery"])
+    touch(market / "bounding_box_train" / "0002_c1s1_000451_03.jpg")
+    shutil.rmtree(market / "query")
+    assert len(read(settings, ["train"], ["query", "gallery"]).gallery) == 2
+    assert read(settings, ["train"]).gallery == [], "what is not asked for is not read"
+    with pytest.raises(UserError, match=r"there is no folder .*query"):
+        read(settings, ["query", "gallery"])
+
+
+def test_people_in_training_and_test_are_counted_and_refused_in_a_published_set(market, tmp_path, capsys):
+    touch(market / "bounding_box_train" / "0009_c1s1_000451_03.jpg")
+    with pytest.raises(UserError, match=r"1 people are both in training and in the test, which market1501 separates"):
+        market1501(market)
+    for path in ("train/anna/north_1", "train/bert/north_1", "query/anna/north_2", "gallery/anna/south_1"):
+        touch(tmp_path / "crops" / f"{path}.jpg")
+    read(DataConfig(name="folder", root=tmp_path / "crops"))
+    said = "data.root: 1 people are both in training and in the test: the figures of the evaluation will be too good"
+    assert capsys.readouterr().err.splitlines() == [said]
+
+
+def test_distractors_are_nobody(market):
+    touch(market / "bounding_box_train" / "0000_c1s1_000451_03.jpg")
+    market1501(market)
 
 
 def test_the_embedded_set_is_drawn_once_into_the_cache(tmp_path, monkeypatch):
@@ -136,3 +223,14 @@ def test_the_embedded_set_is_drawn_once_into_the_cache(tmp_path, monkeypatch):
     folders = {pedestrians(), pedestrians(), pedestrians(trap=True), pedestrians(seed=1), pedestrians(trap=True)}
     assert len(folders) == 3
     assert drawn == [{"trap": False, "seed": 0}, {"trap": True, "seed": 0}, {"trap": False, "seed": 1}]
+
+
+def test_a_cache_that_lost_images_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("CGE_CACHE", str(tmp_path))
+    few = {"train_identities": 2, "test_identities": 2, "images_per_identity": 6}
+    monkeypatch.setattr("cge_fast.data.sets.draw", lambda folder, **how: draw(folder, **how, **few))
+    lost = next((pedestrians() / "bounding_box_train").iterdir())
+    assert len(read(DataConfig()).train) == 12
+    lost.unlink()
+    with pytest.raises(UserError, match=r"pedestrians-1 holds 23 of its 24 files: remove it, and it is made anew"):
+        read(DataConfig())

@@ -1,5 +1,9 @@
 """Folders that are written once, whole."""
 
+import subprocess
+import sys
+import threading
+
 import pytest
 
 from cge_fast.data.whole_folder import once, whole_folder
@@ -8,13 +12,15 @@ from cge_fast.errors import UserError
 
 def write(folder):
     with whole_folder(folder) as unfinished:
-        (unfinished / "mine").touch()
+        (unfinished / "split").mkdir()
+        for name in "abc":
+            (unfinished / "split" / name).touch()
 
 
 def test_a_folder_is_written_once(tmp_path):
     once(tmp_path / "set", write)
     once(tmp_path / "set", lambda folder: pytest.fail("it is there already"))
-    assert [path.name for path in tmp_path.rglob("*")] == ["set", "mine"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".files", "a", "b", "c", "set", "split"]
 
 
 def test_a_folder_that_another_process_wrote_meanwhile_will_do(tmp_path):
@@ -23,7 +29,7 @@ def test_a_folder_that_another_process_wrote_meanwhile_will_do(tmp_path):
         write(folder)
 
     once(tmp_path / "set", overtaken)
-    assert (tmp_path / "set" / "mine").exists()
+    assert (tmp_path / "set" / "split").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
@@ -32,3 +38,54 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
 
     with pytest.raises(UserError, match="the archive is damaged"):
         once(tmp_path / "set", fails)
+
+
+def test_a_folder_that_lost_files_is_named(tmp_path):
+    once(tmp_path / "set", write)
+    (tmp_path / "set" / "split" / "more").touch()
+    once(tmp_path / "set", write)
+    for name in ("more", "b"):
+        (tmp_path / "set" / "split" / name).unlink()
+    with pytest.raises(UserError, match="set holds 2 of its 3 files: remove it, and it is made anew"):
+        once(tmp_path / "set", write)
+
+
+def test_a_folder_of_an_earlier_version_does_not_say_how_many_files_it_had(tmp_path):
+    write(tmp_path / "set")
+    once(tmp_path / "set", lambda folder: pytest.fail("it is there already"))
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from cge_fast.data.whole_folder import whole_folder
+with whole_folder(pathlib.Path(sys.argv[1])) as unfinished:
+    (unfinished / "half").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    (tmp_path / ".set-backup").mkdir()
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "set")], check=False)
+    assert len(list(tmp_path.iterdir())) == 2
+    write(tmp_path / "set")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".set-backup", "set"]
+
+
+def test_processes_wait_for_each_other_and_do_not_remove_what_is_being_written(tmp_path):
+    ended = []
+
+    def second():
+        with pytest.raises(UserError, match="exists already"):
+            write(tmp_path / "set")
+        ended.append("second")
+
+    with whole_folder(tmp_path / "set") as unfinished:
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(0.2)
+        assert unfinished.is_dir()
+        ended.append("first")
+        (unfinished / "x").touch()
+    thread.join(10)
+    assert ended == ["first", "second"]

@@ -6,22 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytorch_metric_learning.losses import SphereFaceLoss
 from torch import nn
-from torch.nn.functional import cross_entropy, linear, normalize
+from torch.nn.functional import conv2d, cross_entropy, linear
 
 import cge_kernels
 from cge_fast import CGELoss, ReidModel, SoftmaxLoss, build
 from cge_fast.errors import UserError
-from cge_fast.experiments.variants import (
-    VARIANTS,
-    Detached,
-    InSteps,
-    MapModel,
-    RevisedMaps,
-    focal_losses,
-    sphere_logits,
-)
+from cge_fast.experiments.variants import VARIANTS, FeatureModel, InSteps, focal_losses
 from cge_fast.losses.cge import revision_weights
 from cge_fast.options import LossConfig, ModelConfig, TrainConfig
 from cge_reference import stripe_pool
@@ -96,17 +87,9 @@ def test_logit_scale_multiplies_the_logits(batch, name):
     torch.testing.assert_close(scaled(embeddings, batch[1]).loss, expected)
 
 
-@pytest.mark.parametrize(
-    ("base", "name"),
-    [
-        (CGELoss, "detached_weights"),
-        (VARIANTS["cge_focal"], "cge_focal_detached_weights"),
-        (VARIANTS["cge_sphere"], "cge_sphere_detached_weights"),
-    ],
-)
-def test_detached_weights_change_the_gradient_but_not_the_loss(batch, base, name):
+def test_detached_weights_change_the_gradient_but_not_the_loss(batch):
     gradients, losses = [], []
-    for loss_class in (base, VARIANTS[name]):
+    for loss_class in (CGELoss, VARIANTS["detached_weights"]):
         model, loss = written(batch, loss_class)
         leaf = batch[0].clone().requires_grad_()
         out = loss(model(leaf), batch[1])
@@ -133,63 +116,37 @@ def test_the_focal_loss_takes_the_revised_logits(batch, name, backend):
     assert torch.equal(out.correct, logits.argmax(1) == batch[1])
 
 
-def test_spheres_margin_is_set_before_the_revision_and_only_in_training(batch):
-    feature_map, labels = batch
-    model, loss = written(batch, VARIANTS["cge_sphere"], scale=0.5)
-    embeddings = model(feature_map)
-    weights = revision_weights(embeddings.stripes, loss.memory)
-    margin = 0.5 * sphere_logits(embeddings.embedding, loss.weight, labels)
-    expected = cross_entropy(margin * weights, labels, label_smoothing=0.1)
-    torch.testing.assert_close(loss(embeddings, labels).loss, expected)
-    torch.testing.assert_close(loss.revised_logits(embeddings), 0.5 * plain_logits(model, loss, feature_map) * weights)
-
-
-def test_label_smoothing_goes_to_the_cross_entropy_alone(batch):
-    model, loss = written(batch, VARIANTS["sphere"], label_smoothing=0.3)
-    embeddings = model(batch[0])
-    logits = sphere_logits(embeddings.embedding, loss.weight, batch[1])
-    expected = cross_entropy(logits, batch[1], label_smoothing=0.3)
-    torch.testing.assert_close(loss(embeddings, batch[1]).loss, expected)
+def test_the_focal_loss_knows_no_label_smoothing(batch):
+    model, _ = written(batch, VARIANTS["focal"])
     smoothed, not_smoothed = (
-        written(batch, VARIANTS["focal"], label_smoothing=smoothing)[1](embeddings, batch[1]).loss
+        written(batch, VARIANTS["focal"], label_smoothing=smoothing)[1](model(batch[0]), batch[1]).loss
         for smoothing in (0.3, 0.0)
     )
     assert torch.equal(smoothed, not_smoothed)
 
 
-def test_revised_maps_are_the_classifiers_maps_times_their_stripes_sigmoids(batch):
+@pytest.mark.parametrize("name", ["feature", "cge_feature"])
+def test_features_are_the_convolutions_maps_revised_map_by_map_and_averaged(batch, name):
     feature_map, labels = batch
-    model, loss = written(batch, RevisedMaps)
-    model.neck.running_mean.fill_(0.3)
-    _, local_features = stripe_pool(feature_map, 3, None)
-    scores = torch.einsum("bic,ikc->bik", normalize(local_features, dim=2), loss.memory).sigmoid()
-    stripes_of_row = [[0], [0], [0, 1], [1], [1, 2], [2], [2]]  # 7 rows: two stripes share a row with a neighbour
-    logits = torch.zeros(BATCH, CLASSES)
-    for row, stripes in enumerate(stripes_of_row):
-        for column in range(3):
-            position = model.neck(feature_map[:, :, row, column])
-            weight = torch.stack([scores[:, stripe] for stripe in stripes]).mean(dim=0)
-            logits += linear(position, loss.weight) * weight / 21
-    embeddings = model(feature_map)
-    torch.testing.assert_close(loss.revised_logits(embeddings), logits)
-    out = loss(embeddings, labels)
-    torch.testing.assert_close(out.loss, cross_entropy(logits, labels, label_smoothing=0.1))
-    torch.testing.assert_close(embeddings.embedding, model.embed(feature_map))
+    model, loss = written(batch, VARIANTS[name])
+    embeddings = model.train()(feature_map)
+    maps = conv2d(feature_map, loss.weight[:, :, None, None])
+    if name == "cge_feature":
+        maps = maps * revision_weights(embeddings.stripes, loss.memory)[:, :, None, None]
+    expected = cross_entropy(maps.mean(dim=(2, 3)), labels, label_smoothing=0.1)
+    torch.testing.assert_close(loss(embeddings, labels).loss, expected)
 
 
-def test_training_on_revised_maps_passes_gradients_through_the_weights_unless_detached(batch):
-    gradients = []
-    for loss_class in (RevisedMaps, type("DetachedMaps", (Detached, RevisedMaps), {})):
-        model, loss = written(batch, loss_class)
-        leaf = batch[0].clone().requires_grad_()
-        loss(model.train()(leaf), batch[1]).loss.backward()
-        gradients.append(leaf.grad)
-    assert not torch.equal(*gradients)
+def test_a_feature_is_found_by_the_average_without_bnneck(batch):
+    model, _ = written(batch, VARIANTS["feature"])
+    model.train()(batch[0])
+    assert not model.neck.weight.requires_grad
+    torch.testing.assert_close(model.eval().embed(batch[0]), batch[0].mean(dim=(2, 3)), rtol=1e-5, atol=0)
 
 
-def test_revised_maps_are_averaged_not_pooled_otherwise():
-    with pytest.raises(UserError, match=r"^loss.variant: revised_maps .* needs model.pooling average$"):
-        MapModel(nn.Identity(), CHANNELS, 3, True, torch.float32)
+def test_features_are_averaged_not_pooled_otherwise():
+    with pytest.raises(UserError, match=r"^loss.variant: feature .* needs model.pooling average$"):
+        FeatureModel(nn.Identity(), CHANNELS, 3, True, torch.float32)
 
 
 def test_a_memory_that_is_not_used_leaves_the_logits_and_is_still_written_and_measured(batch):
@@ -232,7 +189,7 @@ def test_one_class_cannot_be_shuffled():
         VARIANTS["shuffled_memory"](CHANNELS, 1)
 
 
-@pytest.mark.parametrize(("cge", "variant"), [(True, "focal"), (False, "cge_focal")])
+@pytest.mark.parametrize(("cge", "variant"), [(True, "focal"), (False, "cge_focal"), (False, "cge_feature")])
 def test_a_variant_goes_with_a_memory_or_without(cge, variant):
     config = TrainConfig(model=ModelConfig(cge=cge), loss=LossConfig(variant=variant))
     with pytest.raises(UserError, match=f"^loss.variant: {variant} goes with model.cge {str(not cge).lower()}$"):
@@ -262,49 +219,3 @@ def test_the_focal_loss_is_finite_where_the_label_is_hopeless_or_certain():
     losses.sum().backward()
     assert losses.tolist() == pytest.approx([0, 5000])
     assert logits.grad.isfinite().all()
-
-
-def margin_by_loop(x, weight, label):
-    """SphereFace's logits of one sample: psi falls from 1 at angle 0 to -7 at pi."""
-    norm = math.sqrt(sum(value**2 for value in x))
-    logits = []
-    for k, row in enumerate(weight):
-        length = math.sqrt(sum(value**2 for value in row))
-        cosine = sum(a * b for a, b in zip(x, row, strict=True)) / (norm * length)
-        if k == label:
-            angle = math.acos(max(-1.0, min(1.0, cosine)))
-            turn = next(j for j in range(4) if angle <= (j + 1) * math.pi / 4)
-            cosine = (-1) ** turn * math.cos(4 * angle) - 2 * turn
-        logits.append(norm * cosine)
-    return logits
-
-
-@settings(max_examples=30, deadline=None)
-@given(batch=st.integers(1, 4), classes=st.integers(1, 5), seed=st.integers(0, 9))
-def test_spheres_logits_of_each_sample(batch, classes, seed):
-    random = torch.Generator().manual_seed(seed)
-    features = torch.randn(batch, 3, dtype=torch.float64, generator=random)
-    weight = torch.randn(classes, 3, dtype=torch.float64, generator=random)
-    labels = torch.randint(classes, (batch,), generator=random)
-    logits = sphere_logits(features, weight, labels)
-    for x, label, row in zip(features.tolist(), labels.tolist(), logits.tolist(), strict=True):
-        assert row == pytest.approx(margin_by_loop(x, weight.tolist(), label), abs=1e-10)
-
-
-def test_sphere_has_the_loss_and_gradient_of_pytorch_metric_learning():
-    torch.manual_seed(0)
-    theirs = SphereFaceLoss(num_classes=5, embedding_size=7, margin=4)
-    features, labels = torch.randn(6, 7, requires_grad=True), torch.tensor([0, 4, 2, 2, 1, 0])
-    loss = theirs(features, labels)
-    (gradient,) = torch.autograd.grad(loss, features)
-    ours = cross_entropy(sphere_logits(features, theirs.W.detach().T, labels), labels)
-    torch.testing.assert_close(ours, loss)
-    torch.testing.assert_close(torch.autograd.grad(ours, features)[0], gradient)
-
-
-def test_psi_is_finite_at_both_ends():
-    features = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], requires_grad=True)
-    logits = sphere_logits(features, torch.tensor([[1.0, 0.0]]), torch.tensor([0, 0]))
-    logits.sum().backward()
-    assert logits.flatten().tolist() == pytest.approx([1, -7])
-    assert features.grad.isfinite().all()

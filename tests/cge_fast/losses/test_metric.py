@@ -9,6 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cge_fast import checkpoint, loop, train
+from cge_fast.build import build_run
+from cge_fast.cli import read_settings
 from cge_fast.losses.criterion import ReidCriterion
 from cge_fast.losses.metric import CenterLoss, MetricLoss, batch_hard_triplet, weighted_regularised_triplet
 from cge_fast.losses.softmax import SoftmaxLoss
@@ -109,6 +112,32 @@ def circle_by_loop(x, labels):
     return sum(terms) / len(terms) if terms else 0.0
 
 
+def sphere_weight(classes=3, channels=3):
+    """SphereFaceLoss's own weight (C, N) of `metric`."""
+    return torch.randn(channels, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+
+
+def sphere_by_loop(x, labels):
+    """Cross entropy of |x| cos(theta_k), and for the label |x| psi(theta): psi falls from 1 at angle 0 to -7 at pi."""
+    total = 0.0
+    for row, label in zip(x, labels, strict=True):
+        logits = []
+        for k, column in enumerate(sphere_weight().T.tolist()):
+            angle = math.acos(max(-1.0, min(1.0, cosine(row, column))))
+            turn = next(j for j in range(4) if angle <= (j + 1) * math.pi / 4)
+            psi = (-1) ** turn * math.cos(4 * angle) - 2 * turn
+            logits.append(math.hypot(*row) * (psi if k == label else math.cos(angle)))
+        total += math.log(sum(math.exp(logit) for logit in logits)) - logits[label]
+    return total / len(labels)
+
+
+def metric(kind, margin=0.3):
+    loss = MetricLoss(kind, margin, num_classes=3, channels=3)
+    if kind == "sphere":
+        loss.loss.W.data = sphere_weight()
+    return loss
+
+
 LOOPS = {
     "wrt": wrt_by_loop,
     "wrt_published": lambda x, labels: wrt_by_loop(x, labels, eps=1e-6),
@@ -116,6 +145,7 @@ LOOPS = {
     "lifted": lifted_by_loop,
     "instance": instance_by_loop,
     "circle": circle_by_loop,
+    "sphere": sphere_by_loop,
 }
 
 
@@ -129,8 +159,8 @@ def test_every_metric_loss_but_the_triplet_has_its_loop_here():
 def test_the_loss_is_the_loops(kind, labels, seed):
     features = features_of(labels, seed)
     expected = LOOPS[kind](features.tolist(), labels)
-    found = MetricLoss(kind, 0.3)(features, torch.tensor(labels))
-    assert float(found) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    found = metric(kind)(features, torch.tensor(labels))
+    assert found.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
 def test_the_triplet_takes_its_margin():
@@ -142,14 +172,34 @@ def test_the_triplet_takes_its_margin():
 
 @pytest.mark.parametrize("kind", get_args(Metric))
 def test_gradients_are_finite_for_equal_features_half_precision_and_lone_samples(kind):
-    for labels in ([0, 0, 1, 1], [0, 1, 2, 3]):
-        for features in (torch.ones(4, 3), torch.randn(4, 3).bfloat16()):
+    for labels in ([0, 0, 1, 1], [0, 1, 2]):
+        for features in (torch.ones(len(labels), 3), torch.randn(len(labels), 3).bfloat16()):
             leaf = features.requires_grad_()
-            loss = MetricLoss(kind, 0.3)(leaf, torch.tensor(labels))
+            loss = metric(kind)(leaf, torch.tensor(labels))
             assert loss.dtype == torch.float32
             if loss.requires_grad:
                 loss.backward()
                 assert leaf.grad.isfinite().all()
+
+
+def test_spheres_class_weights_are_parameters_and_the_other_losses_have_none():
+    assert {name: tuple(value.shape) for name, value in metric("sphere").named_parameters()} == {"loss.W": (3, 3)}
+    assert not [kind for kind in get_args(Metric) if kind != "sphere" and list(metric(kind).parameters())]
+    with pytest.raises(ValueError, match="sphere needs num_classes and channels, got None and None"):
+        MetricLoss("sphere")
+
+
+def test_spheres_class_weights_are_trained_saved_and_resumed_with_their_moments(options, tmp_path):
+    train.main([*options, "--loss.metric", "sphere"])
+    last = tmp_path / "run" / "checkpoints" / "last"
+    run = build_run(read_settings(last / "config.yaml"), torch.device("cpu"))
+    weight = run.criterion.metric.loss.W
+    before = weight.detach().clone()
+    loop.resume(run)
+    assert weight.shape == (128, 4)
+    assert torch.equal(weight, checkpoint.load_loss(last)["metric.loss.W"])
+    assert not torch.equal(weight, before)
+    assert run.optimizer.state[weight]["step"] == 6, "two epochs of three steps"
 
 
 def test_far_negatives_count_in_the_stable_wrt_and_vanish_in_the_published_one():

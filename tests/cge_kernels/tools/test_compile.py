@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 import cge_kernels.tools.compile as program
-from cge_kernels.common.launch import Tiles, launch
+from cge_kernels.common.launch import Tiles
+from cge_kernels.common.plan import Plan
 
 @triton.jit
 def spills_kernel(x_ptr, BLOCK: tl.constexpr):
@@ -46,8 +47,10 @@ def call_operators(quick, dtype, memory_dtype):
         "fails": (fails_kernel, 128, 4),
         "crowds": (crowds_kernel, 128, 32),
     }[sys.argv[1]]
-    programs, options = (1000, {"launch_cooperative_grid": True}) if sys.argv[1] == "crowds" else (1, None)
-    launch(kernel, programs, Tiles({"BLOCK": block}, num_warps), {"x": torch.empty(block, device="meta")}, options)
+    programs, options = (1000, {"launch_cooperative_grid": True}) if sys.argv[1] == "crowds" else (1, {})
+    x, tiles = torch.empty(block, device="meta"), Tiles({"BLOCK": block}, num_warps)
+    with Plan() as plan:
+        plan.launch(kernel, {"x": x}, lambda: (programs, tiles, {}, options))
 
 program.call_operators = call_operators
 sys.exit(program.main(sys.argv[2:]))
@@ -59,12 +62,13 @@ import sys
 import torch
 import cge_kernels.tools.compile as program
 from cge_kernels.tools.sample_calls import empty
+from cge_kernels.common.plan import Plan
 from cge_kernels.revise_logits.forward import launch_forward
 
 def call_operators(quick, dtype, memory_dtype):
     if memory_dtype == torch.bfloat16 or (dtype == torch.float32 and torch.get_float32_matmul_precision() == "high"):
         memory = empty(3, 1041, 2048, dtype=memory_dtype)
-        launch_forward(empty(64, 1041, dtype=dtype), empty(64, 3, 2048), memory)
+        launch_forward(Plan(), empty(64, 1041, dtype=dtype), empty(64, 3, 2048), memory)
 
 program.call_operators = call_operators
 sys.exit(program.main(sys.argv[1:]))
@@ -172,13 +176,14 @@ import torch
 from cge_kernels import launching
 from cge_kernels.tools.compiler import compile_launch
 from cge_kernels.tools.sample_calls import empty
+from cge_kernels.common.plan import Plan
 from cge_kernels.revise_logits.one_pass import launch_forward
 from cge_kernels.tools.gpus import HARDWARE
 
 target = HARDWARE["sm_80"].target
 launches = []
 with launching(launches.append, target):
-    launch_forward(empty(64, 256, 24, 8), empty(64, 100), empty(3, 100, 256), None, 1e-6)
+    launch_forward(Plan(), empty(64, 256, 24, 8), empty(64, 100), empty(3, 100, 256), None, 1e-6)
 print(compile_launch(launches[0], target).asm["ptx"])
 """
 
