@@ -12,8 +12,9 @@ for the GPU, and the FLOPs, by formula. With the figures of bench/gpus.toml, a k
     math      = (FLOPs / rate + (exp2 and log2) / their rate) / busy
     predicted = launch + max(memory, latency, L2, math)
 
-where the bytes in flight are a program's shared memory if it loads ahead (num_stages > 1), but at least 16 bytes in
-each of its threads. An ATen operation beside the kernels takes
+where the bytes in flight are a program's shared memory if it loads ahead (num_stages > 1), else 16 bytes in each of its
+threads, once for each of the PARTS that it adds, or a pooling kernel's tile of the map if that is more. In one pass
+pooling and revision count like kernels, and the barrier between them like a launch. An ATen operation beside takes
 
     launch + max(bytes / memory bandwidth, FLOPs / rate)
 
@@ -47,13 +48,15 @@ from bench.shapes import DTYPES, SHAPES
 from cge_fast.errors import UserError
 from cge_kernels import Launch
 from cge_kernels.common.device_functions import INTERPRETED
+from cge_kernels.common.tiles import cdiv
 from cge_kernels.tools import compiler
 from cge_kernels.tools.gpus import HARDWARE, Hardware
 
 GPUS = tomllib.loads(Path(__file__).with_name("gpus.toml").read_text())
 THREAD_BYTES = 16  # the widest load of one thread
 # Of one number of the map: x^p forward; backward log2 x and a power for each of two features (three in a shared row).
-SPECIAL = {"stripe_pool_kernel": 2, "stripe_pool_backward_kernel": 3}
+SPECIAL = {"stripe_pool_kernel": 2, "stripe_pool_backward_kernel": 3, "one_pass_kernel": 2}
+POOLED_FROM, POOLED_INTO = {"map", "p"}, {"local", "converted", "local_cast", "partial_sq_norms"}  # in one pass
 
 
 class Kernel(NamedTuple):
@@ -102,22 +105,24 @@ def rate(dtype: torch.dtype | None, gpu: dict) -> float:
     return gpu["tensor_rate"] if dtype is not None and dtype.itemsize == 2 else gpu["vector_rate"]
 
 
-def describe(launch: Launch, hardware: Hardware, traffic: list[Traffic]) -> Kernel:
-    """A launch, compiled for the GPU, with its traffic.
+def describe(launch: Launch, hardware: Hardware, traffic: list[Traffic]) -> list[Kernel]:
+    """A launch, compiled for the GPU, with its traffic; one pass as its two phases.
 
     FLOPs of a matmul: 2 * samples * classes * (stripes * channels + the classifier's channels). exp2 and log2 of GeM: 2
     for each number of the map forward, 3 backward.
     """
     args, constants, options, target = launch.args, launch.constants, launch.options, hardware.target
     needs = compiler.measure(compiler.compile_launch(launch, target), target)
-    one_load = THREAD_BYTES * options["num_warps"] * target.warp_size
+    one_load = THREAD_BYTES * options["num_warps"] * target.warp_size * constants.get("PARTS", 1)
     flops, special, dtype = 0, 0, torch.float32
     if "PRECISION" in constants:
         depth = constants["STRIPES"] * args["channels"] + args.get("feature_channels", 0)
         flops, dtype = 2 * args["batch"] * args["classes"] * depth, args["memory_ptr"].dtype
     if isinstance(args.get("p_ptr"), Tensor):
         special = SPECIAL[launch.kernel.__name__] * args["map_ptr"].numel()
-    return Kernel(
+    if "BLOCK_S" in constants:
+        one_load = max(one_load, constants["BLOCK_C"] * constants["BLOCK_S"] * args["map_ptr"].itemsize)
+    kernel = Kernel(
         launch.kernel.__name__,
         launch.grid[0],
         *hardware.occupancy(needs.registers, needs.shared, options["num_warps"]),
@@ -129,6 +134,30 @@ def describe(launch: Launch, hardware: Hardware, traffic: list[Traffic]) -> Kern
         dtype=dtype,
         special=special,
     )
+    if "launch_cooperative_grid" not in options:
+        return [kernel]
+    loads = [one for one in traffic if one.tensor in POOLED_FROM]
+    stores = [one for one in traffic if one.tensor in POOLED_INTO]
+    pool_tiles = args["batch"] * cdiv(args["channels"], constants["BLOCK_C"])
+    tiles = cdiv(args["batch"], constants["BLOCK_B"]) * cdiv(args["classes"], constants["BLOCK_N"])
+    pooling = kernel._replace(
+        name=f"{kernel.name}, pooling",
+        programs=min(kernel.programs, pool_tiles),
+        in_flight=one_load,
+        loaded=sum(one.loaded for one in loads),
+        stored=sum(one.stored for one in stores),
+        distinct=sum(one.distinct_loaded for one in loads) + sum(one.distinct_stored for one in stores),
+        flops=0,
+    )
+    revision = kernel._replace(
+        name=f"{kernel.name}, revision",
+        programs=min(kernel.programs, tiles),
+        loaded=kernel.loaded - pooling.loaded,
+        stored=kernel.stored - pooling.stored,
+        distinct=kernel.distinct - pooling.distinct,
+        special=0,
+    )
+    return [pooling, revision]
 
 
 def predict(gpu: dict, problem: Problem) -> dict[Place, tuple[list[Kernel], list[Operation]]]:
@@ -148,7 +177,7 @@ def predict(gpu: dict, problem: Problem) -> dict[Place, tuple[list[Kernel], list
     for place, (launches, aten) in watch(problem.cases, OURS, problem, hardware.target).items():
         kernels = []
         for launch in launches:
-            kernels.append(describe(launch, hardware, [one for one in traffic if one.launch == number]))
+            kernels += describe(launch, hardware, [one for one in traffic if one.launch == number])
             number += 1
         found[place] = kernels, aten
     return found

@@ -13,6 +13,7 @@ from bench.cases import EAGER, OURS, POOLINGS, Case
 from bench.count.traffic import Place, Problem, Traffic, by_subject, count_traffic, interpreted, watch
 from bench.results import Figure
 from bench.shapes import DTYPES, SHAPES
+from cge_kernels import Target
 from cge_kernels.tools.gpus import HARDWARE
 
 
@@ -28,8 +29,8 @@ def measure(shape: str, dtype: str, target: str) -> Iterator[Figure]:
     problem = Problem(SHAPES[shape], dtype)
     for case in [Case(operator, pooling) for pooling in POOLINGS for operator in ("head", "revise_logits_one_pass")]:
         for contender in (OURS, EAGER):
-            own, aten = count_launches(case, contender, problem)
-            place = "launches", f"{shape}, {dtype}", str(case), contender
+            own, aten = count_launches(case, contender, problem, HARDWARE[target].target)
+            place = "launches", f"{shape}, {dtype}, {target}", str(case), contender
             yield Figure(*place, "own kernels", "", own.total())
             yield Figure(*place, "all kernels", "", own.total() + aten.total())
     found = interpreted(count_traffic, problem, HARDWARE[target].target)
@@ -38,10 +39,10 @@ def measure(shape: str, dtype: str, target: str) -> Iterator[Figure]:
             yield Figure("traffic", f"{shape}, {dtype}, {target}", subject, contender, "moved", "B", value)
 
 
-def count_launches(case: Case, contender: str, problem: Problem) -> tuple[Counter[str], Counter[str]]:
-    """What a step of a case launches, by name: our own kernels, and ATen operations."""
+def count_launches(case: Case, contender: str, problem: Problem, target: Target) -> tuple[Counter[str], Counter[str]]:
+    """What a step of a case launches on a target, by name: our own kernels, and ATen operations."""
     own, aten = Counter[str](), Counter[str]()
-    for launches, operations in watch([case], contender, problem).values():
+    for launches, operations in watch([case], contender, problem, target).values():
         own.update(launch.kernel.__name__ for launch in launches)
         aten.update(operation.name for operation in operations)
     return own, aten

@@ -3,7 +3,8 @@
 Pooling, loss, revision and memory write run forward and backward, with tiles as for a named GPU. Every address that a
 kernel loads, stores or changes atomically (tl.atomic_cas apart) counts, unless its lane is masked. All programs of a
 kernel run, except those of the pooling kernels: each of these owns a part of one sample and does the same for every
-sample, so some samples run, and their bytes are multiplied. Nothing is timed.
+sample, so some samples run, and their bytes are multiplied. Of a kernel with a grid-wide barrier, which programs one
+after the other would never pass, a single program does all the work. Nothing is timed.
 
 What is loaded again comes from L2 as far as it fits there; distinct elements come from memory once for each kernel.
 Bytes are those of elements, not of the 32-byte sectors that a GPU moves. Of an operator:
@@ -39,7 +40,18 @@ from cge_kernels.common.device_functions import INTERPRETED
 OWN_ONE_SAMPLE = {"stripe_pool_kernel", "stripe_pool_backward_kernel"}  # programs, in the order of the samples
 SCRATCH = {
     *("local_cast", "partial_sq_norms", "scores", "inv_norm", "grad_scores", "projection", "earlier", "grad_p"),
-    *("features_cast", "saved_logits", "row_max", "argmax", "sums", "label_logit", "lse"),
+    *(
+        "converted",
+        "counter",
+        "features_cast",
+        "products",
+        "saved_logits",
+        "row_max",
+        "argmax",
+        "sums",
+        "label_logit",
+        "lse",
+    ),
 }
 
 
@@ -57,9 +69,12 @@ class Problem(NamedTuple):
 
     @property
     def cases(self) -> list[Case]:
-        """The step's operators, in its order, and the revision of given logits."""
-        pool, loss, revise, write = "stripe_pool", "revised_cross_entropy", "revise_logits", "write_memory_"
-        return [*(Case(pool, pooling) for pooling in self.poolings), Case(loss), Case(revise), Case(write)]
+        """The step's operators, in its order, but for the revision of given logits, after pooling and in one pass."""
+        pools, one_pass = (
+            [Case(operator, pooling) for pooling in self.poolings]
+            for operator in ("stripe_pool", "revise_logits_one_pass")
+        )
+        return [*pools, Case("revised_cross_entropy"), Case("revise_logits"), *one_pass, Case("write_memory_")]
 
     def work_of(self, case: Case) -> dict[str, Work]:
         """What a case must move and compute, by direction."""
@@ -75,7 +90,8 @@ def by_subject(values: dict[Place, dict[str, float]], poolings: Sequence[str]) -
     for pooling in poolings:
         step = Counter[str]()
         for (case, _), value in values.items():
-            step.update(value if case.operator != "revise_logits" and case.pooling in (None, pooling) else {})
+            in_step = not case.operator.startswith("revise_logits") and case.pooling in (None, pooling)
+            step.update(value if in_step else {})
         found[f"head, {pooling}, step"] = step
     return found
 
@@ -163,6 +179,7 @@ def run_counted(operator: str, number: int, launch: Launch, times: int) -> list[
         RuntimeError: it touches an address outside of them.
     """
     name = launch.kernel.__name__
+    programs = 1 if "launch_cooperative_grid" in launch.options else launch.grid[0] // times
     accesses = {key: Accesses(value) for key, value in launch.args.items() if isinstance(value, Tensor)}
 
     def record(directions: Sequence[str], pointer: Any, mask: Any) -> None:
@@ -191,7 +208,7 @@ def run_counted(operator: str, number: int, launch: Launch, times: int) -> list[
         before("create_masked_store", lambda pointer, _, mask, *__: record(["store"], pointer, mask)),
         before("create_atomic_rmw", lambda _, pointer, __, mask, *___: record(["load", "store"], pointer, mask)),
     ):
-        replace(launch, grid=(launch.grid[0] // times,)).run()
+        replace(launch, grid=(programs,)).run()
     return [
         Traffic(operator, number, name, key.removesuffix("_ptr"), *a.bytes("load", times), *a.bytes("store", times))
         for key, a in accesses.items()

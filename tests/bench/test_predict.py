@@ -39,10 +39,16 @@ def test_tiny_step_by_hand(monkeypatch):
     assert {place: [kernel.name for kernel in kernels] for place, (kernels, _) in operators.items()} == {
         ("stripe_pool", "forward"): ["stripe_pool_kernel"],
         ("stripe_pool", "backward"): ["stripe_pool_backward_kernel"],
-        ("revised_cross_entropy", "forward"): ["cast_and_norm_kernel", "cross_entropy_kernel", "reduce_tiles_kernel"],
+        ("revised_cross_entropy", "forward"): ["products_kernel", "loss_kernel"],
         ("revised_cross_entropy", "backward"): ["grad_logits_kernel", "normalize_backward_kernel"],
         ("revise_logits", "forward"): ["cast_and_norm_kernel", "revise_kernel"],
         ("revise_logits", "backward"): ["grad_scores_kernel", "grad_local_kernel"],
+        ("revise_logits_one_pass", "forward"): ["one_pass_kernel, pooling", "one_pass_kernel, revision"],
+        ("revise_logits_one_pass", "backward"): [
+            "grad_scores_kernel",
+            "grad_local_kernel",
+            "stripe_pool_backward_kernel",
+        ],
         ("write_memory_", "forward"): ["write_memory_kernel"],
     }
     b, c, height, width, n, k = 4, 8, 6, 2, 3, 5
@@ -56,10 +62,19 @@ def test_tiny_step_by_hand(monkeypatch):
     (beside,) = operators["stripe_pool", "backward"][1]
     assert beside.name == "aten.sum"  # of the programs' shares of p's gradient
     assert aten_seconds(beside, H100) == pytest.approx(2.5 * US, rel=1e-3)  # its bytes take next to nothing
-    loss = operators["revised_cross_entropy", "forward"][0][1]
-    assert loss.flops == 2 * b * (n + 1) * k * c
-    # memory, operands in bfloat16, classifier, squares, labels
-    assert loss.loaded == 2 * n * k * c + 2 * b * (n + 1) * c + 4 * k * c + 4 * n * b + 8 * b
+    products, loss = operators["revised_cross_entropy", "forward"][0]
+    assert products.flops == 2 * b * (n + 1) * k * c
+    # memory in bfloat16; classifier and features
+    assert products.loaded == 2 * n * k * c + 4 * k * c + 4 * b * (n + 1) * c
+    # logits and scores in rows of 16, local features, labels
+    assert loss.loaded == 4 * b * (n + 1) * 16 + 4 * b * n * c + 8 * b
+    pooled, revised = operators["revise_logits_one_pass", "forward"][0]
+    # a program for each sample, whose channels fit in one tile; each loads p
+    assert (pooled.programs, pooled.loaded) == (b, 2 * b * c * height * width + 4 * b)
+    assert pooled.in_flight == 64 * 64 * 2
+    assert (revised.programs, revised.special) == (1, 0)
+    # as revise_kernel, and the barrier's counter
+    assert (revised.loaded, revised.stored) == (loaded + 4, stored + 4)
     # the classifier in float32 is converted for the gradient of the features
     assert [one.name for one in operators["revised_cross_entropy", "backward"][1]].count("library matmul") == 3
 

@@ -1,11 +1,12 @@
 """Counted bytes are those that one gets by hand from shapes, labels and tiles."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
 
 from bench import count
-from bench.cases import EAGER, OURS
+from bench.cases import EAGER, OURS, Case
 from bench.count import traffic
 from bench.count.traffic import Problem, Traffic
 from bench.shapes import Shape
@@ -67,25 +68,41 @@ def test_revision_and_write_by_hand():
     assert stored(by_tensor["revise_kernel", "inv_norm"]) == (n * b * 4, n * b * 4)
     assert loaded(by_tensor["grad_scores_kernel", "scores"]) == (2 * scores, scores)
     assert stored(by_tensor["grad_local_kernel", "grad_local"]) == (local, local)
-    # the loss reads memory and classifier once, and keeps logits and scores of 20 classes x 8 samples in rows of 16
-    assert loaded(by_tensor["cross_entropy_kernel", "memory"]) == (memory, memory)
-    assert loaded(by_tensor["cross_entropy_kernel", "weight"]) == (k * c * 4, k * c * 4)
-    assert stored(by_tensor["cross_entropy_kernel", "saved_logits"]) == ((n + 1) * k * 16 * 4,) * 2
-    assert stored(by_tensor["cross_entropy_kernel", "sums"]) == (2 * 2 * b * 4,) * 2
-    assert stored(by_tensor["reduce_tiles_kernel", "loss"]) == (b * 4, b * 4)
-    assert stored(by_tensor["grad_logits_kernel", "grad_logits"]) == ((n + 1) * k * b * 2,) * 2
+    # the loss reads memory and classifier once, and keeps logits and scores of 20 classes, padded to 32, x 8 samples
+    logits = (n + 1) * 32 * b * 4
+    assert loaded(by_tensor["products_kernel", "memory"]) == (memory, memory)
+    assert loaded(by_tensor["products_kernel", "weight"]) == (k * c * 4, k * c * 4)
+    assert stored(by_tensor["products_kernel", "products"]) == loaded(by_tensor["loss_kernel", "products"])
+    assert stored(by_tensor["loss_kernel", "saved_logits"]) == (logits, logits)
+    assert stored(by_tensor["loss_kernel", "loss"]) == (b * 4, b * 4)
+    assert stored(by_tensor["grad_logits_kernel", "grad_logits"]) == (logits // 2, logits // 2)
     assert stored(by_tensor["normalize_backward_kernel", "grad_local"]) == (local, local)
     rows = 2 * n * c
     assert loaded(by_tensor["write_memory_kernel", "memory"]) == (rows * 4, rows * 4)
     assert stored(by_tensor["write_memory_kernel", "memory"]) == (rows * 4, rows * 4)
     assert stored(by_tensor["write_memory_kernel", "low_precision_memory"]) == (rows * 2, rows * 2)
     assert loaded(by_tensor["write_memory_kernel", "local"]) == (local, local)
-    # of the loss two kernels read the labels, and the library's matmuls, which are not counted here, do the rest
+    # of the loss two kernels read the local features; the library's matmuls, which are not counted here, do the rest
     loss = "revised_cross_entropy, forward"
-    assert by_operator[loss, "distinct"] - by_operator[loss, "at least"] == b * 8
-    others = {subject for subject, _ in by_operator} - {loss, "revised_cross_entropy, backward", "head, gem, step"}
-    assert len(others) == 5
+    assert by_operator[loss, "distinct"] - by_operator[loss, "at least"] == local
+    backward = {"revised_cross_entropy, backward", "revise_logits_one_pass, gem, backward"}  # of several parts
+    others = {subject for subject, _ in by_operator} - {loss, *backward, "head, gem, step"}
+    assert len(others) == 6
     assert all(by_operator[subject, "distinct"] == by_operator[subject, "at least"] for subject in others)
+
+
+def test_a_loss_that_streams_over_the_classes_by_hand():
+    target = replace(H100, multiprocessors=1)
+    case = Case("revised_cross_entropy")
+    launches, _ = traffic.watch([case], OURS, SMALL, target)[case, "forward"]
+    found = [one for launch in launches for one in traffic.run_counted(str(case), 0, launch, 1)]
+    by_tensor = {(one.kernel, one.tensor): one for one in found if one.distinct}
+    b, c, n, k = 8, 20, 2, 20
+    assert loaded(by_tensor["cross_entropy_kernel", "memory"]) == (n * k * c * 2,) * 2
+    assert loaded(by_tensor["cross_entropy_kernel", "weight"]) == (k * c * 4,) * 2
+    assert stored(by_tensor["cross_entropy_kernel", "saved_logits"]) == ((n + 1) * k * 16 * 4,) * 2  # rows of 16
+    assert stored(by_tensor["cross_entropy_kernel", "sums"]) == (2 * b * 4,) * 2
+    assert stored(by_tensor["reduce_tiles_kernel", "loss"]) == (b * 4,) * 2
 
 
 def test_the_step_is_the_sum_of_its_operators():
@@ -114,18 +131,21 @@ def test_launches_are_numbered():
     assert list(dict.fromkeys((row.launch, row.operator, row.kernel) for row in rows)) == [
         (0, "stripe_pool, gem, forward", "stripe_pool_kernel"),
         (1, "stripe_pool, gem, backward", "stripe_pool_backward_kernel"),
-        (2, "revised_cross_entropy, forward", "cast_and_norm_kernel"),
-        (3, "revised_cross_entropy, forward", "cross_entropy_kernel"),
-        (4, "revised_cross_entropy, forward", "reduce_tiles_kernel"),
-        (5, "revised_cross_entropy, backward", "grad_logits_kernel"),
-        (6, "revised_cross_entropy, backward", "normalize_backward_kernel"),
-        (7, "revise_logits, forward", "cast_and_norm_kernel"),
-        (8, "revise_logits, forward", "revise_kernel"),
-        (9, "revise_logits, backward", "grad_scores_kernel"),
-        (10, "revise_logits, backward", "grad_local_kernel"),
-        (11, "write_memory_, forward", "write_memory_kernel"),
+        (2, "revised_cross_entropy, forward", "products_kernel"),
+        (3, "revised_cross_entropy, forward", "loss_kernel"),
+        (4, "revised_cross_entropy, backward", "grad_logits_kernel"),
+        (5, "revised_cross_entropy, backward", "normalize_backward_kernel"),
+        (6, "revise_logits, forward", "cast_and_norm_kernel"),
+        (7, "revise_logits, forward", "revise_kernel"),
+        (8, "revise_logits, backward", "grad_scores_kernel"),
+        (9, "revise_logits, backward", "grad_local_kernel"),
+        (10, "revise_logits_one_pass, gem, forward", "one_pass_kernel"),
+        (11, "revise_logits_one_pass, gem, backward", "grad_scores_kernel"),
+        (12, "revise_logits_one_pass, gem, backward", "grad_local_kernel"),
+        (13, "revise_logits_one_pass, gem, backward", "stripe_pool_backward_kernel"),
+        (14, "write_memory_, forward", "write_memory_kernel"),
     ]
-    written = next(row for row in rows if (row.launch, row.tensor) == (11, "memory"))
+    written = next(row for row in rows if (row.launch, row.tensor) == (14, "memory"))
     bytes_of_rows = 2 * 2 * 20 * 4  # 2 identities in 2 stripes, 20 channels
     assert (*loaded(written), *stored(written)) == (bytes_of_rows,) * 4
 

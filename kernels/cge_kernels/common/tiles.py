@@ -140,7 +140,7 @@ def loss_tiles(target: Target, stripes: int, classes: int, channels: int) -> Til
 
 
 def one_pass_tiles(target: Target, dtype: torch.dtype, batch: int, classes: int) -> tuple[Tiles, int]:
-    """For the matmul of revise_logits_one_pass, N x B; and how many such programs the machine holds at once."""
+    """For the matmul of revise_logits_one_pass, N x B, and how many programs of such tiles the GPU holds at once."""
     tiles = matmul_tiles(SCORES, target, dtype)
     narrow = replace(tiles, widths=tuple(width for width in tiles.widths if width <= WIDEST_IN_ONE_PASS))
     filling = filling_tiles(narrow, "BLOCK_N", target, batch, classes)
