@@ -31,18 +31,6 @@ def gather(tensor: Tensor) -> Tensor:
     return tensor if world_size() == 1 else sharding.gather_equal(tensor)
 
 
-def gather_uneven(tensor: Tensor) -> Tensor:
-    """`gather` of tensors whose lengths may differ, which waits for a GPU."""
-    if world_size() == 1:
-        return tensor
-    lengths: list[int] = [0] * world_size()
-    dist.all_gather_object(lengths, len(tensor))
-    padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
-    padded[: len(tensor)] = tensor
-    whole = sharding.gather_equal(padded).unflatten(0, (world_size(), max(lengths)))
-    return torch.cat([part[:length] for part, length in zip(whole, lengths, strict=True)])
-
-
 class _GatherWithGradient(torch.autograd.Function):
     """All-gather of equal lengths whose backward sums over ranks what each of them sends back to this rank's part."""
 

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cge_fast import CGELoss, Embeddings, ReidModel, build, checkpoint, distributed, train
-from cge_fast.distributed import copy_from_first_rank, every_rank_has_samples, gather_uneven, gather_with_gradient
+from cge_fast.data import batches
+from cge_fast.distributed import copy_from_first_rank, every_rank_has_samples, gather_with_gradient
 from cge_fast.evaluation.features import embed
 from cge_fast.loop import train as train_run
 from cge_fast.losses.metric import batch_hard_triplet
@@ -26,17 +27,14 @@ def features() -> torch.Tensor:
     return torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
 
 
-def gathered(rank):
-    mine = torch.arange(3.0)[:, None] if rank == 0 else torch.full((1, 1), 9.0)
-    assert gather_uneven(mine).flatten().tolist() == [0, 1, 2, 9]
-    assert gather_uneven(torch.empty(0, 2)).shape == (0, 2)
-
-
-def embed_fewer_images_than_ranks(rank, options):
+def embed_images_that_ranks_cannot_share_evenly(rank, options):
     config, _, _ = train.parse(options)
     run = build.build_run(config, torch.device("cpu"))
-    found = embed(run.model, run.reid_set.query[:1], config.data, config.evaluation, "query")
-    assert found.shape == (1, 128)
+    run.model.eval()
+    for images in (run.reid_set.gallery[:1], run.reid_set.gallery[:5]):
+        found = embed(run.model, images, config.data, config.evaluation, "gallery")
+        alone = run.model.embed(torch.stack([*batches.test_loader(images, 1, config.data)]).squeeze(1))
+        torch.testing.assert_close(found, alone)
 
 
 def triplet_gradient(rank):
@@ -84,9 +82,9 @@ def wrapped(rank):
 
 
 def on_two_ranks(rank, options):
-    for function in (gathered, triplet_gradient, written, wrapped):
+    for function in (triplet_gradient, written, wrapped):
         function(rank)
-    embed_fewer_images_than_ranks(rank, options)
+    embed_images_that_ranks_cannot_share_evenly(rank, options)
 
 
 def test_what_two_ranks_gather(options, tmp_path):
