@@ -16,7 +16,7 @@ from cge_kernels.common.checks import (
     require_tensor,
     valid_labels,
 )
-from cge_kernels.common.dispatch import autocast_off, is_traced, runs_on_reference
+from cge_kernels.common.dispatch import is_traced, runs_on_reference
 from cge_kernels.common.launch import host_may_look
 from cge_kernels.common.plan import Call, Plan
 from cge_kernels.common.sharding import ClassShard, gather_equal, has_all_classes
@@ -62,11 +62,11 @@ def write(
         import cge_reference
 
         cge_reference.write_memory_(*arguments)
-    elif call.runs_on_triton(memory, local_features):
+    elif call.decide(arguments) if call.on_triton is None else call.on_triton:
         with Plan(call) as plan:
             launch_write(plan, *arguments)
     else:
-        with autocast_off(memory):
+        with call.autocast_off():
             write_on_cpu(*arguments)
 
 
