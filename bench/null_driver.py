@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import cge_kernels
+from cge_kernels.common.device_functions import INTERPRETED
 from cge_kernels.tools.gpus import HARDWARE
 
 # Functions whose answer is looked at; all others return 0, success.
@@ -40,8 +41,10 @@ def null_driver() -> Iterator[None]:
     """Inside, the project's kernels on CPU tensors are launched as on an H100, and compute nothing.
 
     Raises:
-        RuntimeError: there is no C compiler.
+        RuntimeError: there is no C compiler, or kernels are interpreted.
     """
+    if INTERPRETED.value:
+        raise RuntimeError("TRITON_INTERPRET: must not be set, since interpreted kernels are not launched, got 1")
     folder = tempfile.TemporaryDirectory(prefix="null-driver-")
     before = triton.runtime.driver._active  # the property would ask for a GPU
     try:

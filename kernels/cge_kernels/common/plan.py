@@ -248,12 +248,12 @@ def autograd_function(
 
         @staticmethod
         def backward(ctx, *gradients):
+            if not torch.is_grad_enabled():
+                return *backward(ctx, *gradients), None
             with torch.no_grad():
                 results = backward(ctx, *gradients)
-            if torch.is_grad_enabled():  # somebody may want to differentiate these once more
-                leaves = [None if result is None else result.detach().requires_grad_() for result in results]
-                results = NoSecondDerivative.apply(*leaves)
-            return *results, None
+            leaves = [None if result is None else result.detach().requires_grad_() for result in results]
+            return *NoSecondDerivative.apply(*leaves), None  # somebody may want to differentiate them once more
 
     Eager.__name__ = name
     return Eager.apply

@@ -177,7 +177,7 @@ def launch_backward(
     inputs = inputs.contiguous()
     features, weight, memory, local = inputs.features, inputs.weight, inputs.memory, inputs.local_features
     (batch, stripes, classes), channels = inputs.sizes, memory.shape[2]
-    chunk = chunk_of_logits(batch, stripes, classes)
+    chunk = plan.once(lambda: chunk_of_logits(batch, stripes, classes))
     recomputes = saved.saved_logits.shape[1] == 0
     if recomputes:
         scratch = features.new_empty((stripes + 1, chunk, score_row(batch)), dtype=torch.float32)
