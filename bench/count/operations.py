@@ -67,7 +67,7 @@ class Operations(TorchDispatchMode):
 def library_matmul(total: Tensor, a: Tensor, b: Tensor, adds: bool) -> Operation:
     """The operation behind cge_kernels' product_."""
     moved = sum(map(distinct_bytes, (a, b, total))) + (distinct_bytes(total) if adds else 0)
-    return Operation("library matmul", moved, 2 * total.numel() * a.shape[2], a.dtype)
+    return Operation("library matmul", moved, 2 * total.numel() * a.shape[-1], a.dtype)
 
 
 def tensors(arguments: Any) -> list[Tensor]:
