@@ -89,10 +89,13 @@ def build_run(config: TrainConfig, device: torch.device, variants: Variants = NO
     precision = compute_precision(config.optim.precision, device)
     if config.model.shard_classes and precision == torch.float16:
         raise UserError("model.shard_classes: float16's loss scaling would differ between ranks, use bfloat16")
+    check_cuda_graph(config, device)
     model = build_model(config, config.data, precision, loss_class(config, variants))
     if world_size() > 1 and device.type == "cuda":  # SyncBatchNorm exists on GPUs only
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    criterion = build_criterion(config, model.neck.num_features, num_classes, variants)
+    wants_copy = precision != torch.float32 and (device.type == "cuda" or config.optim.precision != "auto")
+    memory_dtype = precision if wants_copy else None  # unasked not on a CPU, whose operators add up in float32 anyway
+    criterion = build_criterion(config, model.neck.num_features, num_classes, variants, memory_dtype)
     model, criterion = model.to(device), criterion.to(device)
     optimizer = torch.optim.Adam(
         [*model.parameters(), *criterion.parameters()],
@@ -114,12 +117,34 @@ def build_run(config: TrainConfig, device: torch.device, variants: Variants = NO
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
     )
+    if config.optim.cuda_graph:
+        capture(model, config)
     if world_size() > 1:
         # No broadcast of buffers at every step: the memory is equal anyway, statistics are shared once an epoch.
         run.ddp_model = DistributedDataParallel(model, broadcast_buffers=False)
         if run.shard is None and any(True for _ in criterion.parameters()):
             run.ddp_criterion = DistributedDataParallel(criterion, broadcast_buffers=False)
     return run
+
+
+def check_cuda_graph(config: TrainConfig, device: torch.device) -> None:
+    """Raises UserError if optim.cuda_graph is set where it cannot be."""
+    for is_wrong, reason in (
+        (device.type != "cuda", "there is no GPU"),
+        (world_size() > 1, "it is for one process, since DistributedDataParallel takes no graph"),
+        (config.optim.accumulate > 1, "a graph's gradients are overwritten by the next micro-batch: optim.accumulate"),
+    ):
+        if config.optim.cuda_graph and is_wrong:
+            raise UserError(f"optim.cuda_graph: must be false, {reason}")
+
+
+def capture(model: ReidModel, config: TrainConfig) -> None:
+    """From now on the model's forward and backward in training are CUDA graphs; the batches all have one shape."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    shape = config.data.identities * config.data.instances, 3, config.data.height, config.data.width
+    torch.cuda.make_graphed_callables(model.train(), (torch.zeros(shape, device=model.neck.weight.device),))
+    for name, buffer in model.named_buffers():  # BatchNorm has seen these images some times over
+        buffer.copy_(buffers[name])
 
 
 def check_batch(config: TrainConfig) -> None:
@@ -220,9 +245,15 @@ def loss_class(config: TrainConfig, variants: Variants = NO_VARIANTS) -> type[nn
 
 
 def build_criterion(
-    config: TrainConfig, channels: int, num_classes: int, variants: Variants = NO_VARIANTS
+    config: TrainConfig,
+    channels: int,
+    num_classes: int,
+    variants: Variants = NO_VARIANTS,
+    memory_dtype: torch.dtype | None = None,
 ) -> ReidCriterion:
     """The training loss that the settings describe, on the CPU, with this rank's rows of its classes.
+
+    memory_dtype: of the memory's copy that a CGELoss reads, or None.
 
     Raises:
         UserError: the arguments do not fit the classification loss, or there are fewer classes than ranks.
@@ -240,6 +271,8 @@ def build_criterion(
             raise ValueError(f"shard_classes needs cge and the loss CGELoss, got {classification.__name__}")
         if model.shard_classes and world_size() > 1:
             arguments["shard"] = ClassShard.of_rank(num_classes, rank(), world_size())
+        if memory_dtype and issubclass(classification, CGELoss):
+            arguments["memory_dtype"] = memory_dtype
         made = classification(channels, num_classes, **arguments, **loss.variant_args)
     except ValueError as error:
         raise UserError(f"model: {error}") from error

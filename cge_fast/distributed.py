@@ -23,8 +23,12 @@ def world_size() -> int:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Concatenates the ranks' tensors along dimension 0, in rank order; their lengths may differ. No gradient."""
-    return tensor if world_size() == 1 else sharding.gather(tensor)
+    """Concatenates the ranks' tensors of one shape along dimension 0, in rank order. No gradient.
+
+    Raises:
+        ValueError: the lengths differ; only on the CPU, since a GPU would have to wait for the host to look at them.
+    """
+    return tensor if world_size() == 1 else sharding.gather_equal(tensor)
 
 
 class _GatherWithGradient(torch.autograd.Function):
@@ -48,6 +52,29 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
     computes whole has the gradient that one process would have had.
     """
     return tensor if world_size() == 1 else _GatherWithGradient.apply(tensor)
+
+
+def inside_ddp(parameter: nn.Parameter) -> bool:
+    """Whether a module in DistributedDataParallel that has the parameter is running its forward."""
+    ddp = DistributedDataParallel._get_active_ddp_module()
+    return ddp is not None and any(one is parameter for one in ddp.module.parameters())
+
+
+@contextmanager
+def every_rank_has_samples() -> Iterator[None]:
+    """Inside, SyncBatchNorm does not look for ranks without samples, which in every layer would wait for the GPU.
+
+    It leaves this out itself while a CUDA graph is captured, so here it is told that one is.
+    """
+    if world_size() == 1 or not torch.cuda.is_available():
+        yield
+        return
+    is_capturing = torch.cuda.is_current_stream_capturing
+    torch.cuda.is_current_stream_capturing = lambda: True
+    try:
+        yield
+    finally:
+        torch.cuda.is_current_stream_capturing = is_capturing
 
 
 @contextmanager

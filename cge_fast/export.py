@@ -29,7 +29,6 @@ from cge_fast.model import ReidModel
 from cge_fast.options import DataConfig, EvaluationConfig, TrainConfig
 
 PROGRAM = "cge_fast.export"
-GEM_EPS = 1e-6  # the default of stripe_pool, which has the second bound, of the mean, too
 METADATA = "metadata.json"  # the extra file of a .pt2
 
 
@@ -44,17 +43,13 @@ class ExportConfig:
 
 
 class Embedding(nn.Module):
-    """From uint8 images (B, 3, H, W) to embeddings (B, C) float32, in plain PyTorch.
-
-    The model pools with a custom operator of cge_kernels, which a graph would name without what it does, so that it ran
-    only where that package is installed. Here the same is written in PyTorch.
-    """
+    """From uint8 images (B, 3, H, W) to embeddings (B, C) float32."""
 
     def __init__(self, model: ReidModel, data: DataConfig, evaluation: EvaluationConfig):
         super().__init__()
         self.normalise = v2.Compose(normalised(data))
         # torch.export.save takes weights in channels_last for slices of others, and warns.
-        self.backbone, self.p = model.backbone.to(memory_format=torch.contiguous_format), model.pool.p
+        self.backbone, self.pool = model.backbone.to(memory_format=torch.contiguous_format), model.pool
         self.neck = model.neck if evaluation.neck == "after" else nn.Identity()
         self.flip_test = evaluation.flip_test
 
@@ -67,11 +62,8 @@ class Embedding(nn.Module):
 
     def feature(self, images: Tensor) -> Tensor:
         """(B, C) of normalised images (B, 3, H, W)."""
-        activations = self.backbone(images)
-        if self.p is None:
-            return self.neck(activations.mean(dim=(2, 3)))
-        powers = activations.clamp(min=GEM_EPS).pow(self.p).mean(dim=(2, 3))
-        return self.neck(powers.clamp(min=torch.finfo(powers.dtype).tiny).pow(1 / self.p))
+        pooled, _ = self.pool(self.backbone(images), stripes=1)
+        return self.neck(pooled)
 
 
 def load(folder: Path) -> tuple[Embedding, TrainConfig, dict[str, str]]:

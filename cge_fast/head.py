@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from cge_fast.losses.cge import CGELoss
@@ -24,18 +25,32 @@ class CGEHead(nn.Module):
 
     Training: `out = head(feature_map, labels)`, then `out.loss.backward()`, `optimizer.step()` and
     `head.write_memory(out.stripes, labels, momentum)`. In use: `head(feature_map)` is the embedding.
-    The arguments are those of StripePool and CGELoss.
+    The arguments are those of StripePool and CGELoss. It computes in float32, but for memory_dtype, also in a network
+    that is cast to another dtype. Exported or traced, it has PyTorch's own operators alone.
     """
 
     def __init__(
-        self, in_channels: int, num_classes: int, stripes: int = 3, gem: bool = True, label_smoothing: float = 0.1
+        self,
+        in_channels: int,
+        num_classes: int,
+        stripes: int = 3,
+        gem: bool = True,
+        label_smoothing: float = 0.1,
+        memory_dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.pool, self.neck = StripePool(stripes, gem), BNNeck(in_channels)
-        self.loss = CGELoss(in_channels, num_classes, stripes, label_smoothing)
+        self.loss = CGELoss(in_channels, num_classes, stripes, label_smoothing, memory_dtype=memory_dtype)
 
     def forward(self, feature_map: Tensor, labels: Tensor | None = None) -> HeadOutput | Tensor:
-        """The training output of a feature map (B, C, H, W) and labels (B,); without labels the embedding (B, C)."""
+        """The training output of a feature map (B, C, H, W) and labels (B,); without labels the embedding (B, C).
+
+        Raises:
+            ValueError, TypeError: shapes, dtypes or labels do not fit; the message names the argument.
+        """
+        channels = self.neck.num_features
+        if feature_map.dim() != 4 or feature_map.shape[1] != channels:
+            raise ValueError(f"feature_map must have shape (B, {channels}, H, W), got {tuple(feature_map.shape)}")
         if labels is None:
             return self.neck(self.pool(feature_map, stripes=1)[0])
         pooled, stripes = self.pool(feature_map)

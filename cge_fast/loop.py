@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from cge_fast import checkpoint
@@ -59,7 +58,7 @@ def train(run: Run, profile: StepProfile | None = None) -> None:
             if log:
                 row = {"epoch": epoch, **metrics.row(), "lr": run.optimizer.param_groups[0]["lr"]}
                 row["momentum"] = momentum if run.criterion.has_memory else None
-                row |= {"images_per_second": metrics.samples.item() / seconds, "seconds": seconds}
+                row |= {"images_per_second": metrics.samples / seconds, "seconds": seconds}
                 log.write(row | (measured or dict.fromkeys(RETRIEVAL)))
             save(run, is_best)
             if failure:
@@ -79,11 +78,10 @@ def train_epoch(run: Run, epoch: int, momentum: float, bar: tqdm, profile: StepP
     run.model.train()
     run.criterion.train()
     run.sampler.epoch = epoch
-    steps = len(run.loader)
+    steps, pieces = len(run.loader), run.config.optim.accumulate
     metrics = EpochMetrics(
         run.config.loss.weights, run.model.pool.stripes if run.criterion.has_memory else 0, run.device
     )
-    unchecked: list[Tensor] = []
     batches = iter(run.loader)
     for step in range(steps):
         if profile:
@@ -92,17 +90,16 @@ def train_epoch(run: Run, epoch: int, momentum: float, bar: tqdm, profile: StepP
             images, labels = (tensor.to(run.device, non_blocking=True) for tensor in next(batches))
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(run.config.optim, epoch - 1 + step / steps, steps)
-        log_step = len(unchecked) == LOG_EVERY - 1 or step == steps - 1
-        unchecked.append(training_step(run, images, labels, momentum, metrics, log_step))
+        log_step = (step + 1) % LOG_EVERY == 0 or step == steps - 1
+        training_step(run, images, labels, momentum, metrics, log_step)
         with part("bookkeeping"):
             bar.update()
             if log_step:
-                losses = (torch.stack(unchecked) @ run.criterion.weights).tolist()
-                for number, loss in enumerate(losses, start=step + 2 - len(losses)):
+                losses = metrics.fold()  # of the micro-batches since the last log step
+                for ago, loss in enumerate(losses[::-1]):
                     if not math.isfinite(loss):
-                        raise not_finite(run, f"the loss of step {number} of epoch {epoch}")
+                        raise not_finite(run, f"the loss of step {step + 1 - ago // pieces} of epoch {epoch}")
                 show(run, bar, losses[-1], metrics)
-                unchecked.clear()
     if profile:
         profile.stop()
     tensors = (*run.model.state_dict().values(), *run.criterion.state_dict().values())
@@ -128,8 +125,7 @@ def evaluation(run: Run) -> dict[str, float] | None:
 def show(run: Run, bar: tqdm, loss: float, metrics: EpochMetrics) -> None:
     """Puts loss, identity accuracy and images/s on the progress bar (which shows the time left by itself)."""
     images_per_second = (bar.format_dict["rate"] or 0) * run.config.data.identities * run.config.data.instances
-    accuracy = (metrics.correct / metrics.samples).item()
-    bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}, {images_per_second:.0f} images/s")
+    bar.set_postfix_str(f"loss {loss:.3f}, accuracy {metrics.accuracy:.1%}, {images_per_second:.0f} images/s")
 
 
 def not_finite(run: Run, what: str) -> UserError:

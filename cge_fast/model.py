@@ -1,13 +1,40 @@
 """The network that is deployed: backbone, pooling and BNNeck. What trains it are the losses."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 
-from cge_kernels import stripe_pool
+from cge_kernels import backend, stripe_pool
 
 GEM_INITIAL_P = 3.0
+
+
+class AtLeastFloat32(nn.Module):
+    """Keeps its parameters and buffers as they are where `.half()` or `.to(dtype)` would make them smaller."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def apply(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device) if result.is_floating_point() and result.itemsize < 4 else result
+
+        return super()._apply(apply, recurse)
+
+
+class FrozenParameter(nn.Parameter):
+    """Never learns: `requires_grad` stays False, even after `requires_grad_(True)` over the whole model."""
+
+    requires_grad = property(lambda self: False, lambda self, value: None)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Nothing."""
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:  # else it would come back as an ordinary parameter
+        return FrozenParameter, (self.data, False)
 
 
 class Embeddings(NamedTuple):
@@ -18,7 +45,7 @@ class Embeddings(NamedTuple):
     embedding: Tensor  # (B, C) float32, after BNNeck: what classification losses take, and retrieval
 
 
-class StripePool(nn.Module):
+class StripePool(AtLeastFloat32):
     """Pooling of a feature map into a global feature and n stripe features (the input of the paper's NLC).
 
     Args:
@@ -38,15 +65,40 @@ class StripePool(nn.Module):
 
         stripes: another number of stripes than the module's.
         """
-        return stripe_pool(feature_map, stripes or self.stripes, self.p)
+        # What is exported or traced has PyTorch's own operators alone, and runs without this package.
+        plain = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        with backend("reference") if plain else nullcontext():
+            return stripe_pool(feature_map, stripes or self.stripes, self.p)
 
 
-class BNNeck(nn.BatchNorm1d):
-    """BagTricks' BatchNorm with a frozen zero bias, between pooled feature and embedding."""
+class BNNeck(AtLeastFloat32, nn.BatchNorm1d):
+    """BagTricks' BatchNorm with a frozen zero bias, between pooled feature and embedding.
+
+    `num_batches_tracked`, which nothing depends on, is brought up to date when it is saved, without a launch in each
+    step; it counts neither compiled nor captured steps.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
 
     def __init__(self, channels: int):
         super().__init__(channels)
-        self.bias.requires_grad_(False)
+        self.bias = FrozenParameter(self.bias, requires_grad=False)
+        self.not_yet_tracked = 0
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(B, C) of pooled features (B, C)."""
+        if self.training and not torch.compiler.is_compiling():
+            self.not_yet_tracked += 1
+        statistics = self.running_mean, self.running_var
+        return batch_norm(pooled, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        self.num_batches_tracked += self.not_yet_tracked
+        self.not_yet_tracked = 0
+        super()._save_to_state_dict(*arguments)
 
 
 class ReidModel(nn.Module):

@@ -177,9 +177,12 @@ class OptimConfig:
     gamma: PositiveFloat = 0.1
     """Factor at each milestone."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Backbone's arithmetic; auto: bfloat16 where the device has it in hardware, else float32."""
+    """Arithmetic of the backbone, and of the classifier's and the memory's matmuls; auto: bfloat16 where the device has
+    it in hardware (on a CPU for the backbone alone), else float32."""
     accumulate: PositiveInt = 1
     """Micro-batches that a batch is cut into (P / ranks divisible by it), to train with less device memory."""
+    cuda_graph: bool = False
+    """Launch the network's forward and backward as one CUDA graph each; for one process and one micro-batch."""
 
 
 @dataclass

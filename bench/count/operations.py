@@ -4,7 +4,7 @@ An operation counts if PyTorch's dispatcher runs it (below autograd) and it comp
 - only makes a view (each result shares its storage with an argument, and the operation writes none of them),
 - only allocates (its name says "empty"),
 - returns no tensor (.item()) or tensors without elements, or
-- is the look at labels that only CPU tensors get (`aten.all` over a whole tensor, ahead of .item()).
+- is the look at labels that only CPU tensors get.
 Each counts as one kernel. On a GPU some launch several (indexing by a mask, unique, sums in two steps), so the counts
 are lower bounds. The operators of cge_kernels are looked into: their own kernels are no ATen operations, but what they
 call besides is. A matmul that they leave to a library counts as one operation: a GPU's library takes 16-bit operands as
@@ -50,6 +50,8 @@ class Operations(TorchDispatchMode):
         if func.name() == "cge_kernels::product_":
             self.found.append(library_matmul(*args))
             return func(*args)
+        if func.name() == "cge_kernels::valid_labels":
+            return func(*args)
         if func.namespace == "cge_kernels":
             with self:
                 return func.redispatch(ON_CPU, *args, **kwargs)
@@ -77,7 +79,7 @@ def tensors(arguments: Any) -> list[Tensor]:
 
 def launches_a_kernel(func: torch._ops.OpOverload, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
     """Whether an operation with these arguments and results counts, as the module says."""
-    if not any(output.numel() for output in outputs) or "empty" in func.name() or func is aten.all.default:
+    if not any(output.numel() for output in outputs) or "empty" in func.name():
         return False
     storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     is_view = all(output.untyped_storage().data_ptr() in storages for output in outputs)

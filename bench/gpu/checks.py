@@ -83,9 +83,9 @@ def place(dry: bool) -> Place:
 def parity(at: Place) -> Iterator[Item]:
     """Every operator and gradient within the budget of tests/error_budget.py, with the truth in float64."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-    budget, draw_sample = import_module("error_budget"), import_module("support").draw_sample
+    budget, write_budget, support = map(import_module, ("error_budget", "write_budget", "support"))
     for sizes in [(4, 2, 7, 5, 5, 2)] if at.is_dry else [(5, 3, 19, 37, 7, 3), (64, 3, 1041, 2048, 24, 8)]:
-        sample = draw_sample(*sizes)
+        sample = support.draw_sample(*sizes)
         p, local = torch.tensor(3.0, device=at.device), {"local_features": sample.local_features}
         weight = sample.weight / sizes[3] ** 0.5  # logits of about 1, so that rounded ones stay within their budget
         for precision, (dtype, matmul) in PRECISIONS.items():
@@ -108,7 +108,7 @@ def parity(at: Place) -> Iterator[Item]:
                 yield Expectation.runs(f"parity of {name}, {precision}, {sizes}", check)
             written = sample.memory.clone(), sample.local_features.to(dtype), sample.labels, 0.3, "triton"
             what = f"parity of write_memory_, {precision}, {sizes}"
-            yield Expectation.runs(what, budget.check_write, *written, memory.clone())
+            yield Expectation.runs(what, write_budget.check_write, *written, memory.clone())
 
 
 class Step:

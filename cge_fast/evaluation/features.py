@@ -26,9 +26,9 @@ def embed(model: ReidModel, images: list[Image], data: DataConfig, evaluation: E
     training = model.training
     model.eval()
     after_neck = evaluation.neck == "after"
-    # A first, empty one: with fewer images than ranks some have nothing to do.
-    features = [torch.empty(0, model.neck.num_features, device=device)]
-    loader = test_loader(images[rank() :: world_size()], evaluation.batch, data)
+    features = [torch.empty(0, model.neck.num_features, device=device)]  # there may be no image
+    equal_shares = images + images[-1:] * (-len(images) % world_size())
+    loader = test_loader(equal_shares[rank() :: world_size()], evaluation.batch, data)
     for batch in tqdm(loader, desc=f"features, {name}", unit=" batch", leave=False, disable=rank() > 0):
         batch = batch.to(device, non_blocking=True)
         feature = model.embed(batch, after_neck)
@@ -36,8 +36,8 @@ def embed(model: ReidModel, images: list[Image], data: DataConfig, evaluation: E
             feature = (feature + model.embed(batch.flip(3), after_neck)) / 2
         features.append(feature)
     model.train(training)
-    order = torch.cat([torch.arange(first, len(images), world_size()) for first in range(world_size())])
-    return gather(torch.cat(features))[order.argsort().to(device)]
+    shares = gather(torch.cat(features)).unflatten(0, (world_size(), -1))
+    return shares.transpose(0, 1).flatten(0, 1)[: len(images)]
 
 
 def evaluate(model: ReidModel, reid_set: ReidSet, data: DataConfig, evaluation: EvaluationConfig) -> Retrieval:

@@ -55,14 +55,14 @@ class InSteps:
         valid, targets = valid_targets(labels, len(embeddings.embedding), self.num_classes)
         logits = self.revised_logits(embeddings)
         loss = torch.where(valid, self.losses(logits, targets), torch.nan).mean()
-        memory = getattr(self, "memory", None)
+        memory = getattr(self, "memory_read", None)
         local = None if memory is None else stripe_correct(embeddings.stripes.detach(), memory, labels)
         return LossOutput(loss, logits.argmax(dim=1) == labels, local)
 
     def revised_logits(self, embeddings: Embeddings) -> Tensor:
         """(B, N) float32."""
         logits = linear_float32(embeddings.embedding, self.weight)
-        return revise_logits(logits, embeddings.stripes, self.memory) if hasattr(self, "memory") else logits
+        return revise_logits(logits, embeddings.stripes, self.memory_read) if hasattr(self, "memory") else logits
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Of each sample, (B,)."""
@@ -89,7 +89,7 @@ class Shuffled(InSteps):
     @property
     def revising_memory(self) -> Tensor:
         """The memory (n, N, C) that revises: another class's rows for each class."""
-        return self.memory[:, self.shuffled]
+        return self.memory_read[:, self.shuffled]
 
     def revised_logits(self, embeddings: Embeddings) -> Tensor:
         logits = linear_float32(embeddings.embedding, self.weight)
@@ -129,7 +129,14 @@ class MemoryNotUsed(InSteps, CGELoss):
         return linear_float32(embeddings.embedding, self.weight)
 
 
-VARIANTS: dict[str, type[nn.Module]] = {"memory_not_used": MemoryNotUsed} | {
+class BFloat16Memory(CGELoss):
+    """The loss as a GPU computes it in bfloat16, on any device."""
+
+    def __init__(self, *arguments: Any, **keywords: Any):
+        super().__init__(*arguments, **keywords | {"memory_dtype": torch.bfloat16})
+
+
+VARIANTS: dict[str, type[nn.Module]] = {"memory_not_used": MemoryNotUsed, "bfloat16_memory": BFloat16Memory} | {
     name: type(name, parts, {})
     for name, parts in {
         "scaled": (Scaled, InSteps, SoftmaxLoss),

@@ -35,6 +35,7 @@ class ReidCriterion(nn.Module):
 
     classification: Any  # has methods that nn.Module has not
     weights: Tensor  # (3,)
+    no_center: Tensor  # 0-d: 0
 
     def __init__(
         self, classification: nn.Module, metric: nn.Module, center: CenterLoss | None, weights: Sequence[float]
@@ -42,6 +43,7 @@ class ReidCriterion(nn.Module):
         super().__init__()
         self.classification, self.metric, self.center = classification, metric, center
         self.register_buffer("weights", torch.tensor(weights, dtype=torch.float32), persistent=False)
+        self.register_buffer("no_center", torch.zeros(()), persistent=False)
 
     @property
     def has_memory(self) -> bool:
@@ -53,6 +55,6 @@ class ReidCriterion(nn.Module):
         out = self.classification(embeddings, labels)
         pooled, all_labels = gather_with_gradient(embeddings.pooled), gather_with_gradient(labels)
         metric = self.metric(pooled, all_labels)
-        center = self.center(pooled, all_labels) if self.center else metric.new_zeros(())
+        center = self.center(pooled, all_labels) if self.center else self.no_center
         parts = torch.stack([out.loss, metric, center])
         return CriterionOutput(parts @ self.weights, parts.detach(), out.correct, out.stripe_correct)

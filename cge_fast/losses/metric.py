@@ -168,7 +168,9 @@ def instance_loss(features: Tensor, labels: Tensor) -> Tensor:
     Returns:
         the loss, 0-d.
     """
-    _, number = labels.unique(return_inverse=True)
     directions = normalize(features)
-    members = torch.nn.functional.one_hot(number).T.to(features.dtype)
-    return cross_entropy(INSTANCE_SCALE * directions @ normalize(members @ directions).T, number)
+    same = labels[:, None] == labels[None, :]
+    place = torch.arange(len(labels), device=labels.device)
+    first = torch.where(same, place, len(labels)).amin(dim=1)  # the sample that stands for an identity
+    cosines = directions @ normalize(same.to(features.dtype) @ directions).T
+    return cross_entropy((INSTANCE_SCALE * cosines).masked_fill(first != place, -torch.inf), first)

@@ -22,6 +22,8 @@ def without_autocast(operator: Callable[P, R]) -> Callable[P, R]:
     @wraps(operator)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         device = next(value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        if not torch.is_autocast_enabled(device):  # so that an exported graph has no region for it
+            return operator(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return operator(*args, **kwargs)
 

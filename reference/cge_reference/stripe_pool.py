@@ -20,7 +20,7 @@ def stripe_pool(
     """
     x = feature_map.to(accumulation_dtype(feature_map))
     if p is not None:
-        p = torch.as_tensor(p, dtype=x.dtype, device=x.device)
+        p = p.to(x.dtype) if isinstance(p, Tensor) else x.new_full((), p)
         x = x.clamp(min=eps).pow(p)
     global_feature = x.mean(dim=(2, 3))
     local_features = adaptive_avg_pool2d(x, (stripes, 1)).squeeze(3).transpose(1, 2)

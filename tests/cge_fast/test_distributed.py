@@ -9,12 +9,15 @@ import torch
 from safetensors.torch import load_file
 from support import on_ranks
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from cge_fast import CGELoss, ReidModel, build, checkpoint, train
-from cge_fast.distributed import gather, gather_with_gradient
+from cge_fast import CGELoss, Embeddings, ReidModel, build, checkpoint, distributed, train
+from cge_fast.data import batches
+from cge_fast.distributed import copy_from_first_rank, every_rank_has_samples, gather_with_gradient
 from cge_fast.evaluation.features import embed
 from cge_fast.loop import train as train_run
 from cge_fast.losses.metric import batch_hard_triplet
+from cge_kernels import ClassShard
 from cge_reference import write_memory_
 
 LABELS = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -24,17 +27,14 @@ def features() -> torch.Tensor:
     return torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
 
 
-def gather_uneven(rank):
-    mine = torch.arange(3.0)[:, None] if rank == 0 else torch.full((1, 1), 9.0)
-    assert gather(mine).flatten().tolist() == [0, 1, 2, 9]
-    assert gather(torch.empty(0, 2)).shape == (0, 2)
-
-
-def embed_fewer_images_than_ranks(rank, options):
+def embed_images_that_ranks_cannot_share_evenly(rank, options):
     config, _, _ = train.parse(options)
     run = build.build_run(config, torch.device("cpu"))
-    found = embed(run.model, run.reid_set.query[:1], config.data, config.evaluation, "query")
-    assert found.shape == (1, 128)
+    run.model.eval()
+    for images in (run.reid_set.gallery[:1], run.reid_set.gallery[:5]):
+        found = embed(run.model, images, config.data, config.evaluation, "gallery")
+        alone = run.model.embed(torch.stack([*batches.test_loader(images, 1, config.data)]).squeeze(1))
+        torch.testing.assert_close(found, alone)
 
 
 def triplet_gradient(rank):
@@ -46,23 +46,60 @@ def triplet_gradient(rank):
     torch.testing.assert_close(mine.grad / 2, whole.grad[rank * 3 : rank * 3 + 3])
 
 
-def write_uneven(rank):
+def written(rank):
     local_features = torch.rand(6, 3, 4, generator=torch.Generator().manual_seed(2))
-    mine = slice(0, 5) if rank == 0 else slice(5, 6)
-    loss = CGELoss(4, 3)
+    loss = CGELoss(4, 3, memory_dtype=torch.bfloat16)
+    mine = slice(3 * rank, 3 * rank + 3)
     loss.write_memory(local_features[mine], LABELS[mine], 0.5)
     whole = write_memory_(torch.zeros(3, 3, 4), local_features, LABELS, 0.5)
     assert torch.equal(loss.memory, whole)
+    loss.memory_read.fill_(rank)
+    copy_from_first_rank(loss.buffers())
+    assert (loss.memory_read == 0).all()
+    with pytest.raises(ValueError, match="samples: must be the same on every rank, got 3, 2"):
+        loss.write_memory(local_features[: 3 - rank], LABELS[: 3 - rank], 0.5)
+
+
+class Sharded(nn.Module):
+    """A network that has the sharded loss in it."""
+
+    def __init__(self, rank: int):
+        super().__init__()
+        self.layer, self.loss = nn.Linear(4, 4), CGELoss(4, 4, stripes=1, shard=ClassShard.of_rank(4, rank, 2))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.layer(x)
+        return self.loss(Embeddings(x, x[:, None], x), labels).loss
+
+
+def wrapped(rank):
+    own = features()[rank * 3 : rank * 3 + 3], LABELS[rank * 3 : rank * 3 + 3]
+    with pytest.raises(RuntimeError, match="wrap the network alone, and call the loss outside of it"):
+        DistributedDataParallel(Sharded(rank))(*own)
+    network = Sharded(rank)
+    network.layer = DistributedDataParallel(network.layer)
+    network(*own).backward()
 
 
 def on_two_ranks(rank, options):
-    for function in (gather_uneven, triplet_gradient, write_uneven):
+    for function in (triplet_gradient, written, wrapped):
         function(rank)
-    embed_fewer_images_than_ranks(rank, options)
+    embed_images_that_ranks_cannot_share_evenly(rank, options)
 
 
 def test_what_two_ranks_gather(options, tmp_path):
     on_ranks(2, on_two_ranks, options, folder=tmp_path)
+
+
+def test_sync_batch_norm_is_told_to_look_for_no_empty_rank_inside_only(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with every_rank_has_samples():
+        assert not torch.cuda.is_current_stream_capturing(), "one rank has no SyncBatchNorm"
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with every_rank_has_samples():
+        assert torch.cuda.is_current_stream_capturing()
+    assert not torch.cuda.is_current_stream_capturing()
 
 
 class NoNorm(nn.Identity):

@@ -3,11 +3,16 @@
 from dataclasses import asdict
 
 import pytest
+import torch
 import yaml
 from runs import run
+from support import GPU
 
 from cge_fast import train
+from cge_fast.build import check_cuda_graph
 from cge_fast.cli import NOW_VARIANT, RENAMED, read_settings
+from cge_fast.errors import UserError
+from cge_fast.options import TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -46,6 +51,27 @@ def test_wrong_settings_are_one_line_and_leave_nothing_behind(options, tmp_path,
     assert len(err.strip().splitlines()) == 1
     assert out == ""
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(GPU, reason="needs a computer without a GPU")
+def test_a_cuda_graph_without_a_gpu_is_one_line_and_leaves_nothing_behind(options, tmp_path, capsys):
+    status, _, err = run([*options, "--optim.cuda_graph", "true"], capsys)
+    assert (status, err) == (2, "cge_fast.train: error: optim.cuda_graph: must be false, there is no GPU\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cuda_graph_is_for_one_process_and_one_micro_batch(monkeypatch):
+    config, gpu = TrainConfig(), torch.device("cuda")
+    config.optim.cuda_graph = True
+    check_cuda_graph(config, gpu)
+    config.optim.accumulate = 2
+    with pytest.raises(UserError, match=r"optim.cuda_graph: must be false, .* micro-batch: optim.accumulate"):
+        check_cuda_graph(config, gpu)
+    monkeypatch.setattr("cge_fast.build.world_size", lambda: 2)
+    with pytest.raises(UserError, match=r"optim.cuda_graph: must be false, it is for one process"):
+        check_cuda_graph(config, gpu)
+    config.optim.cuda_graph = False
+    check_cuda_graph(config, gpu)
 
 
 def test_a_wrong_backend_is_one_line_and_leaves_nothing_behind(options, tmp_path, capsys, monkeypatch):

@@ -14,6 +14,7 @@ from runs import assert_same_weights, rows, run, weights
 import cge_fast.losses.cge
 import cge_reference
 from cge_fast import checkpoint, errors, evaluate, loop, train
+from cge_fast.build import build_run
 from cge_fast.cli import read_settings
 from cge_fast.losses.softmax import SoftmaxLoss
 from cge_fast.options import Backend
@@ -139,7 +140,7 @@ def test_micro_batches_cover_the_batch_and_write_the_memory_once(options, tmp_pa
     monkeypatch.setattr(cge_fast.losses.cge, "write_memory_", lambda *arguments, shard: writes.append(arguments))
     status, _, _ = run([*options, "--optim.accumulate", "2"], capsys)
     assert status == 0
-    assert [len(labels) for _, _, labels, _ in writes] == [8] * 6, "two epochs of three steps, the whole batch each"
+    assert [len(labels) for _, _, labels, *_ in writes] == [8] * 6, "two epochs of three steps, the whole batch each"
     assert rows(tmp_path / "run")[1]["train_accuracy"] <= 1
 
 
@@ -179,9 +180,19 @@ def test_profile_prints_the_share_that_is_not_the_backbone_and_writes_a_trace(op
 
 
 def test_bfloat16_trains(options, tmp_path, capsys):
-    run([*options, "--optim.precision", "bfloat16"], capsys)
+    status, _, _ = run([*options, "--optim.precision", "bfloat16"], capsys)
+    assert status == 0
     assert all(row["classification"] > 0 for row in rows(tmp_path / "run")[1:])
     assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} <= {torch.float32, torch.int64}
+
+
+@pytest.mark.parametrize(("asked", "native", "copied"), [("bfloat16", False, True), ("auto", True, False)])
+def test_the_memory_has_a_low_precision_copy_where_it_is_asked_for(options, monkeypatch, asked, native, copied):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    config, _, _ = train.parse([*options, "--optim.precision", asked])
+    made = build_run(config, torch.device("cpu"))
+    assert made.model.precision == torch.bfloat16
+    assert made.criterion.classification.memory_read.dtype == (torch.bfloat16 if copied else torch.float32)
 
 
 def test_a_finished_run_is_not_overwritten(trained, options, tmp_path, capsys):

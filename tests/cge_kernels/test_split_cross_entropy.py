@@ -78,6 +78,12 @@ def draw(batch=5, stripes=3, classes=19, channels=33, **others):
     return arguments | {"features": arguments["features"] / 8}
 
 
+def forward_of(inputs, label_smoothing):
+    *tensors, first_class, all_classes = inputs
+    with Plan() as plan:
+        return launch_forward(plan, *tensors, label_smoothing, True, first_class, all_classes)
+
+
 def inputs_of(arguments, first_class=0, all_classes=None):
     all_classes = all_classes or arguments["memory"].shape[1]
     return Inputs(**arguments, bias=None, first_class=first_class, all_classes=all_classes)
@@ -121,7 +127,7 @@ def test_more_channels_of_the_classifier_than_of_the_memory_and_any_strides():
 def test_labels_out_of_range_are_not_a_number_and_nothing_about_them_is_correct():
     arguments = draw(4)
     arguments["labels"][1:3] = torch.tensor([-1, 19])
-    (loss, _, correct, stripe_correct), *_ = launch_forward(Plan(), inputs_of(arguments), 0.1)
+    loss, _, correct, stripe_correct, *_ = forward_of(inputs_of(arguments), 0.1)
     assert loss.isnan().tolist() == [False, True, True, False]
     assert not correct[1:3].any()
     assert not stripe_correct[1:3].any()
@@ -133,7 +139,7 @@ def test_statistics_of_a_shard(first_class):
     arguments = draw(6)
     arguments["labels"] = torch.tensor([0, 6, 7, 18, 25, 26], device=KERNEL_DEVICE)
     inputs = inputs_of(arguments, first_class, 30)
-    ours, saved_logits, inv_norm = launch_forward(Plan(), inputs, None)
+    *ours, saved_logits, inv_norm = forward_of(inputs, None)
     expected, expected_logits, expected_norm = cpu.revised_statistics(inputs)
     torch.testing.assert_close(tuple(ours), tuple(expected), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(saved_logits[:, :19, :6], expected_logits[:, :19, :6], rtol=1e-5, atol=1e-5)
@@ -159,7 +165,7 @@ def test_more_classes_and_channels_than_a_block_of_the_loss():
 @pytest.mark.usefixtures("split")
 def test_the_same_bits_from_run_to_run():
     arguments = draw(5, 3, 35, 70)
-    first, second = (launch_forward(Plan(), inputs_of(arguments), 0.1)[0] for _ in range(2))
+    first, second = (forward_of(inputs_of(arguments), 0.1)[:4] for _ in range(2))
     assert all(a.equal(b) for a, b in zip(first, second, strict=True))
 
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from error_budget import ROUNDING, check_write
+from error_budget import ROUNDING
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import GPU, KERNEL_DEVICE, draw_sample
+from write_budget import check_write
 
 import cge_kernels
 import cge_reference

@@ -1,8 +1,8 @@
 """The one place that decides where an operator runs: Triton kernels, the CPU's implementation, or the reference."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from cge_kernels.common.launch import kernels_can_run_on_cpu
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
 
-ALREADY_OFF = nullcontext()
 PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)}
 
 _override: str | None = None
@@ -83,12 +82,6 @@ def runs_on_triton(*tensors: Tensor) -> bool:
     return True
 
 
-def autocast_off(tensor: Tensor) -> AbstractContextManager:
-    """For the time inside: an operator's dtypes follow from its arguments alone."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else ALREADY_OFF
-
-
 def is_traced(*tensors: Tensor | None) -> bool:
     """Whether torch.compile, torch.export, a trace, a functional transform or a fake tensor looks on.
 
@@ -99,39 +92,3 @@ def is_traced(*tensors: Tensor | None) -> bool:
         if tensor.__class__ not in PLAIN:
             return True
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
-
-
-class NoSecondDerivative(torch.autograd.Function):
-    """Hands gradients on, and refuses theirs."""
-
-    @staticmethod
-    def forward(ctx, *gradients):
-        return gradients
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("cge_kernels: the operators have no second derivative")
-
-
-def autograd_function(run: Callable, setup_context: Callable, backward: Callable) -> Callable:
-    """(*inputs, call) -> run(call, *inputs), with a gradient from what torch.library.register_autograd takes."""
-
-    class Eager(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs_and_call):
-            *inputs, call = inputs_and_call
-            output = run(call, *inputs)
-            setup_context(ctx, inputs, output)
-            return output
-
-        @staticmethod
-        def backward(ctx, *gradients):
-            with torch.no_grad():
-                results = backward(ctx, *gradients)
-            if torch.is_grad_enabled():  # somebody may want to differentiate these once more
-                leaves = [None if result is None else result.detach().requires_grad_() for result in results]
-                results = NoSecondDerivative.apply(*leaves)
-            return *results, None
-
-    Eager.__name__ = run.__name__
-    return Eager.apply

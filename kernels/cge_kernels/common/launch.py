@@ -132,14 +132,14 @@ def bind(kernel: Any, tensors: dict[str, Tensor | None], /, **scalars: Any) -> d
     return bound
 
 
-def launch(launch: Launch) -> Any:
-    """Runs it, or gives it to the hook."""
-    return (_hook or Launch.run)(launch)
-
-
 def current_state() -> tuple:
     """All that tiles, grids and the way of launching depend on but the tensors."""
     return _target, _hook is None, torch.get_float32_matmul_precision()
+
+
+def taker() -> Callable[[Launch], Any]:
+    """Who takes launches: the hook, else they run."""
+    return _hook or Launch.run
 
 
 def is_direct() -> bool:

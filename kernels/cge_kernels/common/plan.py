@@ -9,7 +9,8 @@ must be what tiles and grids depend on besides: backend, target, torch's matmul 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Any, NamedTuple, Self
 
@@ -22,6 +23,7 @@ from cge_kernels.common.launch import Launch, Tiles
 ALIGNMENT = 128  # bytes; no two pieces of scratch memory share a sector
 MAX_CALLS = 1024  # remembered; beyond, all are forgotten
 TENSORS = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
+AS_IT_IS = nullcontext()
 
 _calls: dict[tuple, "Call"] = {}
 
@@ -34,7 +36,7 @@ class Call:
     def __init__(self, tensors: list[Tensor]):
         self.device = max(tensor.get_device() for tensor in tensors)
         self.is_checked = False  # whether the operator has found its arguments right
-        self.on_triton: bool | None = None  # None until an operator has asked
+        self.on_triton: bool | None = None  # None until `decide`
         self.prepared: list[Any] | None = None  # what a plan has gathered
 
     @classmethod
@@ -50,11 +52,15 @@ class Call:
             found = _calls[tuple(key)] = cls(tensors)
         return found
 
-    def runs_on_triton(self, *tensors: Tensor) -> bool:
-        """See `dispatch.runs_on_triton`."""
-        if self.on_triton is None:
-            self.on_triton = dispatch.runs_on_triton(*tensors)
+    def decide(self, inputs: Iterable[Any]) -> bool:
+        """Whether kernels run: see `dispatch.runs_on_triton`."""
+        self.on_triton = dispatch.runs_on_triton(*[value for value in flat(inputs) if isinstance(value, Tensor)])
         return self.on_triton
+
+    def autocast_off(self) -> AbstractContextManager:
+        """For the time inside: an operator's dtypes follow from its arguments alone."""
+        kind = "cpu" if self.device < 0 else "cuda"
+        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else AS_IT_IS
 
 
 def describe(values: tuple, key: list, tensors: list[Tensor]) -> None:
@@ -67,6 +73,15 @@ def describe(values: tuple, key: list, tensors: list[Tensor]) -> None:
             describe(value, key, tensors)
         else:
             key.append(value)
+
+
+def flat(values: Iterable[Any]) -> Iterator[Any]:
+    """The values, and in place of tuples what is in them."""
+    for value in values:
+        if isinstance(value, tuple):
+            yield from flat(value)
+        else:
+            yield value
 
 
 def forget_calls() -> None:
@@ -91,9 +106,8 @@ class Plan:
         device = -1 if self.call is None else self.call.device
         if device >= 0 and device != torch.cuda.current_device():
             self.guards += (torch.cuda.device(device),)
-        kind = "cpu" if device < 0 else "cuda"
-        if torch.is_autocast_enabled(kind):  # an operator's dtypes follow from its arguments alone
-            self.guards += (torch.autocast(kind, enabled=False),)
+        if self.call is not None and (guard := self.call.autocast_off()) is not AS_IT_IS:
+            self.guards += (guard,)
         for guard in self.guards:
             guard.__enter__()
         return self
@@ -131,7 +145,11 @@ class Plan:
         make: gives programs, tiles, scalars (in upper case tl.constexpr) and, where there are any, launch options. As
         in `once`.
         """
-        self.once(lambda: Prepared(kernel, tensors, *make()))(tensors)
+        prepared = self.once(lambda: Prepared(kernel, tensors, *make()))
+        if prepared.compiled is not None:
+            prepared.compiled(*tensors.values(), *prepared.positional)
+        elif (compiled := launch.taker()(prepared.launch(tensors))) is not None and launch.is_direct():
+            prepared.compiled = compiled[(*prepared.grid, 1, 1)]
 
 
 class Prepared:
@@ -150,14 +168,10 @@ class Prepared:
         self.positional = tuple(rest.values())
         self.compiled: Callable | None = None  # what launches it, once it has run on a GPU
 
-    def __call__(self, tensors: dict[str, Any]) -> None:
-        if self.compiled is not None:
-            self.compiled(*tensors.values(), *self.positional)
-            return
+    def launch(self, tensors: dict[str, Tensor | None]) -> Launch:
+        """With these tensors."""
         args = {f"{name}_ptr": tensor for name, tensor in tensors.items()} | self.scalars
-        compiled = launch.launch(Launch(self.kernel, self.grid, args, self.constants, self.options))
-        if launch.is_direct() and compiled is not None:
-            self.compiled = compiled[(*self.grid, 1, 1)]
+        return Launch(self.kernel, self.grid, args, self.constants, self.options)
 
 
 class Piece(NamedTuple):
@@ -190,3 +204,56 @@ class Layout:
         for piece in pieces:
             self.offsets.append(self.bytes)
             self.bytes += -(-piece.bytes // ALIGNMENT) * ALIGNMENT
+
+
+def run(operator: str, on_triton: Callable, on_cpu: Callable, *inputs: Any) -> Any:
+    """on_triton(plan, *inputs) or on_cpu(*inputs), as the backend in force has it."""
+    call = Call.of(operator, *inputs)
+    if call.decide(inputs) if call.on_triton is None else call.on_triton:
+        with Plan(call) as plan:
+            return on_triton(plan, *inputs)
+    with call.autocast_off():
+        return on_cpu(*inputs)
+
+
+class NoSecondDerivative(torch.autograd.Function):
+    """Hands gradients on, and refuses theirs."""
+
+    @staticmethod
+    def forward(ctx, *gradients):
+        return gradients
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("cge_kernels: the operators have no second derivative")
+
+
+def autograd_function(
+    name: str, on_triton: Callable, on_cpu: Callable, setup_context: Callable, backward: Callable
+) -> Callable:
+    """(*inputs, call) -> what `run` gives, with a gradient from what torch.library.register_autograd takes."""
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs_and_call):
+            *inputs, call = inputs_and_call
+            if call.decide(inputs) if call.on_triton is None else call.on_triton:
+                with Plan(call) as plan:
+                    output = on_triton(plan, *inputs)
+            else:
+                with call.autocast_off():
+                    output = on_cpu(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            with torch.no_grad():
+                results = backward(ctx, *gradients)
+            if torch.is_grad_enabled():  # somebody may want to differentiate these once more
+                leaves = [None if result is None else result.detach().requires_grad_() for result in results]
+                results = NoSecondDerivative.apply(*leaves)
+            return *results, None
+
+    Eager.__name__ = name
+    return Eager.apply

@@ -61,23 +61,18 @@ def has_all_classes(shard: ClassShard | None, memory: Tensor) -> bool:
     return False
 
 
-def gather(tensor: Tensor, group: Any = None) -> Tensor:
-    """Concatenates the ranks' tensors along dimension 0, in rank order; their lengths may differ. No gradient."""
-    ranks = dist.get_world_size(group)
-    length = torch.tensor([len(tensor)], device=tensor.device)
-    all_lengths = [torch.empty_like(length) for _ in range(ranks)]
-    dist.all_gather(all_lengths, length, group=group)
-    lengths = torch.cat(all_lengths).tolist()
-    padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
-    padded[: len(tensor)] = tensor
-    parts = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
-
-
 def gather_equal(tensor: Tensor, group: Any = None) -> Tensor:
-    """Concatenates the ranks' tensors of one shape along dimension 0, in rank order. No gradient."""
+    """Concatenates the ranks' tensors of one shape along dimension 0, in rank order. No gradient.
+
+    Raises ValueError, the same on every rank, if tensors on the CPU differ in length. Looking at the lengths would make
+    the host wait for a GPU; there the ranks then wait for each other until the process group's timeout.
+    """
     ranks = dist.get_world_size(group)
+    if tensor.device.type == "cpu":
+        lengths: list[int] = [0] * ranks
+        dist.all_gather_object(lengths, len(tensor), group=group)
+        if len(set(lengths)) > 1:
+            raise ValueError(f"samples: must be the same on every rank, got {', '.join(map(str, lengths))}")
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(ranks)]
     dist.all_gather(parts, tensor.contiguous(), group=group)
     return torch.cat(parts)
@@ -89,11 +84,3 @@ def reduce_to_own(tensor: Tensor, group: Any = None) -> Tensor:
     own = torch.empty_like(parts[0])
     dist.reduce_scatter(own, parts, group=group)
     return own
-
-
-def require_equal_lengths(name: str, tensor: Tensor, group: Any = None) -> None:
-    """Raises ValueError, the same on every rank, unless all ranks' tensors have the same length."""
-    lengths: list[int] = [0] * dist.get_world_size(group)
-    dist.all_gather_object(lengths, len(tensor), group=group)
-    if len(set(lengths)) > 1:
-        raise ValueError(f"{name}: must be the same on every rank, got {', '.join(map(str, lengths))}")

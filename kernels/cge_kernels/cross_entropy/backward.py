@@ -13,9 +13,8 @@ from torch import Tensor
 
 from cge_kernels.common.budget import chunk_of_logits, empty_logits, lie_by_sample, score_row
 from cge_kernels.common.device_functions import NORM_EPS, jit, log_sigmoid, product, tl
-from cge_kernels.common.dispatch import autocast_off
 from cge_kernels.common.launch import Tiles, current_target
-from cge_kernels.common.plan import Call, Plan
+from cge_kernels.common.plan import Plan, run
 from cge_kernels.common.tiles import GRAD_LOGITS, cdiv, row_tiles
 from cge_kernels.cross_entropy import cpu
 from cge_kernels.cross_entropy.forward import launch_cross_entropy
@@ -274,12 +273,8 @@ def cross_entropy_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     inputs = Inputs(features, weight, local_features, memory, labels, bias, first_class, all_classes)
     saved = Saved(lse, saved_logits, inv_norm)
-    call = Call.of("revised_cross_entropy_backward", inputs, grad, saved, label_smoothing, local_gradient)
-    if call.runs_on_triton(features, weight, local_features, memory):
-        with Plan(call) as plan:
-            return launch_backward(plan, inputs, grad, saved, label_smoothing, local_gradient)
-    with autocast_off(features):
-        return cpu.revised_cross_entropy_backward(inputs, grad, saved, label_smoothing, local_gradient)
+    arguments = inputs, grad, saved, label_smoothing, local_gradient
+    return run("revised_cross_entropy_backward", launch_backward, cpu.revised_cross_entropy_backward, *arguments)
 
 
 cross_entropy_backward_op = torch.library.custom_op("cge_kernels::revised_cross_entropy_backward", mutates_args=())(

@@ -101,10 +101,15 @@ def loss_of_statistics(statistics: Statistics, labels: Tensor, classes: int, lab
     return Loss(loss, lse, correct[0].clone(), correct[1:].T.contiguous())
 
 
-def revised_cross_entropy(inputs: Inputs, label_smoothing: float) -> tuple[Loss, Tensor, Tensor]:
-    """The loss of all classes, saved_logits and inv_norm as in `Saved`."""
-    statistics, saved_logits, inv_norm = revised_statistics(inputs)
-    return loss_of_statistics(statistics, inputs.labels, inputs.all_classes, label_smoothing), saved_logits, inv_norm
+def revised_cross_entropy(
+    features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor, labels: Tensor, bias: Tensor | None,
+    label_smoothing: float, local_gradient: bool = True,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The fields of `Loss`; saved_logits and inv_norm as in `Saved`."""
+    classes = memory.shape[1]
+    inputs = Inputs(features, weight, local_features, memory, labels, bias, 0, classes)
+    statistics, *saved = revised_statistics(inputs)
+    return *loss_of_statistics(statistics, labels, classes, label_smoothing), *saved
 
 
 def revised_cross_entropy_backward(

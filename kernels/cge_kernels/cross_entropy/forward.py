@@ -270,26 +270,29 @@ def launch_reduce_tiles(
 
 
 def launch_forward(
-    plan: Plan, inputs: Inputs, label_smoothing: float | None
-) -> tuple[Loss | Statistics, Tensor, Tensor]:
-    """Goes over the classes, all at once if their logits are kept: the loss or, if label_smoothing is None, statistics.
+    plan: Plan, features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor, labels: Tensor,
+    bias: Tensor | None, label_smoothing: float | None, local_gradient: bool = True, first_class: int = 0,
+    all_classes: int | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Goes over the classes, all at once if their logits are kept: `Loss` or, if label_smoothing is None, `Statistics`.
 
-    Returns beside them saved_logits and inv_norm as in `Saved`.
+    Returns beside their fields saved_logits and inv_norm as in `Saved`.
     """
-    batch, stripes, classes = inputs.sizes
-    inputs = inputs.contiguous()
-    if parts := plan.once(lambda: kept_parts(batch, inputs.memory)):
+    stripes, classes, _ = memory.shape
+    inputs = Inputs(features, weight, local_features, memory, labels, bias, first_class, all_classes or classes)
+    inputs, batch = inputs.contiguous(), len(features)
+    if parts := plan.once(lambda: kept_parts(batch, memory)):
         return split.launch_forward(plan, inputs, parts, label_smoothing)
-    casts = cast_and_norm(plan, inputs.local_features, inputs.memory, inputs.features)
-    saved_logits, inv_norm = empty_saved(batch, inputs.memory, torch.float32, on_triton=True)
+    casts = cast_and_norm(plan, local_features, memory, features)
+    saved_logits, inv_norm = empty_saved(batch, memory, torch.float32, on_triton=True)
     rows = saved_logits.shape[1]
     chunk = rows or chunk_of_statistics(batch, stripes, classes)
-    loss = None if label_smoothing is None else empty_loss(inputs.features, stripes, torch.float32)
-    statistics = None if loss and chunk >= classes else empty_statistics(inputs.features, stripes, torch.float32)
+    loss = None if label_smoothing is None else empty_loss(features, stripes, torch.float32)
+    statistics = None if loss and chunk >= classes else empty_statistics(features, stripes, torch.float32)
     for start in range(0, classes, chunk):
         end = min(start + chunk, classes)
         part = inputs if chunk >= classes else inputs.rows(slice(start, end))
         partials = launch_cross_entropy(plan, part, casts, saved_logits if rows else None, inv_norm)
         results = loss if end == classes else None
         launch_reduce_tiles(plan, partials, part, statistics, results, start == 0, label_smoothing or 0.0)
-    return loss or statistics, saved_logits, inv_norm
+    return *(loss or statistics), saved_logits, inv_norm

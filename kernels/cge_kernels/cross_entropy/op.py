@@ -15,32 +15,15 @@ from torch import Tensor
 
 from cge_kernels.common import checks
 from cge_kernels.common.budget import empty_saved
-from cge_kernels.common.dispatch import autocast_off, autograd_function, is_traced, runs_on_reference
+from cge_kernels.common.dispatch import is_traced, runs_on_reference
 from cge_kernels.common.launch import host_may_look
-from cge_kernels.common.plan import Call, Plan
-from cge_kernels.common.sharding import ClassShard, has_all_classes, require_equal_lengths
+from cge_kernels.common.plan import Call, autograd_function, run
+from cge_kernels.common.sharding import ClassShard, has_all_classes
 from cge_kernels.cross_entropy import cpu
 from cge_kernels.cross_entropy.backward import cross_entropy_backward, cross_entropy_backward_op
 from cge_kernels.cross_entropy.forward import launch_forward
-from cge_kernels.cross_entropy.inputs import Inputs, empty_loss
+from cge_kernels.cross_entropy.inputs import empty_loss
 from cge_kernels.cross_entropy.sharded import ShardedCrossEntropy
-
-
-def cross_entropy(
-    call: Call, features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor, labels: Tensor,
-    bias: Tensor | None, label_smoothing: float, local_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    classes = memory.shape[1]
-    if host_may_look(labels):
-        checks.valid_labels(labels, classes)
-    inputs = Inputs(features, weight, local_features, memory, labels, bias, 0, classes)
-    if call.runs_on_triton(features, weight, local_features, memory):
-        with Plan(call) as plan:
-            loss, *saved = launch_forward(plan, inputs, label_smoothing)
-    else:
-        with autocast_off(features):
-            loss, *saved = cpu.revised_cross_entropy(inputs, label_smoothing)
-    return *loss, *saved
 
 
 @torch.library.custom_op("cge_kernels::revised_cross_entropy", mutates_args=())
@@ -48,8 +31,10 @@ def cross_entropy_op(
     features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor, labels: Tensor, bias: Tensor | None,
     label_smoothing: float, local_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if host_may_look(labels):
+        checks.valid_labels(labels, memory.shape[1])
     inputs = features, weight, local_features, memory, labels, bias, label_smoothing, local_gradient
-    return cross_entropy(Call.of("revised_cross_entropy", *inputs), *inputs)
+    return run("revised_cross_entropy", launch_forward, cpu.revised_cross_entropy, *inputs)
 
 
 @cross_entropy_op.register_fake
@@ -71,8 +56,8 @@ def backward(ctx, grad, *_):
         return (None,) * 8
     saved = ctx.saved_tensors
     local_gradient = ctx.local_gradient and ctx.needs_input_grad[2]
-    run = cross_entropy_backward_op if is_traced(grad, *saved) else cross_entropy_backward
-    grad_features, grad_weight, grad_local, grad_bias = run(
+    backward_ = cross_entropy_backward_op if is_traced(grad, *saved) else cross_entropy_backward
+    grad_features, grad_weight, grad_local, grad_bias = backward_(
         grad, *saved, ctx.label_smoothing, 0, saved[4].shape[1], local_gradient
     )
     grad_local = grad_local if local_gradient else None
@@ -80,7 +65,9 @@ def backward(ctx, grad, *_):
 
 
 cross_entropy_op.register_autograd(backward, setup_context=setup_context)
-eager_cross_entropy = autograd_function(cross_entropy, setup_context, backward)
+eager_cross_entropy = autograd_function(
+    "RevisedCrossEntropy", launch_forward, cpu.revised_cross_entropy, setup_context, backward
+)
 
 
 def check_loss(
@@ -150,8 +137,6 @@ def revised_cross_entropy(
     if call is None or not call.is_checked:
         check_loss(features, weight, local_features, memory, labels, bias, label_smoothing)
     if not has_all_classes(shard, memory):
-        if labels.device.type == "cpu":
-            require_equal_lengths("samples", labels, shard.group)
         return ShardedCrossEntropy.apply(*arguments, shard)
     if runs_on_reference():
         import cge_reference
@@ -162,6 +147,8 @@ def revised_cross_entropy(
         results = cross_entropy_op(*arguments)
     else:
         call.is_checked = True
+        if host_may_look(labels):  # on a GPU the loss of a wrong one is NaN
+            checks.valid_labels(labels, memory.shape[1])
         results = eager_cross_entropy(*arguments, call)
     loss, _, correct, stripe_correct, _, _ = results
     return loss, correct, stripe_correct

@@ -6,14 +6,17 @@ the sum of logits and the label's logit. The backward makes the gradients of the
 classes, and reduce-scatters them to the ranks whose samples they are.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from cge_kernels.common.budget import empty_saved
 from cge_kernels.common.checks import accumulation_dtype, valid_labels
-from cge_kernels.common.dispatch import autocast_off, is_traced
-from cge_kernels.common.plan import Call, Plan
+from cge_kernels.common.dispatch import is_traced
+from cge_kernels.common.launch import host_may_look
+from cge_kernels.common.plan import run
 from cge_kernels.common.sharding import ClassShard, gather_equal, reduce_to_own
 from cge_kernels.cross_entropy import cpu
 from cge_kernels.cross_entropy.backward import cross_entropy_backward
@@ -29,14 +32,14 @@ def revised_statistics(
 
     No gradient.
     """
-    inputs = Inputs(features, weight, local_features, memory, labels, bias, first_class, all_classes)
-    call = Call.of("revised_statistics", inputs)
-    if call.runs_on_triton(features, weight, local_features, memory):
-        with Plan(call) as plan:
-            statistics, *saved = launch_forward(plan, inputs, None)
-    else:
-        with autocast_off(features):
-            statistics, *saved = cpu.revised_statistics(inputs)
+    inputs = features, weight, local_features, memory, labels, bias, None, False, first_class, all_classes
+    return run("revised_statistics", launch_forward, statistics_on_cpu, *inputs)
+
+
+def statistics_on_cpu(*inputs: Any) -> tuple[Tensor, ...]:
+    """As launch_forward gives them."""
+    *tensors, _, _, first_class, all_classes = inputs
+    statistics, *saved = cpu.revised_statistics(Inputs(*tensors, first_class, all_classes))
     return *statistics, *saved
 
 
@@ -58,10 +61,11 @@ class ShardedCrossEntropy(torch.autograd.Function):
         ctx, features, weight, local_features, memory, labels, bias, label_smoothing, local_gradient, shard: ClassShard
     ):
         features, local_features, labels = (gather_equal(x, shard.group) for x in (features, local_features, labels))
-        valid_labels(labels, shard.classes)
+        if host_may_look(labels):
+            valid_labels(labels, shard.classes)
         arguments = features, weight, local_features, memory, labels, bias, shard.first, shard.classes
-        run = revised_statistics_op if is_traced(*arguments[:6]) else revised_statistics
-        *own, saved_logits, inv_norm = run(*arguments)
+        traced = is_traced(*arguments[:6])
+        *own, saved_logits, inv_norm = (revised_statistics_op if traced else revised_statistics)(*arguments)
         statistics = reduce_statistics(Statistics(*own), shard)
         loss, lse, correct, stripe_correct = cpu.loss_of_statistics(statistics, labels, shard.classes, label_smoothing)
         ctx.settings = label_smoothing, local_gradient, shard

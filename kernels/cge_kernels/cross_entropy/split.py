@@ -204,63 +204,50 @@ def loss_kernel(
         tl.store(label_logit_ptr + sample, label_logit)
 
 
-def launch_products(plan: Plan, inputs: Inputs, parts: int) -> Tensor:
-    """Products (parts, n+1, B, score_row) of features and classifier, local features and memory; float32."""
+def launch_forward(plan: Plan, inputs: Inputs, parts: int, label_smoothing: float | None) -> tuple[Tensor, ...]:
+    """The fields of `Loss` or, if label_smoothing is None, of `Statistics`; saved_logits and inv_norm as in `Saved`."""
     features, weight, local, memory = inputs.features, inputs.weight, inputs.local_features, inputs.memory
+    batch, (stripes, classes, channels) = len(features), memory.shape
 
     def settings() -> tuple[Tiles, str]:
         target = current_target(memory)
-        return products_tiles(target, memory.dtype, len(features)), float32_precision(target)
+        return products_tiles(target, memory.dtype, batch), float32_precision(target)
 
-    def pieces() -> list[Piece]:
-        batch, stripes, classes = inputs.sizes
-        return [Piece((parts, stripes + 1, batch, score_row(classes)), torch.float32)]
-
-    def prepare() -> tuple[int, Tiles, dict[str, Any]]:
-        (batch, stripes, classes), (tiles, precision) = inputs.sizes, settings()
+    def prepare_products() -> tuple[int, Tiles, dict[str, Any]]:
+        tiles, precision = settings()
         tiles_of_each = cdiv(batch, tiles["BLOCK_B"]) * cdiv(classes, tiles["BLOCK_N"])
-        scalars = {"batch": batch, "classes": classes, "channels": memory.shape[2], "feature_channels": weight.shape[1]}
+        scalars = {"batch": batch, "classes": classes, "channels": channels, "feature_channels": weight.shape[1]}
         scalars |= {"STRIPES": stripes, "PARTS": parts, "PRECISION": precision}
         # Float32 tiles of the shape of 16-bit ones would be loaded like these, eight numbers for each lane, and then
         # each request uses half of its sectors.
         scalars["BLOCK_W"] = tiles["BLOCK_K"] // (2 if weight.itemsize > memory.itemsize else 1)
         return tiles_of_each * (stripes + 1) * parts, tiles, scalars
 
-    if plan.once(lambda: memory.dtype == torch.float32 and settings()[1] == "ieee"):
-        local, _, features = cast_and_norm(plan, local, memory, features)  # into rows of samples
-    (products,) = plan.scratch(memory, pieces)
-    plan.launch(
-        products_kernel,
-        {"features": features, "weight": weight, "local": local, "memory": memory, "products": products},
-        prepare,
-    )  # fmt: skip
-    return products
-
-
-def launch_forward(
-    plan: Plan, inputs: Inputs, parts: int, label_smoothing: float | None
-) -> tuple[Loss | Statistics, Tensor, Tensor]:
-    """The loss or, if label_smoothing is None, statistics; saved_logits and inv_norm as in `Saved`."""
-
-    def prepare() -> tuple[int, Tiles, dict[str, Any]]:
-        (batch, stripes, classes), channels = inputs.sizes, inputs.memory.shape[2]
+    def prepare_loss() -> tuple[int, Tiles, dict[str, Any]]:
         scalars = {"batch": batch, "classes": classes, "channels": channels, "label_smoothing": label_smoothing or 0.0}
         scalars |= {"first_class": inputs.first_class, "all_classes": inputs.all_classes}
         scalars |= {"STRIPES": stripes, "PARTS": parts, "FAR": FAR}
-        return batch, loss_tiles(current_target(inputs.memory), stripes, classes, channels), scalars
+        return batch, loss_tiles(current_target(memory), stripes, classes, channels), scalars
 
-    features, stripes = inputs.features, len(inputs.memory)
-    products = launch_products(plan, inputs, parts)
-    saved_logits, inv_norm = empty_saved(len(features), inputs.memory, torch.float32, on_triton=True)
+    local_read, features_read = local, features
+    if plan.once(lambda: memory.dtype == torch.float32 and settings()[1] == "ieee"):
+        local_read, _, features_read = cast_and_norm(plan, local, memory, features)  # into rows of samples
+    (products,) = plan.scratch(memory, lambda: [Piece((parts, stripes + 1, batch, score_row(classes)), torch.float32)])
+    plan.launch(
+        products_kernel,
+        {"features": features_read, "weight": weight, "local": local_read, "memory": memory, "products": products},
+        prepare_products,
+    )  # fmt: skip
+    saved_logits, inv_norm = empty_saved(batch, memory, torch.float32, on_triton=True)
     loss = None if label_smoothing is None else empty_loss(features, stripes, torch.float32)
     statistics = None if loss else empty_statistics(features, stripes, torch.float32)
     plan.launch(
         loss_kernel,
         {
-            "products": products, "bias": inputs.bias, "local": inputs.local_features, "labels": inputs.labels,
+            "products": products, "bias": inputs.bias, "local": local, "labels": inputs.labels,
             "saved_logits": saved_logits, "inv_norm": inv_norm, **as_dict(statistics, Statistics),
             **as_dict(loss, Loss),
         },
-        prepare,
+        prepare_loss,
     )  # fmt: skip
-    return loss or statistics, saved_logits, inv_norm
+    return *(loss or statistics), saved_logits, inv_norm

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from cge_kernels.common.budget import chunk_of_classes, score_row
 from cge_kernels.common.device_functions import NORM_EPS, dot, jit, log_sigmoid, product, sum_parts, tl
-from cge_kernels.common.dispatch import autocast_off
 from cge_kernels.common.launch import Tiles, current_target, float32_precision
-from cge_kernels.common.plan import Call, Plan
+from cge_kernels.common.plan import Plan, run
 from cge_kernels.common.tiles import GRAD_SCORES, block_of_parts, cdiv, grad_local_tiles
 from cge_kernels.revise_logits import cpu
 from cge_kernels.revise_logits.forward import cast_and_norm, launch_revise
@@ -224,12 +223,7 @@ def revise_backward(
     local_gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     arguments = grad, logits, local_features, memory, scores, inv_norm, local_gradient
-    call = Call.of("revise_logits_backward", *arguments)
-    if call.runs_on_triton(logits, local_features, memory):
-        with Plan(call) as plan:
-            return launch_backward(plan, *arguments)
-    with autocast_off(logits):
-        return cpu.revise_logits_backward(*arguments)
+    return run("revise_logits_backward", launch_backward, cpu.revise_logits_backward, *arguments)
 
 
 revise_logits_backward_op = torch.library.custom_op("cge_kernels::revise_logits_backward", mutates_args=())(

@@ -43,7 +43,9 @@ def weights_of(scores: Tensor) -> Tensor:
     return logsigmoid(scores).mean(dim=0).exp_()
 
 
-def revise_logits(logits: Tensor, local_features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def revise_logits(
+    logits: Tensor, local_features: Tensor, memory: Tensor, local_gradient: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """Revised logits (B, N), scores (n, B, score_row) or (n, B, 0) if they are not kept, inv_norm (n, B)."""
     inv_norm = inverse_norms(local_features, accumulation_dtype(local_features, memory))
     scores, _ = empty_scores(len(logits), memory, inv_norm.dtype)

@@ -237,7 +237,9 @@ def launch_revise(
     )  # fmt: skip
 
 
-def launch_forward(plan: Plan, logits: Tensor, local_features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def launch_forward(
+    plan: Plan, logits: Tensor, local_features: Tensor, memory: Tensor, local_gradient: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """Revised logits (B, N), scores (n, B, score_row) or (n, B, 0) if they are not kept, inv_norm (n, B)."""
     casts = cast_and_norm(plan, local_features, memory)
     revised = torch.empty_like(logits, memory_format=torch.contiguous_format)

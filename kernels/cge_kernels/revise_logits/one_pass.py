@@ -23,9 +23,9 @@ from torch import Tensor
 from cge_kernels.common import checks
 from cge_kernels.common.budget import empty_scores, score_row
 from cge_kernels.common.device_functions import jit, tl
-from cge_kernels.common.dispatch import autocast_off, autograd_function, is_traced, runs_on_reference
+from cge_kernels.common.dispatch import is_traced, runs_on_reference
 from cge_kernels.common.launch import Tiles, current_target, float32_precision
-from cge_kernels.common.plan import Call, Piece, Plan
+from cge_kernels.common.plan import Call, Piece, Plan, autograd_function, run
 from cge_kernels.common.tiles import ONE_PASS_POOL, block_of_parts, cdiv, contiguous_axis, one_pass_tiles
 from cge_kernels.revise_logits import cpu
 from cge_kernels.revise_logits.backward import revise_backward, revise_logits_backward_op
@@ -82,8 +82,9 @@ def one_pass_kernel(
 
 
 def launch_forward(
-    plan: Plan, feature_map: Tensor, logits: Tensor, memory: Tensor, p: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    plan: Plan, feature_map: Tensor, logits: Tensor, memory: Tensor, p: Tensor | None, eps: float,
+    local_gradient: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Revised logits (B, N), local features (B, n, C), scores and inv_norm as revise_logits has them."""
     batch, channels = feature_map.shape[:2]
     stripes, classes, _ = memory.shape
@@ -122,30 +123,21 @@ def launch_forward(
 
 
 def cpu_forward(
-    feature_map: Tensor, logits: Tensor, memory: Tensor, p: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    feature_map: Tensor, logits: Tensor, memory: Tensor, p: Tensor | None, eps: float,
+    local_gradient: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The same on the CPU, where one pass has nothing to gain."""
     _, local_features = pool_cpu.stripe_pool(feature_map, memory.shape[0], p, eps)
     revised, scores, inv_norm = cpu.revise_logits(logits, local_features, memory)
     return revised, local_features, scores, inv_norm
 
 
-def one_pass(
-    call: Call, feature_map: Tensor, logits: Tensor, memory: Tensor, p: Tensor | None, eps: float, local_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if call.runs_on_triton(feature_map, logits, memory):
-        with Plan(call) as plan:
-            return launch_forward(plan, feature_map, logits, memory, p, eps)
-    with autocast_off(feature_map):
-        return cpu_forward(feature_map, logits, memory, p, eps)
-
-
 @torch.library.custom_op("cge_kernels::revise_logits_one_pass", mutates_args=())
 def one_pass_op(
     feature_map: Tensor, logits: Tensor, memory: Tensor, p: Tensor | None, eps: float, local_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    arguments = feature_map, logits, memory, p, eps, local_gradient
-    return one_pass(Call.of("revise_logits_one_pass", *arguments), *arguments)
+    inputs = feature_map, logits, memory, p, eps, local_gradient
+    return run("revise_logits_one_pass", launch_forward, cpu_forward, *inputs)
 
 
 @one_pass_op.register_fake
@@ -182,7 +174,7 @@ def backward(ctx, grad, grad_local, _grad_scores, _grad_scale):
 
 
 one_pass_op.register_autograd(backward, setup_context=setup_context)
-eager_one_pass = autograd_function(one_pass, setup_context, backward)
+eager_one_pass = autograd_function("ReviseLogitsOnePass", launch_forward, cpu_forward, setup_context, backward)
 
 
 def check_one_pass(feature_map: Tensor, logits: Tensor, memory: Tensor, p: float | Tensor | None) -> None:

@@ -16,29 +16,18 @@ from torch import Tensor
 
 from cge_kernels.common import checks
 from cge_kernels.common.budget import empty_scores
-from cge_kernels.common.dispatch import autocast_off, autograd_function, is_traced, runs_on_reference
-from cge_kernels.common.plan import Call, Plan
+from cge_kernels.common.dispatch import is_traced, runs_on_reference
+from cge_kernels.common.plan import Call, autograd_function, run
 from cge_kernels.revise_logits import cpu
 from cge_kernels.revise_logits.backward import revise_backward, revise_logits_backward_op
 from cge_kernels.revise_logits.forward import launch_forward
-
-
-def revise(
-    call: Call, logits: Tensor, local_features: Tensor, memory: Tensor, local_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    if call.runs_on_triton(logits, local_features, memory):
-        with Plan(call) as plan:
-            return launch_forward(plan, logits, local_features, memory)
-    with autocast_off(logits):
-        return cpu.revise_logits(logits, local_features, memory)
 
 
 @torch.library.custom_op("cge_kernels::revise_logits", mutates_args=())
 def revise_logits_op(
     logits: Tensor, local_features: Tensor, memory: Tensor, local_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = logits, local_features, memory, local_gradient
-    return revise(Call.of("revise_logits", *arguments), *arguments)
+    return run("revise_logits", launch_forward, cpu.revise_logits, logits, local_features, memory, local_gradient)
 
 
 @revise_logits_op.register_fake
@@ -58,13 +47,13 @@ def backward(ctx, grad, _grad_scores, _grad_scale):
     if grad is None:
         return None, None, None, None
     saved, local_gradient = ctx.saved_tensors, ctx.local_gradient and ctx.needs_input_grad[1]
-    run = revise_logits_backward_op if is_traced(grad, *saved) else revise_backward
-    grad_logits, grad_local = run(grad, *saved, local_gradient)
+    traced = is_traced(grad, *saved)
+    grad_logits, grad_local = (revise_logits_backward_op if traced else revise_backward)(grad, *saved, local_gradient)
     return grad_logits, grad_local if local_gradient else None, None, None
 
 
 revise_logits_op.register_autograd(backward, setup_context=setup_context)
-eager_revise_logits = autograd_function(revise, setup_context, backward)
+eager_revise_logits = autograd_function("ReviseLogits", launch_forward, cpu.revise_logits, setup_context, backward)
 
 
 def check_revision(logits: Tensor, local_features: Tensor, memory: Tensor) -> None:

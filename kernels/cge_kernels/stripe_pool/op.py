@@ -10,23 +10,15 @@ Saved for the backward: the map, p and both results.
 import torch
 from torch import Tensor
 
-from cge_kernels.common.checks import accumulation_dtype, require_tensor
-from cge_kernels.common.dispatch import autocast_off, autograd_function, is_traced, runs_on_reference
-from cge_kernels.common.plan import Call, Plan
+from cge_kernels.common.checks import accumulation_dtype, require_same_device, require_tensor
+from cge_kernels.common.dispatch import is_traced, runs_on_reference
+from cge_kernels.common.plan import Call, autograd_function, run
 from cge_kernels.stripe_pool import cpu, triton
-
-
-def pool(call: Call, feature_map: Tensor, stripes: int, p: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    if call.runs_on_triton(feature_map):
-        with Plan(call) as plan:
-            return triton.launch_forward(plan, feature_map, stripes, p, eps)
-    with autocast_off(feature_map):
-        return cpu.stripe_pool(feature_map, stripes, p, eps)
 
 
 @torch.library.custom_op("cge_kernels::stripe_pool", mutates_args=())
 def stripe_pool_op(feature_map: Tensor, stripes: int, p: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    return pool(Call.of("stripe_pool", feature_map, stripes, p, eps), feature_map, stripes, p, eps)
+    return run("stripe_pool", triton.launch_forward, cpu.stripe_pool, feature_map, stripes, p, eps)
 
 
 @stripe_pool_op.register_fake
@@ -43,13 +35,8 @@ def pool_backward(
     grad_global: Tensor | None, grad_local: Tensor | None, feature_map: Tensor, global_feature: Tensor | None,
     local_features: Tensor, p: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    arguments = grad_global, grad_local, feature_map, global_feature, local_features, p, eps
-    call = Call.of("stripe_pool_backward", *arguments)
-    if call.runs_on_triton(feature_map):
-        with Plan(call) as plan:
-            return triton.launch_backward(plan, *arguments)
-    with autocast_off(feature_map):
-        return cpu.stripe_pool_backward(*arguments)
+    inputs = grad_global, grad_local, feature_map, global_feature, local_features, p, eps
+    return run("stripe_pool_backward", triton.launch_backward, cpu.stripe_pool_backward, *inputs)
 
 
 stripe_pool_backward_op = torch.library.custom_op("cge_kernels::stripe_pool_backward", mutates_args=())(pool_backward)
@@ -68,13 +55,15 @@ def setup_context(ctx, inputs, output) -> None:
 
 def backward(ctx, grad_global, grad_local):
     feature_map, p, global_feature, local_features = ctx.saved_tensors
-    run = stripe_pool_backward_op if is_traced(feature_map, grad_global, grad_local) else pool_backward
-    grad_map, grad_p = run(grad_global, grad_local, feature_map, global_feature, local_features, p, ctx.eps)
+    traced = is_traced(feature_map, grad_global, grad_local)
+    grad_map, grad_p = (stripe_pool_backward_op if traced else pool_backward)(
+        grad_global, grad_local, feature_map, global_feature, local_features, p, ctx.eps
+    )
     return grad_map, None, None if p is None else grad_p, None
 
 
 stripe_pool_op.register_autograd(backward, setup_context=setup_context)
-eager_stripe_pool = autograd_function(pool, setup_context, backward)
+eager_stripe_pool = autograd_function("StripePool", triton.launch_forward, cpu.stripe_pool, setup_context, backward)
 
 
 def check_pooling(feature_map: Tensor, stripes: int, p: float | Tensor | None) -> None:
@@ -85,15 +74,18 @@ def check_pooling(feature_map: Tensor, stripes: int, p: float | Tensor | None) -
         raise ValueError(f"feature_map must have no empty dimension but B, got {tuple(feature_map.shape)}")
     if not 1 <= stripes <= height:
         raise ValueError(f"stripes must lie between 1 and the feature map's height {height}, got {stripes}")
-    if isinstance(p, Tensor) and p.dim() != 0:
-        raise ValueError(f"p must be a number or a 0-d tensor, got shape {tuple(p.shape)}")
+    if isinstance(p, Tensor):
+        if p.dim() != 0:
+            raise ValueError(f"p must be a number or a 0-d tensor, got shape {tuple(p.shape)}")
+        require_same_device(feature_map=feature_map, p=p)
 
 
 def exponent(p: float | Tensor | None, feature_map: Tensor) -> Tensor | None:
     """p as a 0-d tensor on the map's device in the dtype of the sums, or None."""
-    if p is None:
-        return None
-    return torch.as_tensor(p, dtype=accumulation_dtype(feature_map), device=feature_map.device)
+    dtype = accumulation_dtype(feature_map)
+    if p is None or isinstance(p, Tensor):
+        return None if p is None else p.to(dtype)
+    return feature_map.new_full((), p, dtype=dtype)  # filled on the device: a copy from the host would wait for it
 
 
 def stripe_pool(
@@ -116,7 +108,8 @@ def stripe_pool(
 
     Raises:
         TypeError: the map is not a floating tensor.
-        ValueError: it has another rank or an empty dimension, n is outside 1..H, or p is a tensor with dimensions.
+        ValueError: it has another rank or an empty dimension, n is outside 1..H, or p is a tensor with dimensions or on
+            another device.
     """
     eps = float(eps)
     call = None if is_traced(feature_map) else Call.of("stripe_pool", feature_map, stripes, p, eps)

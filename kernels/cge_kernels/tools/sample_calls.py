@@ -117,11 +117,11 @@ def call_cross_entropy(shape: Shape, dtype: torch.dtype, memory_dtype: torch.dty
                 weight = empty(shape.classes, shape.channels, dtype=feature_dtype)
                 bias = empty(shape.classes) if every_variant else None
                 inputs = Inputs(features, weight, local, memory, labels, bias, 0, shape.classes)
-                (_, lse, _, _), *saved = cross_entropy_forward(Plan(), inputs, 0.1)
+                _, lse, _, _, *saved = cross_entropy_forward(Plan(), *inputs[:6], 0.1)
                 for local_gradient in (True, False)[: 2 if every_variant else 1]:
                     cross_entropy_backward(Plan(), inputs, grad, Saved(lse, *saved), 0.1, local_gradient)
                 if every_variant:
-                    cross_entropy_forward(Plan(), inputs, None)
+                    cross_entropy_forward(Plan(), *inputs[:6], None)
 
 
 def call_write(shape: Shape, dtype: torch.dtype) -> None:

@@ -16,10 +16,10 @@ from cge_kernels.common.checks import (
     require_tensor,
     valid_labels,
 )
-from cge_kernels.common.dispatch import autocast_off, is_traced, runs_on_reference
+from cge_kernels.common.dispatch import is_traced, runs_on_reference
 from cge_kernels.common.launch import host_may_look
 from cge_kernels.common.plan import Call, Plan
-from cge_kernels.common.sharding import ClassShard, gather, has_all_classes
+from cge_kernels.common.sharding import ClassShard, gather_equal, has_all_classes
 from cge_kernels.write_memory.triton import launch_write
 
 _constants: dict[tuple, Tensor] = {}
@@ -62,11 +62,11 @@ def write(
         import cge_reference
 
         cge_reference.write_memory_(*arguments)
-    elif call.runs_on_triton(memory, local_features):
+    elif call.decide(arguments) if call.on_triton is None else call.on_triton:
         with Plan(call) as plan:
             launch_write(plan, *arguments)
     else:
-        with autocast_off(memory):
+        with call.autocast_off():
             write_on_cpu(*arguments)
 
 
@@ -117,7 +117,7 @@ def write_memory_(
 
     Args:
         memory: (n, N, C), float32 (with the backend cpu also float64), contiguous; written in place.
-        local_features: (B, n, C), floating. With a shard B may differ between ranks.
+        local_features: (B, n, C), floating. With a shard as many on every rank.
         labels: (B,), integer, in [0, N), with a shard of all classes.
         momentum: a number or a 0-d tensor in [0, 1], how much of the old row stays: the paper's alpha.
         low_precision_memory: (n, N, C), floating, contiguous, or None: a copy of the memory in a smaller dtype, whose
@@ -130,7 +130,8 @@ def write_memory_(
     Raises:
         TypeError: an argument has another type or dtype.
         ValueError: ranks, shapes or devices do not fit, a memory is not contiguous, the momentum (a number or on the
-            CPU) is outside [0, 1], or (on the CPU) a label is outside [0, N); on a GPU such a sample writes nothing.
+            CPU) is outside [0, 1], or (on the CPU) a label is outside [0, N), or the ranks have different numbers of
+            samples; on a GPU a sample of such a label writes nothing.
     """
     tensors = memory, local_features, labels, low_precision_memory
     given = momentum if isinstance(momentum, Tensor) else None
@@ -169,10 +170,12 @@ def constant(shape: tuple[()], number: float, dtype: torch.dtype, device: torch.
 
 def of_own_classes(local_features: Tensor, labels: Tensor, shard: ClassShard) -> tuple[Tensor, Tensor]:
     """Local features and labels of all ranks, of which only samples of this rank's classes have a label in range."""
-    local_features, labels = gather(local_features, shard.group), gather(labels, shard.group)
-    valid_labels(labels, shard.classes)
+    local_features, labels = gather_equal(local_features, shard.group), gather_equal(labels, shard.group)
+    may_look = host_may_look(labels)
+    if may_look:
+        valid_labels(labels, shard.classes)
     labels = labels.long() - shard.first
     is_own = (labels >= 0) & (labels < shard.count)
-    if labels.device.type == "cpu":
+    if may_look:
         return local_features[is_own], labels[is_own]
     return local_features, torch.where(is_own, labels, -1)  # choosing would synchronise with the host
