@@ -13,7 +13,7 @@ import cge_kernels
 from cge_kernels import Launch, Target
 from cge_kernels.common import tiles
 from cge_kernels.common.launch import current_target
-from cge_kernels.common.plan import Plan
+from cge_kernels.common.plan import Plan, forget_calls
 from cge_kernels.common.tiles import cdiv, parts_of_channels, products_tiles
 from cge_kernels.cross_entropy import cpu
 from cge_kernels.cross_entropy.forward import launch_forward
@@ -51,6 +51,15 @@ def split():
     """Runs the test where the products are split."""
     with cge_kernels.backend("triton"), multiprocessors(1000):
         yield
+
+
+@pytest.fixture
+def blocks_of_128(monkeypatch):
+    """The loss takes so many classes and channels at once."""
+    forget_calls()
+    monkeypatch.setattr(tiles, "LOSS_TILE", 1)
+    yield
+    forget_calls()
 
 
 @pytest.fixture
@@ -137,9 +146,8 @@ def test_statistics_of_a_shard(first_class):
     torch.testing.assert_close(inv_norm, expected_norm)
 
 
-@pytest.mark.usefixtures("split")
-def test_ties_go_to_the_lowest_class_also_of_another_block(monkeypatch):
-    monkeypatch.setattr(tiles, "LOSS_TILE", 1)  # blocks of 128 classes
+@pytest.mark.usefixtures("split", "blocks_of_128")
+def test_ties_go_to_the_lowest_class_also_of_another_block():
     weight, memory = torch.ones(300, 2), torch.zeros(1, 300, 2)
     weight[:3] = 0.5
     arguments = (torch.ones(3, 2), weight, torch.ones(3, 1, 2), memory, torch.tensor([3, 0, 200]))
@@ -149,9 +157,8 @@ def test_ties_go_to_the_lowest_class_also_of_another_block(monkeypatch):
     assert stripe_correct.tolist() == [[False], [True], [False]]
 
 
-@pytest.mark.usefixtures("split")
-def test_more_classes_and_channels_than_a_block_of_the_loss(monkeypatch):
-    monkeypatch.setattr(tiles, "LOSS_TILE", 1)
+@pytest.mark.usefixtures("split", "blocks_of_128")
+def test_more_classes_and_channels_than_a_block_of_the_loss():
     check_parity("revised_cross_entropy", draw(1, 3, 150, 150), "triton")
 
 

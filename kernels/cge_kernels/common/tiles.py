@@ -46,10 +46,11 @@ POOL_BACKWARD = {
 CAST_AND_NORM = Tiles({"BLOCK_B": 16, "BLOCK_C": 32}, num_warps=4)
 GRAD_SCORES = Tiles({"BLOCK_B": 8, "BLOCK_N": 64}, num_warps=4)
 REDUCE_TILES = Tiles({"BLOCK_B": 16, "BLOCK_T": 32}, num_warps=4, max_registers=255)
-# How the saved logits lie -> grad_logits' tiles: long on the axis that is contiguous.
+# How the saved logits lie -> grad_logits' tiles, long on the axis that is contiguous. BLOCK: as in POOL,
+# four numbers of what is converted for each thread.
 GRAD_LOGITS = {
-    "by class": Tiles({"BLOCK_B": 64, "BLOCK_N": 8}, num_warps=4),
-    "by sample": Tiles({"BLOCK_B": 8, "BLOCK_N": 64}, num_warps=4),
+    "by class": Tiles({"BLOCK_B": 64, "BLOCK_N": 8, "BLOCK": 512}, num_warps=4),
+    "by sample": Tiles({"BLOCK_B": 8, "BLOCK_N": 64, "BLOCK": 512}, num_warps=4),
 }
 
 # (target, precision of the product) -> the matmuls' tiles. Targets: "cuda" or "hip", and single ones that differ.
@@ -139,14 +140,17 @@ def loss_tiles(target: Target, stripes: int, classes: int, channels: int) -> Til
     return Tiles(blocks, min(16, max(1, block // (4 * target.warp_size))))
 
 
-def one_pass_tiles(target: Target, dtype: torch.dtype, batch: int, classes: int) -> tuple[Tiles, int]:
-    """For the matmul of revise_logits_one_pass, N x B, and how many programs of such tiles the GPU holds at once."""
+def one_pass_tiles(target: Target, dtype: torch.dtype, batch: int, classes: int, is_flat: bool) -> tuple[Tiles, int]:
+    """For the matmul of revise_logits_one_pass, N x B, and how many programs of such tiles the GPU holds at once.
+
+    is_flat: whether the map's rows follow one another; else offsets take registers.
+    """
     tiles = matmul_tiles(SCORES, target, dtype)
     narrow = replace(tiles, widths=tuple(width for width in tiles.widths if width <= WIDEST_IN_ONE_PASS))
     filling = filling_tiles(narrow, "BLOCK_N", target, batch, classes)
     if target.multiprocessors == 1:  # the interpreter, whose programs run one after another, has no barrier
         return filling, 1
-    if filling.max_registers and dtype != torch.float32 and filling["BLOCK_N"] == 16:
+    if filling.max_registers and dtype != torch.float32 and filling["BLOCK_N"] == 16 and is_flat:
         return replace(filling, max_registers=168), 3 * target.multiprocessors  # 3 * 128 threads * 168 registers
     return filling, 2 * target.multiprocessors
 

@@ -1,8 +1,9 @@
 """The backward of revised_cross_entropy; op.py has the formulas.
 
 For each chunk of classes: their logits and scores, unless the forward kept them (cross_entropy_kernel once more); their
-gradients (grad_logits, elementwise); and library matmuls, which make of these the chunk's rows of dW and its part of df
-and of the local features' gradient. In the end the latter goes through the normalisation (normalize_backward).
+gradients and the casts of what they are multiplied with (grad_logits, elementwise); and library matmuls, which make of
+these the chunk's rows of dW and its part of df and of the local features' gradient. In the end the latter goes through
+the normalisation (normalize_backward).
 """
 
 from typing import Any
@@ -22,26 +23,24 @@ from cge_kernels.revise_logits.forward import cast_and_norm
 
 
 @jit
-def grad_logits_kernel(
-    grad_ptr, lse_ptr, labels_ptr, saved_logits_ptr, grad_logits_ptr,
-    batch, classes, end_class, grad_stride_0, saved_logits_stride_0, saved_logits_stride_1, saved_logits_stride_2,
+def cast_block(tensor_ptr, cast_ptr, block, size, BLOCK: tl.constexpr):
+    """Converts one block of `size` numbers."""
+    offsets = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    tl.store(cast_ptr + offsets, tl.load(tensor_ptr + offsets, mask=mask, other=0.0), mask=mask)
+
+
+@jit
+def grad_logits_tile(
+    grad_ptr, lse_ptr, labels_ptr, saved_logits_ptr, grad_logits_ptr, program,
+    batch, end_class, grad_stride_0, saved_logits_stride_0, saved_logits_stride_1, saved_logits_stride_2,
     grad_logits_stride_0, grad_logits_stride_1, grad_logits_stride_2, first_class, all_classes, label_smoothing,
     STRIPES: tl.constexpr, LOCAL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program for BLOCK_N classes x BLOCK_B samples.
-
-    grad_ptr: (B,) float32, any stride
-    lse_ptr: (B,) float32
-    labels_ptr: (B,), any integer, of all_classes
-    saved_logits_ptr: (n+1, at least `classes`, at least B) float32, logits and scores of `classes` classes from
-        first_class on; samples or classes contiguous
-    grad_logits_ptr: (n+1 or, unless LOCAL, 1, at least `classes`, at least B) in the matmuls' dtype, the result:
-        gradients of the logits, then of each stripe's scores; what is contiguous is the same
-    end_class: `classes` or, so that several can be loaded at once, a multiple of 16 up to which both have room
-    """
+    """Gradients of BLOCK_N classes x BLOCK_B samples; pointers as in grad_logits_kernel."""
     batch_tiles = tl.cdiv(batch, BLOCK_B)
-    sample = (tl.program_id(0) % batch_tiles * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
-    identity = (tl.program_id(0) // batch_tiles * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    sample = (program % batch_tiles * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    identity = (program // batch_tiles * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     sample_mask = sample < batch
     mask = (identity < end_class)[:, None] & sample_mask[None, :]
     offsets = identity[:, None] * saved_logits_stride_1 + sample[None, :] * saved_logits_stride_2
@@ -68,6 +67,44 @@ def grad_logits_kernel(
             score = tl.load(saved_logits_ptr + (stripe + 1) * saved_stride + offsets, mask=mask, other=0.0)
             grad_score = common / (1.0 + tl.exp(score))
             tl.store(grad_logits_ptr + (stripe + 1) * grad_stride + grad_offsets, grad_score, mask=mask)
+
+
+@jit
+def grad_logits_kernel(
+    grad_ptr, lse_ptr, labels_ptr, saved_logits_ptr, grad_logits_ptr,
+    features_ptr, features_cast_ptr, weight_ptr, weight_cast_ptr,
+    batch, end_class, grad_stride_0, saved_logits_stride_0, saved_logits_stride_1, saved_logits_stride_2,
+    grad_logits_stride_0, grad_logits_stride_1, grad_logits_stride_2, first_class, all_classes, label_smoothing,
+    tiles, features_blocks, features_size, weight_size,
+    STRIPES: tl.constexpr, LOCAL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`tiles` programs for BLOCK_N classes x BLOCK_B samples each; then features_blocks ones for BLOCK numbers of the
+    features each; the rest for BLOCK numbers of the classifier each.
+
+    grad_ptr: (B,) float32, any stride
+    lse_ptr: (B,) float32
+    labels_ptr: (B,), any integer, of all_classes
+    saved_logits_ptr: (n+1, at least end_class, at least B) float32, logits and scores of classes from first_class on;
+        samples or classes contiguous
+    grad_logits_ptr: (n+1 or, unless LOCAL, 1, at least end_class, at least B) in the matmuls' dtype, a result:
+        gradients of the logits, then of each stripe's scores; what is contiguous is the same
+    features_ptr, features_cast_ptr: (B, C), contiguous, and the result in the matmuls' dtype; or both None
+    weight_ptr, weight_cast_ptr: (classes, C), contiguous, and the result in the matmuls' dtype; or both None
+    end_class: how many classes or, so that several can be loaded at once, a multiple of 16 that is not below
+    """
+    program = tl.program_id(0)
+    if program < tiles:
+        grad_logits_tile(
+            grad_ptr, lse_ptr, labels_ptr, saved_logits_ptr, grad_logits_ptr, program,
+            batch, end_class, grad_stride_0, saved_logits_stride_0, saved_logits_stride_1, saved_logits_stride_2,
+            grad_logits_stride_0, grad_logits_stride_1, grad_logits_stride_2, first_class, all_classes,
+            label_smoothing, STRIPES, LOCAL, BLOCK_B, BLOCK_N,
+        )  # fmt: skip
+    elif program < tiles + features_blocks:
+        if features_cast_ptr is not None:
+            cast_block(features_ptr, features_cast_ptr, program - tiles, features_size, BLOCK)
+    elif weight_cast_ptr is not None:
+        cast_block(weight_ptr, weight_cast_ptr, program - tiles - features_blocks, weight_size, BLOCK)
 
 
 @jit
@@ -102,21 +139,33 @@ def normalize_backward_kernel(
 
 def launch_grad_logits(
     plan: Plan, inputs: Inputs, grad: Tensor, lse: Tensor, saved_logits: Tensor, grad_logits: Tensor,
-    label_smoothing: float,
+    features_cast: Tensor | None, weight_cast: Tensor | None, label_smoothing: float,
 ) -> None:  # fmt: skip
-    """Fills grad_logits (n+1 or 1, at least rows, at least B) from saved_logits (n+1, at least rows, at least B)."""
+    """Fills grad_logits (n+1 or 1, at least rows, at least B) from saved_logits (n+1, at least rows, at least B).
+
+    And what is not None of features_cast (B, C) and weight_cast (rows, C), in their dtype.
+    """
+    features, weight = inputs.features, inputs.weight
 
     def prepare() -> tuple[int, Tiles, dict[str, Any]]:
         (batch, stripes, classes), by_sample = inputs.sizes, lie_by_sample(saved_logits)
         tiles = GRAD_LOGITS["by sample" if by_sample else "by class"]
-        scalars = {"batch": batch, "classes": classes, "end_class": score_row(classes) if by_sample else classes}
+        scalars = {"batch": batch, "end_class": score_row(classes) if by_sample else classes}
         scalars |= {"first_class": inputs.first_class, "all_classes": inputs.all_classes}
         scalars |= {"label_smoothing": label_smoothing, "STRIPES": stripes, "LOCAL": len(grad_logits) > 1}
-        return cdiv(batch, tiles["BLOCK_B"]) * cdiv(classes, tiles["BLOCK_N"]), tiles, scalars
+        scalars |= {"tiles": cdiv(batch, tiles["BLOCK_B"]) * cdiv(classes, tiles["BLOCK_N"])}
+        sizes = [0 if cast is None else cast.numel() for cast in (features_cast, weight_cast)]
+        blocks = [cdiv(size, tiles["BLOCK"]) for size in sizes]
+        scalars |= {"features_blocks": blocks[0], "features_size": sizes[0], "weight_size": sizes[1]}
+        return scalars["tiles"] + sum(blocks), tiles, scalars
 
     plan.launch(
         grad_logits_kernel,
-        {"grad": grad, "lse": lse, "labels": inputs.labels, "saved_logits": saved_logits, "grad_logits": grad_logits},
+        {
+            "grad": grad, "lse": lse, "labels": inputs.labels, "saved_logits": saved_logits, "grad_logits": grad_logits,
+            "features": None if features_cast is None else features, "features_cast": features_cast,
+            "weight": None if weight_cast is None else weight, "weight_cast": weight_cast,
+        },
         prepare,
     )  # fmt: skip
 
@@ -174,7 +223,7 @@ def launch_backward(
 
     Those of the local features are empty without local_gradient, those of the bias without one.
     """
-    inputs = inputs.contiguous()
+    inputs = inputs.contiguous()._replace(features=inputs.features.contiguous())
     features, weight, memory, local = inputs.features, inputs.weight, inputs.memory, inputs.local_features
     (batch, stripes, classes), channels = inputs.sizes, memory.shape[2]
     chunk = plan.once(lambda: chunk_of_logits(batch, stripes, classes))
@@ -182,7 +231,8 @@ def launch_backward(
     if recomputes:
         scratch = features.new_empty((stripes + 1, chunk, score_row(batch)), dtype=torch.float32)
         casts = cast_and_norm(plan, local, memory, features)
-    features_cast, in_float32 = features.to(memory.dtype), weight.dtype == torch.float32
+    features_cast = None if features.dtype == memory.dtype else torch.empty_like(features, dtype=memory.dtype)
+    in_float32, casts_weight = weight.dtype == torch.float32, weight.dtype != memory.dtype
     sizes = (stripes + 1 if local_gradient else 1, chunk, batch)
     grad_logits = empty_logits(features, sizes, memory.dtype, lie_by_sample(saved.saved_logits))
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
@@ -197,13 +247,17 @@ def launch_backward(
         saved_logits = scratch if recomputes else saved.saved_logits
         if not (recomputes or part is inputs):
             saved_logits = saved_logits[:, start : start + score_row(chunk)]
-        launch_grad_logits(plan, part, grad, saved.lse, saved_logits, grad_logits, label_smoothing)
+        cast = torch.empty_like(part.weight, dtype=memory.dtype) if casts_weight else None
+        launch_grad_logits(
+            plan, part, grad, saved.lse, saved_logits, grad_logits, None if start else features_cast, cast,
+            label_smoothing,
+        )  # fmt: skip
         gradients = grad_logits[:, : rows.stop - start, :batch].transpose(1, 2)
         grad_rows = grad_weight[rows] if in_float32 else torch.empty_like(part.weight, dtype=torch.float32)
-        product_(grad_rows, gradients[0].T, features_cast, False)
+        product_(grad_rows, gradients[0].T, features if features_cast is None else features_cast, False)
         if not in_float32:
             grad_weight[rows] = grad_rows
-        product_(grad_features, gradients[0], part.weight.to(memory.dtype), start > 0)
+        product_(grad_features, gradients[0], part.weight if cast is None else cast, start > 0)
         if local_gradient:
             product_(sums, gradients[1:], part.memory, start > 0)
         if inputs.bias is not None:

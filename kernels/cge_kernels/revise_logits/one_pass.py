@@ -97,13 +97,13 @@ def launch_forward(
 
     def prepare() -> tuple[int, Tiles, dict[str, Any], dict[str, Any]]:
         target, pool = current_target(feature_map), ONE_PASS_POOL[contiguous_axis(feature_map)]
-        matmul, resident = one_pass_tiles(target, memory.dtype, batch, classes)
+        constants = map_constants(stripes, feature_map)
+        matmul, resident = one_pass_tiles(target, memory.dtype, batch, classes, bool(constants["FLAT"]))
         class_tiles = cdiv(batch, matmul["BLOCK_B"]) * cdiv(classes, matmul["BLOCK_N"])
         programs = min(resident, max(batch * channel_tiles, class_tiles))
         scalars = {"eps": eps, "batch": batch, "channels": channels, "classes": classes, **pool}
         scalars |= {"PRECISION": float32_precision(target), "BLOCK_PARTS": block_of_parts(channel_tiles)}
-        scalars |= map_constants(stripes, feature_map)
-        return programs, matmul, scalars, {"launch_cooperative_grid": True}
+        return programs, matmul, scalars | constants, {"launch_cooperative_grid": True}
 
     partial_sq_norms, *converted = plan.scratch(feature_map, pieces)
     local_features = feature_map.new_empty(batch, stripes, channels, dtype=torch.float32)

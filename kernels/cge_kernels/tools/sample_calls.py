@@ -43,6 +43,7 @@ SHAPES = [
     *(Shape(batch, channels, 1041) for batch in BATCHES for channels in (128, 512, 1280, 4096, 8192)),
 ]
 UNEVEN = Shape(64, 2048, 1041, stripes=5)  # neighbouring stripes share a row
+BLOCKS = [Shape(64, 512, classes) for classes in (200, 400, 800)]  # of which the loss takes all classes at once
 EPS = 1e-6
 
 # dtypes of map and memory, and torch's float32 matmul precision
@@ -149,6 +150,8 @@ def call_operators(quick: bool, dtype: torch.dtype, memory_dtype: torch.dtype) -
         return
     call_pooling(UNEVEN, dtype, every_variant=True)
     call_revision(UNEVEN, dtype, memory_dtype, every_variant=False)
+    for shape in (UNEVEN, *BLOCKS):
+        call_cross_entropy(shape, dtype, memory_dtype, every_variant=False)
     for shape in SHAPES:
         call_revision(shape, dtype, memory_dtype, every_variant=False)
         call_cross_entropy(shape, dtype, memory_dtype, every_variant=False)
