@@ -161,7 +161,7 @@ def test_compiled_launches_are_repeated_on_addresses():
             return lambda *arguments: runs.append((grid, arguments))
 
     class Kernel:
-        arg_names = ("x_ptr", "y_ptr", "count", "x_stride_0", "BLOCK")
+        arg_names = ["x_ptr", "y_ptr", "count", "x_stride_0", "BLOCK"]  # noqa: RUF012
         fn = None
 
         def __getitem__(self, grid):
