@@ -131,13 +131,13 @@ def products_tiles(target: Target, dtype: torch.dtype, batch: int) -> Tiles:
 def loss_tiles(target: Target, stripes: int, classes: int, channels: int) -> Tiles:
     """For a program that goes over one sample's logits and scores, and its local features: BLOCK_I classifiers x each.
 
-    In both blocks a thread has four neighbours of a row at a time; the other rows are the same thread's.
+    In the longer block a thread has four neighbours of a row at a time; the other rows are the same thread's.
     """
     classifiers = next_power_of_2(stripes + 1)
     longest = max(128, LOSS_TILE // classifiers)
-    block = min(longest, max(128, next_power_of_2(classes)))
-    blocks = {"BLOCK_I": classifiers, "BLOCK_N": block, "BLOCK_C": min(longest, max(128, next_power_of_2(channels)))}
-    return Tiles(blocks, min(16, max(1, block // (4 * target.warp_size))))
+    block_n, block_c = (min(longest, max(128, next_power_of_2(length))) for length in (classes, channels))
+    num_warps = min(16, max(1, max(block_n, block_c) // (4 * target.warp_size)))
+    return Tiles({"BLOCK_I": classifiers, "BLOCK_N": block_n, "BLOCK_C": block_c}, num_warps, max_registers=128)
 
 
 def one_pass_tiles(target: Target, dtype: torch.dtype, batch: int, classes: int, is_flat: bool) -> tuple[Tiles, int]:
