@@ -216,7 +216,12 @@ def launch_forward(plan: Plan, inputs: Inputs, parts: int, label_smoothing: floa
     def prepare_products() -> tuple[int, Tiles, dict[str, Any]]:
         tiles, precision = settings()
         tiles_of_each = cdiv(batch, tiles["BLOCK_B"]) * cdiv(classes, tiles["BLOCK_N"])
-        scalars = {"batch": batch, "classes": classes, "channels": channels, "feature_channels": weight.shape[1]}
+        scalars: dict[str, Any] = {
+            "batch": batch,
+            "classes": classes,
+            "channels": channels,
+            "feature_channels": weight.shape[1],
+        }
         scalars |= {"STRIPES": stripes, "PARTS": parts, "PRECISION": precision}
         # Float32 tiles of the shape of 16-bit ones would be loaded like these, eight numbers for each lane, and then
         # each request uses half of its sectors.
@@ -224,7 +229,12 @@ def launch_forward(plan: Plan, inputs: Inputs, parts: int, label_smoothing: floa
         return tiles_of_each * (stripes + 1) * parts, tiles, scalars
 
     def prepare_loss() -> tuple[int, Tiles, dict[str, Any]]:
-        scalars = {"batch": batch, "classes": classes, "channels": channels, "label_smoothing": label_smoothing or 0.0}
+        scalars: dict[str, Any] = {
+            "batch": batch,
+            "classes": classes,
+            "channels": channels,
+            "label_smoothing": label_smoothing or 0.0,
+        }
         scalars |= {"first_class": inputs.first_class, "all_classes": inputs.all_classes}
         scalars |= {"STRIPES": stripes, "PARTS": parts, "FAR": FAR}
         return batch, loss_tiles(current_target(memory), stripes, classes, channels), scalars
