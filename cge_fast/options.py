@@ -4,14 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse.typing import (
-    ClosedUnitInterval,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    restricted_number_type,
-)
+from jsonargparse.typing import ClosedUnitInterval, restricted_number_type
 
 Backbone = Literal["compact", "resnet18", "resnet34", "resnet50", "resnet101", "resnet50_ibn_a"]
 NonLocal = Literal["none", "one", "half"]
@@ -19,8 +12,18 @@ Pooling = Literal["average", "gem"]
 MemoryMomentum = Literal["linear", "exponential", "constant"]
 Metric = Literal["triplet", "wrt", "wrt_published", "contrastive", "lifted", "instance", "circle"]
 Backend = Literal["auto", "triton", "cpu", "reference"]
+# Ranges, so that a slip of the keyboard (inf, 1e30) is an error at once, and not a training without sense or memory.
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])
 ErasingArea = restricted_number_type("ErasingArea", float, [(">=", 0.02), ("<=", 1)])
+PositiveInt = restricted_number_type("BoundedPositiveInt", int, [(">", 0), ("<=", 10**6)])
+NonNegativeInt = restricted_number_type("BoundedNonNegativeInt", int, [(">=", 0), ("<=", 10**9)])
+PositiveFloat = restricted_number_type("BoundedPositiveFloat", float, [(">", 0), ("<=", 10**6)])
+NonNegativeFloat = restricted_number_type("BoundedNonNegativeFloat", float, [(">=", 0), ("<=", 10**6)])
+FiniteFloat = restricted_number_type("FiniteFloat", float, [(">=", -(10**6)), ("<=", 10**6)])
+Size = restricted_number_type("Size", int, [(">", 0), ("<=", 4096)])
+Padding = restricted_number_type("Padding", int, [(">=", 0), ("<=", 4096)])
+BatchPart = restricted_number_type("BatchPart", int, [(">", 0), ("<=", 65536)])
+Workers = restricted_number_type("Workers", int, [(">=", 0), ("<=", 512)])
 
 
 @dataclass
@@ -41,13 +44,13 @@ class DataConfig:
     """Data set; the pedestrians are drawn on first use, the others are read from data.root."""
     root: Path | None = None
     """Folder of a data set that is not drawn."""
-    height: PositiveInt = 96
+    height: Size = 96
     """Image height after resizing, pixels."""
-    width: PositiveInt = 48
+    width: Size = 48
     """Image width after resizing, pixels."""
     flip: ClosedUnitInterval = 0.5
     """Probability of a horizontal flip."""
-    pad: NonNegativeInt = 4
+    pad: Padding = 4
     """Zeros padded on each side before a random crop back to size, pixels; 0 for none."""
     erasing: ClosedUnitInterval = 0.5
     """Probability of random erasing (aspect 0.3 to 3.33)."""
@@ -57,11 +60,11 @@ class DataConfig:
     """What is written there after normalisation: zero (the mean colour) or ImageNet's mean (BagTricks' public code)."""
     normalisation: Literal["imagenet", "luperson"] = "imagenet"
     """Mean and standard deviation of the colours: ImageNet's, or LUPerson's for its weights."""
-    identities: PositiveInt = 16
+    identities: BatchPart = 16
     """P: identities in a batch, over all ranks."""
-    instances: PositiveInt = 4
+    instances: BatchPart = 4
     """K: images of each identity in a batch."""
-    workers: NonNegativeInt = 2
+    workers: Workers = 2
     """Processes that load images; 0 loads in the training process. The batches are the same for any number."""
     skip_corrupt: bool = False
     """Leave out images that cannot be read, and say how many, instead of ending with an error."""
@@ -85,7 +88,7 @@ class ModelConfig:
     """Pooling of the global and the local features."""
     cge: bool = True
     """Comprehensive Global Embedding; false is the BagTricks baseline."""
-    stripes: PositiveInt = 3
+    stripes: Size = 3
     """n: horizontal stripes, each a local classifier."""
     memory_momentum: MemoryMomentum = "linear"
     """How much of a memory row a write keeps, by epoch (the paper's alpha)."""
@@ -103,7 +106,7 @@ class LossConfig:
 
     variant: str = ""
     """A loss in the place of CGELoss or SoftmaxLoss, by a name that the program knows; train knows none."""
-    variant_args: dict[str, float] = field(default_factory=dict)
+    variant_args: dict[str, FiniteFloat] = field(default_factory=dict)
     """Its arguments besides those that CGELoss or SoftmaxLoss would get."""
     classification_weight: NonNegativeFloat = 1.0
     """Weight of the classification loss."""
@@ -154,7 +157,7 @@ class OptimConfig:
     """Factor at each milestone."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Backbone's arithmetic; auto: bfloat16 where the device has it in hardware, else float32."""
-    accumulate: PositiveInt = 1
+    accumulate: BatchPart = 1
     """Micro-batches that a batch is cut into (P / ranks divisible by it), to train with less device memory."""
 
 
@@ -174,7 +177,7 @@ class EvaluationConfig:
     """Average the features of an image and its mirror image."""
     rerank: bool = False
     """Re-rank with k-reciprocal neighbours (k1 20, k2 6, lambda 0.3); it looks at all queries at once."""
-    batch: PositiveInt = 128
+    batch: BatchPart = 128
     """Images per forward pass."""
 
 

@@ -21,7 +21,7 @@ def sample_losses(loss: nn.Module, embeddings: Embeddings, labels: Tensor) -> Te
     return torch.stack([loss(type(embeddings)(*sample), label).loss for *sample, label in samples])
 
 
-def loss_cdf(checkpoints: Sequence[Trained], output: Path) -> Written:
+def loss_cdf(checkpoints: Sequence[Trained], output: Path | str) -> Written:
     """Share of training images up to each loss, as a part of the largest; loss_cdf.png and loss_cdf.csv.
 
     Each checkpoint's own classification loss is taken: losses of different kinds compare by their shape alone.
