@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 from jsonargparse import ArgumentError
 
@@ -29,7 +30,7 @@ KNOWN = (
     (r"can't allocate memory|out of memory|MemoryError", "not enough memory ({}): give smaller batches or images"),
     (
         r"gloo|NCCL|TCPStore|Connection (closed|reset)|[Bb]roken pipe",
-        "another rank has ended, or cannot be reached ({})",
+        "another rank has ended, or cannot be reached",
     ),
 )
 
@@ -38,14 +39,22 @@ class UserError(Exception):
     """Wrong input from outside (a file, a folder, an option): the message names it and says what is wanted."""
 
 
-_received: list[signal.Signals] = []  # since `run` began
 _program = ""
-_is_ending, _has_said = threading.Event(), threading.Event()  # once it is ending, further signals change nothing
+_received: list[signal.Signals] = []  # since `run` began
+_is_ending, _has_said = threading.Event(), threading.Event()
+
+
+def _receive(number: int, frame: object) -> None:
+    _received.append(signal.Signals(number))
+    if not _is_ending.is_set():
+        end_children()
+        raise KeyboardInterrupt
 
 
 def _in_child() -> None:
-    """A loader's process leaves Ctrl-C and a closed terminal to the process that it works for."""
+    """A loader's process leaves Ctrl-C, a closed terminal and what there is to say to the process that it works for."""
     if signal.getsignal(signal.SIGTERM) is _receive:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -53,13 +62,6 @@ def _in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_in_child)
-
-
-def _receive(number: int, frame: object) -> None:
-    _received.append(signal.Signals(number))
-    if not _is_ending.is_set():
-        _is_ending.set()
-        raise KeyboardInterrupt
 
 
 def one_line(error: BaseException | str) -> str:
@@ -91,7 +93,11 @@ def ending(error: BaseException) -> tuple[str, int] | None:
         message = "error: " + meaning.format(last)
     else:
         return None
-    return one_line("; ".join([message, *getattr(error, "__notes__", ())])), status
+    notes: list[str] = []
+    cause: BaseException | None = error
+    while cause and not notes:
+        notes, cause = getattr(cause, "__notes__", []), cause.__context__
+    return one_line("; ".join([message, *notes])), status
 
 
 def is_first_rank_to_say() -> bool:
@@ -104,7 +110,7 @@ def is_first_rank_to_say() -> bool:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(*address, timeout=timedelta(seconds=5))
         return store.add(f"cge_fast/ended/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
-    return True
+    return os.environ.get("RANK") == "0"
 
 
 def end_children() -> None:
@@ -126,6 +132,7 @@ def end_now(message: str, status: int) -> None:
     """Ends the program from another thread than the main one, which may be waiting for what does not come."""
     if _is_ending.wait(5):  # then it has noticed, and has time to end by itself
         time.sleep(5)
+    print(file=sys.stderr)  # after the progress bar
     say(message)
     for child in multiprocessing.active_children():
         child.kill()
@@ -134,34 +141,60 @@ def end_now(message: str, status: int) -> None:
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """Inside, SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt; a computation that does not notice is ended."""
-    _received.clear()
-    _is_ending.clear()
-    _has_said.clear()
+    """Inside, SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt; a program that does not notice is ended."""
+    for event in (_received, _is_ending, _has_said):
+        event.clear()
     before = {number: signal.getsignal(number) for number in SIGNALS}
     chosen = [number for number, handler in before.items() if handler is not signal.SIG_IGN]  # as nohup has it
     read, written = os.pipe()
     os.set_blocking(written, False)
-    wakeup = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+    wakeup, unraisable = signal.set_wakeup_fd(written, warn_on_full_buffer=False), sys.unraisablehook
     over = threading.Event()
 
     def watch() -> None:
-        while number := os.read(read, 1):
-            if number[0] in chosen and not over.wait(GRACE):
-                end_now(f"interrupted by {signal.Signals(number[0]).name}", 128 + number[0])
-        os.close(read)
+        """A computation may take long, and an exception in a destructor is lost: the signal is repeated."""
+        while not (number := os.read(read, 1)) or number[0] not in chosen:
+            if not number:
+                return os.close(read)
+        for _ in range(GRACE):
+            if over.wait(1):
+                return os.close(read)
+            if not _is_ending.is_set():
+                signal.pthread_kill(threading.main_thread().ident, number[0])
+        return end_now(f"interrupted by {signal.Signals(number[0]).name}", 128 + number[0])
+
+    def swallow(lost: Any) -> None:
+        if not _received and "DataLoader worker" not in str(lost.exc_value):
+            unraisable(lost)
 
     threading.Thread(target=watch, daemon=True).start()
     try:
         for number in chosen:
             signal.signal(number, _receive)
+        sys.unraisablehook = swallow
         yield
     finally:
         over.set()
+        sys.unraisablehook = unraisable
         signal.set_wakeup_fd(wakeup)
         for number in chosen:
             signal.signal(number, before[number])
         os.close(written)
+
+
+def error_of(main: Callable[[], None]) -> BaseException | None:
+    """What `main` raises but SystemExit."""
+    try:
+        try:
+            main()
+        finally:  # what comes from now on, in another handler of a signal, is not the error
+            _is_ending.set()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        return error
+    return None
 
 
 def run(main: Callable[[], None], program: str) -> None:
@@ -169,18 +202,18 @@ def run(main: Callable[[], None], program: str) -> None:
     global _program
     _program = program
     with signals_raise():
-        try:
-            main()
-        except SystemExit:
-            raise
-        except BaseException as error:
-            _is_ending.set()
-            if not isinstance(error, UserError):  # a signal to all processes may have ended another one first
-                time.sleep(0.2)
-            end = ending(error)
-            end_children()
-            if end is None:
-                raise
-            message, status = end
-            say(message)
-            raise SystemExit(status) from None
+        error = error_of(main)
+        if error is None:
+            return
+        if not isinstance(error, UserError):
+            time.sleep(0.2)  # a signal to all processes may have ended another one first
+        end = ending(error)
+        end_children()
+        if end is None:
+            raise error
+        message, status = end
+        say(message)
+        if os.environ.get("WORLD_SIZE", "1") != "1":  # gloo's threads would end in an abort
+            sys.stdout.flush()
+            os._exit(status)
+        raise SystemExit(status) from None

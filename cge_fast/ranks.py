@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import os
+import queue
 import signal
 import threading
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from cge_fast.errors import UserError, end_now
 
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # of prctl: the signal for the process whose parent dies
-BEAT, MOST_MISSED = 3, 13  # seconds between two signs of life of a rank, and how many it may miss in a row
+BEAT, MOST_MISSED = 3, 12  # seconds between two signs of life of a rank, and how many it may miss in a row
 DEAD = "cge_fast/dead"  # key of the rank that missed more
 
 _are_done = threading.Event()
@@ -68,30 +69,41 @@ def number(variable: str, default: int) -> int:
 
 
 def watch(own: int, ranks: int) -> None:
-    """Ends this process if another one shows no sign of life: a collective would wait for it for an hour.
+    """Ends this process if another one shows no sign of life: a collective would wait for it for an hour."""
+    news: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=beat, args=(own, ranks, news), daemon=True).start()
+    gone = ""
+    while not gone:
+        try:
+            gone = news.get(timeout=BEAT * MOST_MISSED)
+        except queue.Empty:  # the store's computer does not answer
+            gone = "rank 0 or torchrun"
+        if _are_done.is_set():
+            return
+    end_now(f"error: {gone} has ended, or cannot be reached", 2)
 
-    Each rank counts its beats in torch's store, and reads those of the next one. Missed beats are counted, not timed, so
-    that a computer that was asleep has not lost anybody.
+
+def beat(own: int, ranks: int, news: queue.SimpleQueue[str]) -> None:
+    """Counts this rank's beats in torch's store, reads those of the next rank, and tells who is gone, or else "".
+
+    Missed beats are counted, not timed, so that a computer that was asleep has not lost anybody.
     """
-    watched, seen, missed = (own + 1) % ranks, -1, 0
+    watched, seen, missed, gone = (own + 1) % ranks, -1, 0, ""
     try:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(*address, timeout=timedelta(seconds=30))
-        for beat in itertools.count():
-            store.set(f"cge_fast/beat/{own}", str(beat))
+        for number_ in itertools.count():
+            store.set(f"cge_fast/beat/{own}", str(number_))
             found = int(store.get(f"cge_fast/beat/{watched}")) if store.check([f"cge_fast/beat/{watched}"]) else -1
             seen, missed = found, missed + 1 if found == seen else 0
             if missed > MOST_MISSED:
                 store.set(DEAD, str(watched))
-            if store.check([DEAD]):
-                gone = f"rank {int(store.get(DEAD))}"
-                break
+            news.put(f"rank {int(store.get(DEAD))}" if store.check([DEAD]) else "")
             if _are_done.wait(BEAT):
-                return
+                return news.put("")
     except (RuntimeError, KeyError, ValueError):  # the store went with the process that had it
         gone = "rank 0 or torchrun"
-    if not _are_done.is_set():
-        end_now(f"error: {gone} has ended, or cannot be reached", 2)
+    return news.put(gone)
 
 
 def from_first_rank(function: Callable[[], T]) -> T:

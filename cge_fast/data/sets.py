@@ -37,6 +37,8 @@ def read(config: DataConfig) -> ReidSet:
         UserError: the root is missing or does not hold such a set, or its gallery has nothing to find.
     """
     if config.name in ("pedestrians", "pedestrians-trap"):
+        if config.root:
+            raise UserError(f"data.root: {config.root} is not read, {config.name} is drawn; say what it is by data.name")
         reid_set = market1501.read_market1501(pedestrians(trap=config.name == "pedestrians-trap"))
     elif config.root is None:
         raise UserError(f"data.root: the data set {config.name} needs the folder where it lies")
