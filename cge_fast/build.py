@@ -52,6 +52,7 @@ class Run:
     best_map: float = -math.inf
     untrained: dict[str, float] | None = None  # what evaluation gave before the first epoch
     result: dict[str, float] | None = None  # and after the last
+    row: dict[str, Any] | None = None  # of metrics.jsonl, for the last epoch
 
     @property
     def checkpoints(self) -> Path:

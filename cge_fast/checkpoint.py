@@ -1,37 +1,43 @@
-"""Checkpoints that survive a kill at any moment.
+"""Checkpoints that survive a kill at any moment, and that notice when they were damaged.
 
-A checkpoint is a folder with model.safetensors (what is deployed), loss.safetensors, training.pt and config.yaml. With
+A checkpoint is a folder with model.safetensors (what is deployed), loss.safetensors, training.pt, config.yaml and,
+written last, manifest.json: the epoch, the SHA-256 of every file but config.yaml, and which settings that has. With
 model.shard_checkpoints the folder `loss` takes the place of loss.safetensors and of Adam's moments of the classifier.
-It is written under another name, fsynced and renamed, so that a folder called epoch_* is always whole. `last` and
-`best` are symbolic links, each replaced by one rename; folders that neither points to are removed after that.
+The checkpoints `last` and `best` are written under another name, which then takes their place (files.replace_folder).
+A folder without a manifest, as version 0.1 and whoever deploys model.safetensors and config.yaml alone have it, is read
+without these checks.
 """
 
+import hashlib
 import io
-import os
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from cge_fast import first_edition
+from cge_fast import files, first_edition
+from cge_fast.cli import flat, load_yaml
 from cge_fast.distributed import barrier, rank
 from cge_fast.errors import UserError
 from cge_kernels import ClassShard
 
-UNFINISHED = ".unfinished-"  # prefix of what is being written, pointed elsewhere or removed
 MODEL, LOSS, TRAINING, CONFIG = "model.safetensors", "loss.safetensors", "training.pt", "config.yaml"
+MANIFEST = "manifest.json"
 LOSS_FOLDER = "loss"
 IDENTITIES = "identities"  # in the metadata of the .safetensors
 CLASSIFIER, MEMORY = "classification.weight", "classification.memory"  # names among the criterion's tensors
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, of the classifier
 AXES = {CLASSIFIER: 0, MEMORY: 1} | dict.fromkeys(MOMENTS, 0)  # what has a row for each class, and along which axis
-STAGED = ".unfinished-loss"  # where the ranks' rows wait for the checkpoint that they belong to
+STAGED = ".staged-loss"  # where the ranks' rows wait for the checkpoint that they belong to
 
 
 class Contents(NamedTuple):
@@ -41,73 +47,135 @@ class Contents(NamedTuple):
     model: dict[str, Tensor]  # parameters and buffers of ReidModel
     loss: dict[str, Tensor] | None  # and of the criterion; None if `stage_rows` wrote them just before
     training: dict[str, Any]  # what else a training needs to go on: tensors and plain values only
+    rows: Mapping[str, str] = MappingProxyType({})  # what `stage_rows` gave
 
 
-def save(folder: Path, contents: Contents, config: str, epoch: int, best: bool) -> Path:
-    """Writes a checkpoint below `folder` and lets `last`, and if it is the best so far `best`, point to it.
+def save(folder: Path, contents: Contents, config: str, epoch: int, best: bool) -> None:
+    """Writes the checkpoint `last` below `folder`, and if it is the best so far the same as `best`.
 
     Args:
         folder: the run's folder of checkpoints; it is made if need be.
         contents: what to write.
         config: the settings as YAML.
-        epoch: names the checkpoint.
+        epoch: of the checkpoint.
         best: whether this is the best checkpoint so far.
 
-    Returns:
-        the checkpoint's folder.
+    Raises:
+        OSError: the disk is full, or the like; what was there before still is.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    staged = folder / STAGED
-    for leftover in set(folder.glob(UNFINISHED + "*")) - ({staged} if contents.loss is None else set()):
-        shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
-    number = 0
-    while (final := folder / f"epoch_{epoch:04d}{f'.{number}' if number else ''}").exists():
-        number += 1  # an earlier run got as far, then was killed or resumed from before
-    unfinished = folder / (UNFINISHED + final.name)
-    staged.rename(unfinished) if contents.loss is None else unfinished.mkdir()
-    buffer = io.BytesIO()
-    torch.save(contents.training, buffer)
-    for name, tensors in ((MODEL, contents.model), (LOSS, contents.loss)):
-        if tensors is not None:
-            on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-            _write(unfinished / name, safetensors.torch.save(on_cpu, {IDENTITIES: str(contents.identities)}))
-    _write(unfinished / TRAINING, buffer.getvalue())
-    _write(unfinished / CONFIG, config.encode())
-    _sync_folder(unfinished)
-    unfinished.rename(final)
-    _sync_folder(folder)
-    for pointer in ["best", "last"] if best else ["last"]:
-        link = folder / (UNFINISHED + pointer)
-        link.symlink_to(final.name)
-        link.replace(folder / pointer)
-    _sync_folder(folder)
-    _remove_unused(folder)
-    return final
+    files.mend(folder)
+    staged, unfinished = folder / STAGED, folder / f"{files.UNFINISHED}last"
+    if contents.loss is not None and staged.exists():
+        files.remove(staged)  # of a save that was killed
+    try:
+        unfinished.mkdir() if contents.loss is not None else staged.rename(unfinished)
+        digests = dict(contents.rows)
+
+        def add(name: str, content: bytes) -> None:
+            files.write(unfinished / name, content)
+            digests[name] = hashlib.sha256(content).hexdigest()
+
+        buffer = io.BytesIO()
+        torch.save(contents.training, buffer)
+        add(TRAINING, buffer.getvalue())
+        for name, tensors in ((MODEL, contents.model), (LOSS, contents.loss)):
+            if tensors is not None:
+                on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+                add(name, safetensors.torch.save(on_cpu, {IDENTITIES: str(contents.identities)}))
+        files.write(unfinished / CONFIG, config.encode())
+        settings = [name for name, _ in flat(yaml.safe_load(config))]
+        manifest = {"epoch": epoch, "settings": settings, "sha256": digests}
+        files.write(unfinished / MANIFEST, json.dumps(manifest, indent=1).encode())
+        if best:
+            copy = folder / f"{files.UNFINISHED}best"
+            shutil.copytree(unfinished, copy, copy_function=files.link_or_copy)
+            files.replace_folder(folder / "best", copy)
+        files.replace_folder(folder / "last", unfinished)
+    finally:
+        files.mend(folder)
 
 
-def stage_rows(folder: Path, tensors: dict[str, Tensor], shard: ClassShard) -> None:
-    """Writes the ranks' rows to a folder that the next `save` below `folder` takes in; every rank calls it."""
+def stage_rows(folder: Path, tensors: dict[str, Tensor], shard: ClassShard) -> dict[str, str]:
+    """Writes the ranks' rows to a folder that the next `save` below `folder` takes in; every rank calls it.
+
+    Returns:
+        the SHA-256 of the files, by their names in the checkpoint.
+    """
     staged = folder / STAGED
     if rank() == 0:
-        shutil.rmtree(staged, ignore_errors=True)
+        if staged.exists():
+            files.remove(staged)
         staged.mkdir(parents=True)
     barrier()
     from cge_fast import sharded_checkpoint  # which takes a second
 
-    sharded_checkpoint.write(staged / LOSS_FOLDER, tensors, AXES, shard)
-    barrier()
+    digests = sharded_checkpoint.write(staged / LOSS_FOLDER, tensors, AXES, shard)
+    return {f"{LOSS_FOLDER}/{name}": digest for name, digest in digests.items()}
 
 
-def config_file(checkpoint: Path) -> Path:
+def opened(checkpoint: Path | str) -> Path:
+    """The folder of a checkpoint that is given as such, by one of its files, or by its run's folder (that is, `last`).
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
+    folder = Path(checkpoint)
+    if folder.is_file():
+        folder = folder.parent
+    elif (of_run := files.located(folder / "checkpoints" / "last")).is_dir():
+        folder = of_run
+    folder = files.located(folder)
+    for name in (MODEL, CONFIG):
+        if not (folder / name).is_file():
+            raise UserError(f"checkpoint {checkpoint} has no file {name}; a checkpoint is a folder like .../last")
+    return folder
+
+
+def config_file(checkpoint: Path | str) -> Path:
     """The settings' file of a checkpoint.
 
     Raises:
-        UserError: `checkpoint` is not a checkpoint's folder.
+        UserError: `checkpoint` is not a checkpoint's folder, or the file was cut short.
     """
-    for name in (MODEL, CONFIG):
-        if not (checkpoint / name).is_file():
-            raise UserError(f"checkpoint {checkpoint} has no file {name}; a checkpoint is a folder like .../last")
-    return checkpoint / CONFIG
+    file = opened(checkpoint) / CONFIG
+    missing = read_manifest(file.parent).get("settings", set()) - {name for name, _ in flat(load_yaml(file))}
+    if missing:
+        raise UserError(f"checkpoint {file} was cut short: it has no {min(missing)}")
+    return file
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint; empty without one.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = checkpoint / MANIFEST
+    if not file.exists():
+        return {}
+    try:
+        manifest = json.loads(file.read_bytes())
+        return {"epoch": manifest["epoch"], "settings": {*manifest["settings"]}, "sha256": {**manifest["sha256"]}}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"checkpoint {file} cannot be read ({error})") from error
+
+
+def verified(checkpoint: Path, name: str) -> Path:
+    """A file of a checkpoint, which is as it was written.
+
+    Raises:
+        UserError: it is missing, or not the one that the manifest is of.
+    """
+    file, manifest = checkpoint / name, read_manifest(checkpoint)
+    if not file.is_file():
+        raise UserError(f"checkpoint {checkpoint} has no file {name}")
+    if manifest and files.sha256(file) != manifest["sha256"].get(name):
+        raise UserError(
+            f"checkpoint {file} is damaged, or of another checkpoint: its SHA-256 is not the one in {MANIFEST}, "
+            f"of epoch {manifest['epoch']}"
+        )
+    return file
 
 
 def load_model(checkpoint: Path) -> dict[str, Tensor]:
@@ -116,9 +184,10 @@ def load_model(checkpoint: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is damaged or missing.
     """
-    config_file(checkpoint)
+    checkpoint = opened(checkpoint)
     with _readable(checkpoint / MODEL):
-        weights = first_edition.of_model(safetensors.torch.load_file(checkpoint / MODEL))
+        weights = first_edition.of_model(safetensors.torch.load_file(verified(checkpoint, MODEL)))
+    require_finite(weights, checkpoint / MODEL)
     if "neck.weight" not in weights:
         raise UserError(f"checkpoint {checkpoint / MODEL} has no neck.weight: it is of another kind of network")
     return weights
@@ -130,21 +199,21 @@ def load_loss(checkpoint: Path, shard: ClassShard | None = None) -> dict[str, Te
     Raises:
         UserError: a file is damaged or missing, or the checkpoint has not as many classes as the shard is of.
     """
-    config_file(checkpoint)
+    checkpoint = opened(checkpoint)
     if shard and (count := identities(checkpoint)) != shard.classes:
         raise UserError(f"data: checkpoint {checkpoint} has {count} classes, the data set {shard.classes}")
-    if (folder := checkpoint / LOSS_FOLDER).is_dir():
-        from cge_fast import sharded_checkpoint  # which takes a second
-
-        tensors = sharded_checkpoint.read(folder, AXES, shard)
-        return {name: tensor for name, tensor in tensors.items() if name not in MOMENTS}
-    if (checkpoint / LOSS).exists():
-        with _readable(checkpoint / LOSS), safe_open(checkpoint / LOSS, "pt") as file:
-            return {name: _rows(file, name, shard) for name in file.keys()}  # noqa: SIM118, a file is no dict
-    with _readable(checkpoint / MODEL):
-        tensors = first_edition.read_loss(checkpoint, checkpoint / MODEL, shard)
-    centers = load_training(checkpoint).get("centres")
-    return tensors if centers is None else tensors | {"center.centers": centers}
+    if (checkpoint / LOSS_FOLDER).is_dir():
+        tensors = {name: tensor for name, tensor in _read_rows(checkpoint, shard).items() if name not in MOMENTS}
+    elif (checkpoint / LOSS).exists() or read_manifest(checkpoint):
+        with _readable(checkpoint / LOSS), safe_open(verified(checkpoint, LOSS), "pt") as file:
+            tensors = {name: _rows(file, name, shard) for name in file.keys()}  # noqa: SIM118, a file is no dict
+    else:
+        with _readable(checkpoint / MODEL):
+            tensors = first_edition.read_loss(checkpoint, checkpoint / MODEL, shard)
+        centers = load_training(checkpoint).get("centres")
+        tensors |= {} if centers is None else {"center.centers": centers}
+    require_finite(tensors, checkpoint / LOSS)
+    return tensors
 
 
 def identities(checkpoint: Path) -> int:
@@ -153,9 +222,10 @@ def identities(checkpoint: Path) -> int:
     Raises:
         UserError: a file is damaged or missing, or of another kind of network.
     """
+    checkpoint = opened(checkpoint)
     with _readable(checkpoint / MODEL), safe_open(checkpoint / MODEL, "pt") as file:
         metadata = file.metadata() or {}
-        if IDENTITIES in metadata:
+        if metadata.get(IDENTITIES, "").isdecimal():
             return int(metadata[IDENTITIES])
         return first_edition.rows_files(checkpoint, checkpoint / MODEL)[-1][1]
 
@@ -165,10 +235,8 @@ def load_moments(checkpoint: Path, moments: dict[str, Tensor], shard: ClassShard
 
     moments: what the optimizer's state in `load_training` holds, which is none of them if each rank wrote its rows.
     """
-    if (folder := checkpoint / LOSS_FOLDER).is_dir():
-        from cge_fast import sharded_checkpoint  # which takes a second
-
-        tensors = sharded_checkpoint.read(folder, AXES, shard)
+    if (checkpoint / LOSS_FOLDER).is_dir():
+        tensors = _read_rows(checkpoint, shard)
         return {name: tensors[name] for name in MOMENTS}
     if MOMENTS[0] not in moments:
         return first_edition.read_moments(checkpoint, shard)
@@ -182,12 +250,13 @@ def load_training(checkpoint: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is damaged, or holds more than tensors and plain values.
     """
-    config_file(checkpoint)
+    file = verified(opened(checkpoint), TRAINING)
     try:
+        files.require_intact(file)
         # Mapped into memory: a shard's rows are read without the rest.
-        return dict(torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True, mmap=True))
+        return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
     except Exception as error:  # torch.load has no common base for what a damaged file raises
-        raise UserError(f"checkpoint {checkpoint / TRAINING} cannot be read ({error})") from error
+        raise UserError(f"checkpoint {file} cannot be read ({error})") from error
 
 
 def fit(module: nn.Module, tensors: dict[str, Tensor], checkpoint: Path) -> None:
@@ -214,6 +283,23 @@ def fit(module: nn.Module, tensors: dict[str, Tensor], checkpoint: Path) -> None
     module.load_state_dict(tensors)
 
 
+def require_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Raises UserError, which names the file and the tensor, if a number is infinite or none."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{file}: {name} is not finite: the file is damaged, or of a training that diverged")
+
+
+def _read_rows(checkpoint: Path, shard: ClassShard | None) -> dict[str, Tensor]:
+    """All tensors of a sharded checkpoint, or a shard's rows of them."""
+    from cge_fast import sharded_checkpoint  # which takes a second
+
+    def check(file: Path) -> None:
+        verified(checkpoint, f"{LOSS_FOLDER}/{file.name}")
+
+    return sharded_checkpoint.read(checkpoint / LOSS_FOLDER, AXES, shard, check)
+
+
 def _rows(file: safe_open, name: str, shard: ClassShard | None) -> Tensor:
     """A tensor of a file, or a shard's rows of it."""
     if shard is None or name not in AXES:
@@ -228,26 +314,3 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except (SafetensorError, OSError) as error:
         raise UserError(f"checkpoint {path} cannot be read ({error})") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_unused(folder: Path) -> None:
-    used = {(folder / pointer).resolve() for pointer in ("last", "best")}
-    for checkpoint in folder.glob("epoch_*"):
-        if checkpoint.resolve() not in used:
-            leftover = checkpoint.rename(folder / (UNFINISHED + checkpoint.name))
-            shutil.rmtree(leftover)

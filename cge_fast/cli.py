@@ -1,6 +1,7 @@
 """Command lines and settings files: recipes, YAML, and the names that options once had."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -41,6 +42,11 @@ GONE = {
     "revised_maps": f"--loss.variant cge_feature, or feature without CGE, of {VARIANTS}",
 }
 
+SECTIONS = {section.name for section in fields(TrainConfig) if is_dataclass(section.type)}
+NULLABLE = {"data.root", "model.weights", "output"}  # the settings that may be without a value
+CLASS_PATH = "class_path"  # jsonargparse would import what it names
+LARGEST, DEEPEST = 100_000, 8  # bytes and levels of a file of settings
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -73,18 +79,79 @@ def parse_settings(parser: ArgumentParser, arguments: Sequence[str]) -> Namespac
         ArgumentError, UserError: a key is unknown or an old name, a value of the wrong type or out of range, a file not
             readable.
     """
-    try:
-        for index, argument in enumerate(arguments):
-            option, equals, value = argument.partition("=")
-            value = value if equals else "".join(arguments[index + 1 : index + 2])
-            if option.startswith("--"):
-                refuse_old_name(option[2:], value)
-            if option == "--config" and Path(value).is_file():
-                for name, setting in flat(yaml.safe_load(Path(value).read_text())):
-                    refuse_old_name(name, setting, f"{value}: ")
+    for index, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        value = value if equals else "".join(arguments[index + 1 : index + 2])
+        if option.startswith("--"):
+            refuse_old_name(option[2:], value)
+        if option[2:] in SECTIONS or CLASS_PATH in option:
+            raise UserError(f"{option[2:]}: give settings one by one, like --optim.lr 1e-3")
+        if option == "--config":
+            for name, setting in flat(load_yaml(Path(value))):
+                refuse_old_name(name, setting, f"{value}: ")
+    with one_line_of_jsonargparse():
         return parser.parse_args(list(arguments))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"config: the file is not YAML in UTF-8 ({error})") from error
+
+
+@contextmanager
+def one_line_of_jsonargparse() -> Iterator[None]:
+    """What its parsing raises besides ArgumentError becomes UserError."""
+    try:
+        yield
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"config: the settings cannot be read ({error})") from error
+
+
+class SettingsLoader(yaml.SafeLoader):
+    """YAML of settings: no aliases, by which a few lines become endless, no key twice, and no class to import."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """The next node, unless it is an alias or lies too deep."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: aliases are not allowed")
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.YAMLError(f"more than {DEEPEST} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """The mapping, unless it names a key twice."""
+        names = [key.value for key, _ in node.value]
+        for (key, _), name in zip(node.value, names, strict=True):
+            if name == CLASS_PATH:
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: settings are data, no {CLASS_PATH} is imported")
+            if names.count(name) > 1:
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {name} is there more than once")
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(file: Path) -> dict[str, Any]:
+    """The settings in a file.
+
+    Raises:
+        UserError: there is no such file, or it does not hold YAML, or something else than settings and their sections.
+    """
+    if not file.is_file():
+        raise UserError(f"--config: there is no file {file}, and no recipe of that name, but {', '.join(recipes())}")
+    try:
+        if file.stat().st_size > LARGEST:
+            raise yaml.YAMLError(f"more than {LARGEST} bytes")
+        values = yaml.load(file.read_text(), SettingsLoader)
+    except (UnicodeDecodeError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"config: {file} cannot be read as YAML in UTF-8 ({error})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config: {file} must hold settings, got {type(values).__name__}")
+    for name in SECTIONS & values.keys():
+        if not isinstance(values[name], dict):
+            raise UserError(f"config: {file}: {name} must be a section of settings, got {type(values[name]).__name__}")
+    for name, value in flat(values):
+        if value is None and name not in NULLABLE:
+            raise UserError(f"config: {file}: {name} must have a value, got null")
+    return values
 
 
 def flat(values: Any) -> Iterator[tuple[str, Any]]:
@@ -131,12 +198,13 @@ def as_dataclass(parser: ArgumentParser, parsed: Namespace, kind: type[Settings]
     """The parsed settings as an instance of the dataclass whose fields the parser was given.
 
     Raises:
-        UserError: a section is not a mapping.
+        UserError: a section is not a mapping, or a setting that must have a value has none.
     """
     for settings in fields(kind):
         if is_dataclass(settings.type) and not isinstance(parsed[settings.name], Namespace):
             raise UserError(f"{settings.name}: must be a section of settings, got {parsed[settings.name]!r}")
-    values = parser.instantiate(parsed)
+    with one_line_of_jsonargparse():
+        values = parser.instantiate(parsed)
     return plain(kind(**{settings.name: values[settings.name] for settings in fields(kind)}))
 
 
@@ -177,14 +245,10 @@ def read_settings(file: Path) -> TrainConfig:
     Raises:
         ArgumentError, UserError: the file is not such settings.
     """
-    try:
-        values = yaml.safe_load(file.read_text())
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"config: {file} is not YAML in UTF-8 ({error})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"config: {file} must hold settings, got {type(values).__name__}")
     parser = settings_parser()
-    return as_dataclass(parser, parser.parse_object(translated(values)), TrainConfig)
+    with one_line_of_jsonargparse():
+        parsed = parser.parse_object(translated(load_yaml(file)))
+    return as_dataclass(parser, parsed, TrainConfig)
 
 
 @cache

@@ -136,6 +136,14 @@ def require_equal(**sizes: int) -> None:
             raise ValueError(f"{name}: must be the same on every rank, got {', '.join(map(str, values))}")
 
 
+def gather_dicts(mine: dict[str, str]) -> dict[str, str]:
+    """The entries of all ranks' dicts."""
+    of_ranks = [mine] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(of_ranks, mine)
+    return {key: value for entries in of_ranks for key, value in entries.items()}
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on one rank or more."""
     count = torch.tensor(float(flag), device=device)

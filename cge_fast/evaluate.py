@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from cge_fast import checkpoint, data, errors
 from cge_fast.build import check_backend, chosen_backend, load_model
 from cge_fast.cli import as_dataclass, parse_settings, program_parser, read_settings, set_defaults
+from cge_fast.distributed import rank
 from cge_fast.evaluation.features import evaluate
 from cge_fast.options import Backend, DataConfig, EvaluationConfig
+from cge_fast.ranks import start_ranks, stop_ranks
 
 PROGRAM = "cge_fast.evaluate"
 SHOWN_RANKS = (1, 5, 10)
@@ -22,7 +22,7 @@ class EvaluateConfig:
     """Settings of an evaluation; those that are not given are the checkpoint's own."""
 
     checkpoint: Path
-    """Folder of the checkpoint, like runs/.../checkpoints/last."""
+    """Folder of the checkpoint, like runs/.../checkpoints/last, or of the run."""
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     backend: Backend = "auto"
@@ -34,16 +34,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = program_parser(PROGRAM, "Ranks the gallery for every query with a trained network.")
     parser.add_class_arguments(EvaluateConfig)
-    folder = Path(parse_settings(parser, arguments).checkpoint)
+    folder = checkpoint.opened(parse_settings(parser, arguments).checkpoint)
     trained = read_settings(checkpoint.config_file(folder))
     set_defaults(parser, trained, "data", "evaluation", "backend")
     config = as_dataclass(parser, parse_settings(parser, arguments), EvaluateConfig)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = start_ranks()
     with chosen_backend(config.backend):
         check_backend(config.backend, device)
         model = load_model(folder, trained, config.data, device)
         result = evaluate(model, data.read(config.data, ["query", "gallery"]), config.data, config.evaluation)
+    stop_ranks()
+    if rank() > 0:
+        return
     ranks = ", ".join(f"rank-{k} {result.rank(k):.1%}" for k in SHOWN_RANKS)
     counted = f"{result.queries} queries, {result.skipped} more without a match left out"
     print(f"mAP {result.mAP:.1%}, mINP {result.mINP:.1%}, {ranks} ({counted})")

@@ -8,9 +8,9 @@ alone: for the metric cosine divide each by its norm. Everything is computed in 
 precision was.
 """
 
+import io
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torchvision.transforms import v2
 
-from cge_fast import checkpoint, errors
+from cge_fast import checkpoint, errors, files
 from cge_fast.build import load_model
 from cge_fast.cli import as_dataclass, parse_settings, program_parser, read_settings
 from cge_fast.data.batches import mean_and_std, normalised
@@ -37,7 +37,7 @@ class ExportConfig:
     """Settings of an export."""
 
     checkpoint: Path
-    """Folder of the checkpoint, like runs/.../checkpoints/last."""
+    """Folder of the checkpoint, like runs/.../checkpoints/last, or of the run."""
     output: Path
     """File to write: .onnx for ONNX, .pt2 for torch.export."""
 
@@ -66,12 +66,13 @@ class Embedding(nn.Module):
         return self.neck(pooled)
 
 
-def load(folder: Path) -> tuple[Embedding, TrainConfig, dict[str, str]]:
+def load(folder: Path | str) -> tuple[Embedding, TrainConfig, dict[str, str]]:
     """The embedding of a checkpoint's network, on the CPU, its settings, and what a user of the export must know.
 
     Raises:
         UserError: the checkpoint cannot be read.
     """
+    folder = checkpoint.opened(folder)
     trained = read_settings(checkpoint.config_file(folder))
     model = load_model(folder, trained, trained.data, torch.device("cpu"))
     embedding = Embedding(model, trained.data, trained.evaluation).eval().requires_grad_(False)
@@ -90,8 +91,8 @@ def load(folder: Path) -> tuple[Embedding, TrainConfig, dict[str, str]]:
     return embedding, trained, metadata
 
 
-def write_onnx(program: ExportedProgram, metadata: dict[str, str], file: Path) -> None:
-    """Writes ONNX, with the metadata as the model's metadata_props; input "images", output "embeddings"."""
+def as_onnx(program: ExportedProgram, metadata: dict[str, str]) -> bytes:
+    """ONNX, with the metadata as the model's metadata_props; input "images", output "embeddings"."""
     onnx = torch.onnx.export(
         program,
         dynamo=True,
@@ -101,21 +102,23 @@ def write_onnx(program: ExportedProgram, metadata: dict[str, str], file: Path) -
         verbose=False,
     )
     onnx.model.metadata_props.update(metadata)
-    onnx.save(file)
+    return onnx.model_proto.SerializeToString()
 
 
-def write_pt2(program: ExportedProgram, metadata: dict[str, str], file: Path) -> None:
-    """Writes what `torch.export.load` reads, with the metadata as its extra file metadata.json."""
-    torch.export.save(program, file, extra_files={METADATA: json.dumps(metadata)})
+def as_pt2(program: ExportedProgram, metadata: dict[str, str]) -> bytes:
+    """What `torch.export.load` reads, with the metadata as its extra file metadata.json."""
+    buffer = io.BytesIO()  # to a file on a full disk, torch would end the process
+    torch.export.save(program, buffer, extra_files={METADATA: json.dumps(metadata)})
+    return buffer.getvalue()
 
 
-WRITERS: dict[str, Callable[[ExportedProgram, dict[str, str], Path], None]] = {".onnx": write_onnx, ".pt2": write_pt2}
+FORMATS: dict[str, Callable[[ExportedProgram, dict[str, str]], bytes]] = {".onnx": as_onnx, ".pt2": as_pt2}
 
 
 def check_output(output: Path) -> None:
     """Raises UserError, before any work, if the file's format is unknown or cannot be written."""
-    if output.suffix not in WRITERS or output.is_dir():
-        raise UserError(f"output: must be a file that ends in {' or '.join(WRITERS)}, got {output}")
+    if output.suffix not in FORMATS or output.is_dir():
+        raise UserError(f"output: must be a file that ends in {' or '.join(FORMATS)}, got {output}")
     if output.suffix == ".onnx":
         try:
             import onnx  # noqa: F401
@@ -124,12 +127,13 @@ def check_output(output: Path) -> None:
             raise UserError("output: ONNX needs onnx and onnxscript: pip install 'cge-fast[export]'") from error
 
 
-def export(folder: Path, output: Path) -> None:
+def export(folder: Path | str, output: Path | str) -> None:
     """Exports the checkpoint in `folder` to the file `output`, which is written whole or not at all.
 
     Raises:
         UserError: the checkpoint cannot be read, or the output's format is unknown or its packages are not installed.
     """
+    output = Path(output)
     check_output(output)
     embedding, trained, metadata = load(folder)
     example = torch.zeros(2, 3, trained.data.height, trained.data.width, dtype=torch.uint8)
@@ -137,10 +141,7 @@ def export(folder: Path, output: Path) -> None:
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this computer, which would be written to the file
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
-        unfinished = Path(temporary) / output.name
-        WRITERS[output.suffix](program, metadata, unfinished)
-        unfinished.replace(output)
+    files.replace(output, FORMATS[output.suffix](program, metadata))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,11 +2,17 @@
 
 import json
 import os
+import socket
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+from cge_fast import files
 from cge_fast.errors import UserError
 
 
@@ -15,36 +21,55 @@ class Log:
 
     Args:
         folder: the run's folder; it is made if need be.
-        epochs_done: rows of later epochs, left by a run that was killed before its checkpoint, are dropped.
+        epochs_done: rows of later epochs, left by a run that was killed before its checkpoint, are dropped; None begins
+            anew.
+        last: the row of the last epoch that is done, as its checkpoint has it; the file's may have been cut short.
     """
 
-    def __init__(self, folder: Path, epochs_done: int | None):
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, epochs_done: int | None, last: dict[str, Any] | None = None):
+        (folder / "tensorboard").mkdir(parents=True, exist_ok=True)
         self.file = folder / "metrics.jsonl"
         rows = read_rows(self.file) if epochs_done is not None else []
         kept = [row for row in rows if row["epoch"] <= epochs_done]
-        replacement = self.file.with_suffix(".unfinished")
-        replacement.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        replacement.replace(self.file)
-        self.board = SummaryWriter(folder / "tensorboard", purge_step=(epochs_done or 0) + 1)
+        if len(kept) < len(rows):
+            print(f"{self.file}: dropped {len(rows) - len(kept)} rows after epoch {epochs_done}", file=sys.stderr)
+        if last:
+            kept = [row for row in kept if row["epoch"] < last["epoch"]] + [last]
+        files.replace(self.file, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        # Not torch's SummaryWriter, whose thread prints a traceback when the disk is full.
+        events = folder / "tensorboard" / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self.events = events.open("xb")
+        self.event(file_version="brain.Event:2")
+        self.event(step=(epochs_done or 0) + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def event(self, **content: Any) -> None:
+        """Writes a record of TensorBoard's."""
+        RecordWriter(self.events).write(Event(wall_time=time.time(), **content).SerializeToString())
 
     def write(self, row: dict[str, Any]) -> None:
-        """Writes one epoch; numbers and lists of numbers become TensorBoard scalars, None is left out there."""
-        with self.file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        for name, value in row.items():
-            if name != "epoch":
+        """Writes one epoch; numbers and lists of numbers become TensorBoard scalars, None is left out there.
+
+        Raises:
+            OSError: the disk is full, or the like.
+        """
+        try:
+            with self.file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            for name, value in row.items():
                 several = isinstance(value, list)
                 for number, scalar in enumerate(value if several else [value]):
-                    if scalar is not None:
-                        self.board.add_scalar(f"{name}/{number}" if several else name, scalar, row["epoch"])
-        self.board.flush()
+                    if name != "epoch" and scalar is not None:
+                        tag = Summary.Value(tag=f"{name}/{number}" if several else name, simple_value=scalar)
+                        self.event(step=row["epoch"], summary=Summary(value=[tag]))
+            self.events.flush()
+        except OSError as error:  # which does not say where
+            raise OSError(error.errno, error.strerror, str(self.file.parent)) from error
 
     def close(self) -> None:
-        """Flushes and closes."""
-        self.board.close()
+        """Closes."""
+        self.events.close()
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

@@ -1,14 +1,15 @@
 """Epochs: momentum, rate, step, log, evaluate, save."""
 
+import hashlib
 import math
+import shlex
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from cge_fast import checkpoint
+from cge_fast import checkpoint, files
 from cge_fast.build import Run
 from cge_fast.cli import to_yaml
 from cge_fast.data.sets import nothing_to_find
@@ -35,8 +36,8 @@ def train(run: Run, profile: StepProfile | None = None) -> None:
     if run.epochs_done == 0 and config.evaluation.untrained:
         run.untrained = evaluation(run)
     if rank() == 0:
-        log = Log(config.output, run.epochs_done or None)
-        (config.output / checkpoint.CONFIG).write_text(to_yaml(config))
+        log = Log(config.output, run.epochs_done or None, run.row)
+        files.replace(config.output / checkpoint.CONFIG, to_yaml(config).encode())
         if run.epochs_done == 0 and run.untrained:
             log.write({"epoch": 0, **run.untrained})
     with tqdm(total=epochs * steps, initial=run.epochs_done * steps, unit=" step", disable=rank() > 0) as bar:
@@ -55,11 +56,12 @@ def train(run: Run, profile: StepProfile | None = None) -> None:
             run.epochs_done, run.result = epoch, measured
             is_best = measured is not None and measured["mAP"] > run.best_map
             run.best_map = measured["mAP"] if is_best else run.best_map
+            run.row = {"epoch": epoch, **metrics.row(), "lr": run.optimizer.param_groups[0]["lr"]}
+            run.row["momentum"] = momentum if run.criterion.has_memory else None
+            run.row |= {"images_per_second": metrics.samples / seconds, "seconds": seconds}
+            run.row |= measured or dict.fromkeys(RETRIEVAL)
             if log:
-                row = {"epoch": epoch, **metrics.row(), "lr": run.optimizer.param_groups[0]["lr"]}
-                row["momentum"] = momentum if run.criterion.has_memory else None
-                row |= {"images_per_second": metrics.samples / seconds, "seconds": seconds}
-                log.write(row | (measured or dict.fromkeys(RETRIEVAL)))
+                log.write(run.row)
             save(run, is_best)
             if failure:
                 raise failure
@@ -78,6 +80,7 @@ def train_epoch(run: Run, epoch: int, momentum: float, bar: tqdm, profile: StepP
     run.model.train()
     run.criterion.train()
     run.sampler.epoch = epoch
+    torch.manual_seed(run.config.seed + epoch)  # whatever a loss may draw, a resumed run draws it too
     steps, pieces = len(run.loader), run.config.optim.accumulate
     metrics = EpochMetrics(
         run.config.loss.weights, run.model.pool.stripes if run.criterion.has_memory else 0, run.device
@@ -129,23 +132,31 @@ def show(run: Run, bar: tqdm, loss: float, metrics: EpochMetrics) -> None:
 
 
 def not_finite(run: Run, what: str) -> UserError:
-    """The error of a diverged training; it names the last checkpoint, which is finite."""
-    last = run.checkpoints / "last"
-    kept = f"the last finite checkpoint is {last}, of epoch {run.epochs_done}" if last.exists() else "none is saved"
-    return UserError(f"{what} is not finite ({kept}); try a smaller optim.lr or optim.precision float32")
+    """The error of a diverged training."""
+    return UserError(f"{what} is not finite; try a smaller optim.lr or optim.precision float32")
+
+
+def way_on(run: Run) -> str:
+    """After an error or a signal: what there is to go on from, and how."""
+    try:
+        epoch = checkpoint.read_manifest(checkpoint.opened(run.checkpoints / "last"))["epoch"]
+    except (UserError, OSError, KeyError):
+        return "there is no checkpoint to go on from"
+    program = "experiments.variants" if run.config.loss.variant else "train"
+    command = f"python -m cge_fast.{program} --output {shlex.quote(str(run.config.output))} --resume"
+    return f"the last checkpoint is {run.checkpoints / 'last'}, of epoch {epoch}; {command} goes on from there"
 
 
 def save(run: Run, is_best: bool) -> None:
     """Writes a checkpoint of the run as it stands; every rank calls it."""
-    loss, optimizer = run.criterion.state_dict(), run.optimizer.state_dict()
+    loss, optimizer, digests = run.criterion.state_dict(), run.optimizer.state_dict(), {}
     if run.shard:
         number = classifier_number(run)
         state = dict(optimizer["state"][number])  # a copy: the optimizer goes on with its own
         optimizer["state"] = {**optimizer["state"], number: state}
         rows = loss | {name: state.pop(name) for name in checkpoint.MOMENTS}
         if run.config.model.shard_checkpoints:
-            checkpoint.stage_rows(run.checkpoints, rows, run.shard)
-            loss = None
+            digests, loss = checkpoint.stage_rows(run.checkpoints, rows, run.shard), None
         else:
             for name in checkpoint.AXES:
                 rows[name] = collect_rows(rows[name], run.shard, checkpoint.AXES[name])
@@ -157,12 +168,13 @@ def save(run: Run, is_best: bool) -> None:
         "epoch": run.epochs_done,
         "optimizer": optimizer,
         "scaler": run.scaler.state_dict(),
-        "random": random_state(),
         "best_map": run.best_map,
         "untrained": run.untrained,
         "result": run.result,
+        "row": run.row,
+        "images": images_digest(run),
     }
-    contents = checkpoint.Contents(run.num_classes, run.model.state_dict(), loss, training)
+    contents = checkpoint.Contents(run.num_classes, run.model.state_dict(), loss, training, digests)
     checkpoint.save(run.checkpoints, contents, to_yaml(run.config), run.epochs_done, is_best)
 
 
@@ -170,9 +182,9 @@ def resume(run: Run) -> None:
     """Takes up the run's last checkpoint: the epochs that follow are those of an uninterrupted run, bit for bit.
 
     Raises:
-        UserError: there is no checkpoint, or it does not fit the settings.
+        UserError: there is no checkpoint, or it does not fit the settings or the images.
     """
-    last = run.checkpoints / "last"
+    last = checkpoint.opened(run.checkpoints / "last")
     checkpoint.fit(run.model, checkpoint.load_model(last), last)
     checkpoint.fit(run.criterion, checkpoint.load_loss(last, run.shard), last)
     training = checkpoint.load_training(last)
@@ -182,11 +194,17 @@ def resume(run: Run) -> None:
             moments |= checkpoint.load_moments(last, moments, run.shard)
         run.optimizer.load_state_dict(training["optimizer"])
         run.scaler.load_state_dict(training["scaler"])
-        set_random_state(training["random"])
         run.epochs_done, run.best_map = training["epoch"], training["best_map"]
-        run.untrained, run.result = training["untrained"], training["result"]
+        run.untrained, run.result, run.row = training["untrained"], training["result"], training.get("row")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"checkpoint {last} holds the training state of another program ({error})") from error
+    if training.get("images", images_digest(run)) != images_digest(run):
+        raise UserError(
+            f"data: the images or their identities are not those that {last} was trained on; restore them, or begin "
+            "another run from its model.safetensors with --model.weights"
+        )
+    if run.config.optim.epochs < run.epochs_done:
+        raise UserError(f"optim.epochs: {run.config.optim.epochs}, but the run has done {run.epochs_done}")
     for group in run.optimizer.param_groups:
         group["weight_decay"] = run.config.optim.weight_decay
 
@@ -197,19 +215,16 @@ def classifier_number(run: Run) -> int:
     return len([*run.model.parameters()]) + names.index(checkpoint.CLASSIFIER)
 
 
-def random_state() -> dict[str, Any]:
-    """The states of torch's random generators, which alone are used."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Undoes what has been drawn since `random_state`."""
-    torch.set_rng_state(state["cpu"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+def images_digest(run: Run) -> str:
+    """SHA-256 of the set's images, by folder and name, with their identities and cameras, in order."""
+    digest = hashlib.sha256()
+    for images in vars(run.reid_set).values():
+        for image in images:
+            digest.update(f"{image.path.parent.name}/{image.path.name} {image.identity} {image.camera}\n".encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
 
 
 def holds_run(output: Path) -> bool:
     """Whether a folder holds a run that can be resumed."""
-    return (output / "checkpoints" / "last").exists()
+    return files.located(output / "checkpoints" / "last").exists()

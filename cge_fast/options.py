@@ -4,14 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse.typing import (
-    ClosedUnitInterval,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    restricted_number_type,
-)
+from jsonargparse.typing import ClosedUnitInterval, restricted_number_type
 
 Backbone = Literal["compact", "resnet18", "resnet34", "resnet50", "resnet101", "resnet50_ibn_a"]
 NonLocal = Literal["none", "one", "half"]
@@ -20,8 +13,18 @@ Pooling = Literal["average", "gem"]
 MemoryMomentum = Literal["linear", "exponential", "constant"]
 Metric = Literal["triplet", "wrt", "wrt_published", "contrastive", "lifted", "instance", "circle", "sphere"]
 Backend = Literal["auto", "triton", "cpu", "reference"]
+# Ranges, so that a slip of the keyboard (inf, 1e30) is an error at once, and not a training without sense or memory.
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])
 ErasingArea = restricted_number_type("ErasingArea", float, [(">=", 0.02), ("<=", 1)])
+PositiveInt = restricted_number_type("BoundedPositiveInt", int, [(">", 0), ("<=", 10**6)])
+NonNegativeInt = restricted_number_type("BoundedNonNegativeInt", int, [(">=", 0), ("<=", 10**9)])
+PositiveFloat = restricted_number_type("BoundedPositiveFloat", float, [(">", 0), ("<=", 10**6)])
+NonNegativeFloat = restricted_number_type("BoundedNonNegativeFloat", float, [(">=", 0), ("<=", 10**6)])
+FiniteFloat = restricted_number_type("FiniteFloat", float, [(">=", -(10**6)), ("<=", 10**6)])
+Size = restricted_number_type("Size", int, [(">", 0), ("<=", 4096)])
+Padding = restricted_number_type("Padding", int, [(">=", 0), ("<=", 4096)])
+BatchPart = restricted_number_type("BatchPart", int, [(">", 0), ("<=", 65536)])
+Workers = restricted_number_type("Workers", int, [(">=", 0), ("<=", 512)])
 
 
 @dataclass
@@ -52,15 +55,15 @@ class DataConfig:
     """Data set; the pedestrians are drawn on first use, the others are read from data.root."""
     root: Path | None = None
     """Folder of a data set that is not drawn."""
-    height: PositiveInt = 96
+    height: Size = 96
     """Image height after resizing, pixels."""
-    width: PositiveInt = 48
+    width: Size = 48
     """Image width after resizing, pixels."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """How images are resized: bilinear as in BagTricks, bicubic as in FastReID."""
     flip: ClosedUnitInterval = 0.5
     """Probability of a horizontal flip."""
-    pad: NonNegativeInt = 4
+    pad: Padding = 4
     """Zeros padded on each side before a random crop back to size, pixels; 0 for none."""
     erasing: ClosedUnitInterval = 0.5
     """Probability of random erasing."""
@@ -74,14 +77,14 @@ class DataConfig:
     black (LUPerson's for its weights)."""
     normalisation: Literal["imagenet", "luperson"] = "imagenet"
     """Mean and standard deviation of the colours: ImageNet's, or LUPerson's for its weights."""
-    identities: PositiveInt = 16
+    identities: BatchPart = 16
     """P: identities in a batch, over all ranks."""
-    instances: PositiveInt = 4
+    instances: BatchPart = 4
     """K: images of each identity in a batch."""
     sampler: Literal["balanced", "naive", "random"] = "balanced"
     """Identities of a batch: each once before any twice, or those with K unseen images left, until there are fewer than
     P, over the epochs (naive, FastReID) or anew in each, which ends then (random, BagTricks)."""
-    workers: NonNegativeInt = 2
+    workers: Workers = 2
     """Processes that load images; 0 loads in the training process. The batches are the same for any number."""
     skip_corrupt: bool = False
     """Leave out images that cannot be read, and say how many, instead of ending with an error."""
@@ -109,7 +112,7 @@ class ModelConfig:
     """Learn GeM's exponent p; false keeps it at 3, as FastReID's and LUPerson's AGW do."""
     cge: bool = True
     """Comprehensive Global Embedding; false is the BagTricks baseline."""
-    stripes: PositiveInt = 3
+    stripes: Size = 3
     """n: horizontal stripes, each a local classifier."""
     memory_momentum: MemoryMomentum = "linear"
     """How much of a memory row a write keeps, by epoch (the paper's alpha)."""
@@ -127,7 +130,7 @@ class LossConfig:
 
     variant: str = ""
     """A loss in the place of CGELoss or SoftmaxLoss, by a name that the program knows; train knows none."""
-    variant_args: dict[str, float] = field(default_factory=dict)
+    variant_args: dict[str, FiniteFloat] = field(default_factory=dict)
     """Its arguments besides those that CGELoss or SoftmaxLoss would get."""
     classification_weight: NonNegativeFloat = 1.0
     """Weight of the classification loss."""
@@ -179,7 +182,7 @@ class OptimConfig:
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Arithmetic of the backbone, and of the classifier's and the memory's matmuls; auto: bfloat16 where the device has
     it in hardware (on a CPU for the backbone alone), else float32."""
-    accumulate: PositiveInt = 1
+    accumulate: BatchPart = 1
     """Micro-batches that a batch is cut into (P / ranks divisible by it), to train with less device memory."""
     cuda_graph: bool = False
     """Launch the network's forward and backward as one CUDA graph each; for one process and one micro-batch."""
@@ -201,7 +204,7 @@ class EvaluationConfig:
     """Average the features of an image and its mirror image."""
     rerank: bool = False
     """Re-rank with k-reciprocal neighbours (k1 20, k2 6, lambda 0.3); it looks at all queries at once."""
-    batch: PositiveInt = 128
+    batch: BatchPart = 128
     """Images per forward pass."""
 
 

@@ -3,10 +3,11 @@
 torch.distributed.checkpoint writes and reads it, whatever the number of ranks then and now. The planners below say
 which part of a whole tensor a rank has. A DTensor would say the same, but for torch.chunk's shares only, which may
 leave the last ranks without a class where ClassShard shares N out evenly. The file .metadata is a pickle, as PyTorch
-has it: whoever may write to the folder can run code in the process that reads it.
+has it: whoever may write to the folder, and to the manifest beside it, can run code in the process that reads it.
 """
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,9 +18,12 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from cge_fast import files
+from cge_fast.distributed import gather_dicts, rank
 from cge_fast.errors import UserError
 from cge_kernels import ClassShard
 
+METADATA = ".metadata"  # as PyTorch calls it
 Axes = dict[str, int]  # the tensors with a row for each class, and along which axis; of others every rank has the whole
 
 
@@ -74,23 +78,31 @@ class RowsLoadPlanner(dcp.DefaultLoadPlanner):
         return self.state_dict[index.fqn]
 
 
-def write(folder: Path, tensors: dict[str, Tensor], axes: Axes, shard: ClassShard) -> None:
-    """Writes the folder; every rank calls it, each with its rows of the tensors in `axes`."""
+def write(folder: Path, tensors: dict[str, Tensor], axes: Axes, shard: ClassShard) -> dict[str, str]:
+    """Writes the folder; every rank calls it, each with its rows of the tensors in `axes`.
+
+    Returns:
+        the SHA-256 of the files by their names, on every rank.
+    """
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # without ranks, that there are none
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), planner=RowsSavePlanner(axes, shard))
+    own = [*folder.glob(f"__{rank()}_*"), *([folder / METADATA] if rank() == 0 else [])]
+    return gather_dicts({file.name: files.sha256(file) for file in own})
 
 
-def read(folder: Path, axes: Axes, shard: ClassShard | None) -> dict[str, Tensor]:
+def read(folder: Path, axes: Axes, shard: ClassShard | None, check: Callable[[Path], None]) -> dict[str, Tensor]:
     """The tensors on the CPU, with a shard only its rows of those in `axes`.
 
     Raises:
-        UserError: a file is missing or damaged.
+        UserError: a file is missing or damaged, or `check`, which is called for every file before it is read, says so.
     """
+    check(folder / METADATA)
     reader = dcp.FileSystemReader(folder)
     try:
         metadata = reader.read_metadata()
-        require_files(folder, metadata, axes)
+        for file in needed_files(folder, metadata, axes, shard):
+            check(file)
         tensors = {}
         for name, stored in metadata.state_dict_metadata.items():
             size = list(stored.size)
@@ -110,13 +122,22 @@ def read(folder: Path, axes: Axes, shard: ClassShard | None) -> dict[str, Tensor
     return tensors
 
 
-def require_files(folder: Path, metadata: Metadata, axes: Axes) -> None:
-    """Raises UserError, which names the file or its classes, if one is missing or cut short."""
+def needed_files(folder: Path, metadata: Metadata, axes: Axes, shard: ClassShard | None) -> set[Path]:
+    """The files with rows of a shard, or of all classes.
+
+    Raises:
+        UserError: one, which is named or its classes are, is missing or cut short.
+    """
+    needed = set()
     for index, place in metadata.storage_data.items():
         file, axis = folder / place.relative_path, axes.get(index.fqn, 0)
+        chunks = metadata.state_dict_metadata[index.fqn].chunks
+        first, count = next((c.offsets[axis], c.sizes[axis]) for c in chunks if c.offsets == index.offset)
+        if shard and index.fqn in axes and (first >= shard.rows.stop or first + count <= shard.first):
+            continue
         if not file.exists():
-            chunks = metadata.state_dict_metadata[index.fqn].chunks
-            first, count = next((c.offsets[axis], c.sizes[axis]) for c in chunks if c.offsets == index.offset)
             raise UserError(f"checkpoint {folder} has no file with the rows of classes {first} to {first + count - 1}")
         if file.stat().st_size < place.offset + place.length:
             raise UserError(f"checkpoint {file} cannot be read (it is cut short)")
+        needed.add(file)
+    return needed

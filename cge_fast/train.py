@@ -5,10 +5,12 @@ What takes seconds to import is imported once the command line is known to be ri
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from datetime import datetime
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -27,8 +29,6 @@ from cge_fast.errors import UserError
 from cge_fast.options import TrainConfig
 
 if TYPE_CHECKING:
-    import torch
-
     from cge_fast.build import Run
 
 PROGRAM = "cge_fast.train"
@@ -38,36 +38,85 @@ def main(arguments: Sequence[str] | None = None, variants: Mapping[str, type] = 
     """The program; `arguments` default to the command line's, and `loss.variant` is one of `variants`."""
     config, resuming, profiling = parse(sys.argv[1:] if arguments is None else arguments)
 
-    import torch.distributed as dist
-
     from cge_fast.build import build_run, chosen_backend
     from cge_fast.data.sets import nothing_to_find
     from cge_fast.distributed import rank
-    from cge_fast.loop import resume, train
+    from cge_fast.loop import resume, train, way_on
     from cge_fast.profile import StepProfile
+    from cge_fast.ranks import start_ranks, stop_ranks
 
-    check_output(config.output, resuming)
     device = start_ranks()
-    try:
-        with chosen_backend(config.backend):
-            run = build_run(config, device, variants)
-            if resuming:
-                resume(run)
-            if rank() == 0:
-                print(description(run), file=sys.stderr)
-                if why := nothing_to_find(run.reid_set):
-                    errors.notice(
-                        f"trains without evaluation: {why}; afterwards, cge_fast.evaluate --data.root does it"
-                    )
-            profile = StepProfile(run.model.backbone, device) if profiling else None
+    with claimed(config, resuming), chosen_backend(config.backend):
+        # A resumed network takes nothing of the weights that it once started from, which may be gone.
+        model = replace(config.model, pretrained=False, weights=None) if resuming else config.model
+        run = build_run(replace(config, model=model), device, variants)
+        run.config = config
+        if resuming:
+            resume(run)
+        if rank() == 0:
+            print(description(run), file=sys.stderr)
+            if why := nothing_to_find(run.reid_set):
+                errors.notice(f"trains without evaluation: {why}; afterwards, cge_fast.evaluate --data.root does it")
+        profile = StepProfile(run.model.backbone, device) if profiling else None
+        try:
             train(run, profile)
+        except BaseException as error:
+            error.add_note(way_on(run))
+            raise
         if rank() == 0:
             if profile:
                 print(profile.report(config.output))
             print(final_line(run))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    stop_ranks()
+
+
+@contextmanager
+def claimed(config: TrainConfig, resuming: bool) -> Iterator[None]:
+    """Inside, the run's folder, which is set if it is not, belongs to this run alone; if it stays empty it is removed.
+
+    Raises:
+        UserError: the folder holds another run, is in use, or cannot be made.
+    """
+    from cge_fast import files
+    from cge_fast.loop import holds_run
+    from cge_fast.ranks import from_first_rank
+
+    with ExitStack() as stack:
+
+        def claim() -> Path:
+            output = config.output or new_folder()
+            try:
+                is_new = config.output is None or not output.exists()
+                output.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"output: {output} cannot be made ({error.strerror})") from error
+            if is_new:
+                stack.callback(remove_if_empty, output)
+            stack.enter_context(files.locked(output))
+            if not resuming and holds_run(output):
+                raise UserError(f"output: {output} holds a run already; continue it with --resume or choose another")
+            return output
+
+        config.output = from_first_rank(claim)
+        yield
+
+
+def new_folder() -> Path:
+    """Makes runs/<date>-<time>, or the like if there is one already."""
+    Path("runs").mkdir(exist_ok=True)
+    name = datetime.now().strftime("%Y%m%d-%H%M%S")
+    for number in count(1):
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return folder
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Removes a folder in which nothing was written."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def parse(arguments: Sequence[str]) -> tuple[TrainConfig, bool, bool]:
@@ -89,34 +138,9 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, bool, bool]:
         set_defaults(parser, read_settings(checkpoint.config_file(Path(parsed.output) / "checkpoints" / "last")))
         parsed = parse_settings(parser, arguments)
     config = as_dataclass(parser, parsed, TrainConfig)
-    config.output = config.output or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    if config.data.root:
+        config.data.root = config.data.root.absolute()  # a checkpoint may be used from another folder
     return config, parsed.resume, parsed.profile
-
-
-def check_output(output: Path, resume: bool) -> None:
-    """Raises UserError, before any work, if the run's folder holds another run or cannot be written."""
-    from cge_fast.loop import holds_run
-
-    if not resume and holds_run(output):
-        raise UserError(f"output: {output} holds a run already; continue it with --resume or choose another")
-    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"output: {output} cannot be made, since {existing} is not a folder that can be written to")
-
-
-def start_ranks() -> torch.device:
-    """Joins the other processes if torchrun started this one; returns this process's device."""
-    import torch
-    import torch.distributed as dist
-
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
-    return device
 
 
 def description(run: Run) -> str:

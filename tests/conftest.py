@@ -72,6 +72,6 @@ def trained(shared_run, market, tmp_path) -> Path:
     """A copy of that run, in the folder that `options` name."""
     run = tmp_path / "run"
     shutil.copytree(shared_run, run, symlinks=True)
-    for settings in (run / "config.yaml", *run.glob("checkpoints/epoch_*/config.yaml")):
+    for settings in (run / "config.yaml", *run.glob("checkpoints/*/config.yaml")):
         settings.write_text(settings.read_text().replace(str(shared_run.parent), str(tmp_path)))
     return run

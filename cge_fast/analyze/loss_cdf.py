@@ -20,7 +20,7 @@ def sample_losses(loss: nn.Module, embeddings: Embeddings, labels: Tensor) -> Te
     return torch.stack([loss(type(embeddings)(*sample), label).loss for *sample, label in samples])
 
 
-def loss_cdf(checkpoints: Sequence[Trained], output: Path) -> Written:
+def loss_cdf(checkpoints: Sequence[Trained], output: Path | str) -> Written:
     """Share of the whole loss that the images of least loss make, over their share; loss_cdf.png and loss_cdf.csv.
 
     Each checkpoint's own classification loss is taken, divided so that it sums to one. The nearer a curve is to the

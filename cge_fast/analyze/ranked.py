@@ -34,7 +34,7 @@ class Features(NamedTuple):
     cameras: Tensor  # (images,) int64
 
 
-def ranked(trained: Trained, output: Path, queries: int = 8) -> Written:
+def ranked(trained: Trained, output: Path | str, queries: int = 8) -> Written:
     """The first gallery images, without junk, of the queries of least average precision; ranked.png and ranked.csv.
 
     The protocol is `evaluate_ranking`'s, with the checkpoint's settings of the evaluation. Queries without a match are

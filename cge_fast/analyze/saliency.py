@@ -24,7 +24,7 @@ PANEL = 1.15  # inches of a panel's width
 COLOUR_MAP = "inferno"  # its lightness ascends, so that it can be read in grey
 
 
-def saliency(checkpoints: Sequence[Trained], output: Path, images: int = 8) -> Written:
+def saliency(checkpoints: Sequence[Trained], output: Path | str, images: int = 8) -> Written:
     """Saliency maps of the same test images by each checkpoint, side by side; saliency.png and saliency.csv.
 
     The images are `images` of the first checkpoint's queries, evenly spaced. The table has a row for each image and

@@ -23,7 +23,7 @@ def train_stripe_correct(trained: Trained) -> Tensor:
     return torch.cat(correct).cpu()
 
 
-def precision(checkpoints: Sequence[Trained], output: Path) -> Written:
+def precision(checkpoints: Sequence[Trained], output: Path | str) -> Written:
     """Precision of each memory M_i: the share of training images that stripe i gets right; precision.png and .csv."""
     require_cge(checkpoints, "precision")
     tables = []
@@ -54,7 +54,7 @@ def drawn_precision(checkpoints: Sequence[Trained], tables: Sequence[Sequence[Ro
     return figure
 
 
-def levels(checkpoints: Sequence[Trained], output: Path) -> Written:
+def levels(checkpoints: Sequence[Trained], output: Path | str) -> Written:
     """Shares of training images with n, ..., 0 correct stripes, a pie for each checkpoint; levels.png and .csv."""
     require_cge(checkpoints, "levels")
     tables = [level_rows(train_stripe_correct(trained)) for trained in checkpoints]

@@ -41,7 +41,10 @@ class Trained:
 
 
 def open_checkpoint(
-    folder: Path, label: str | None = None, data: DataConfig | None = None, evaluation: EvaluationConfig | None = None
+    folder: Path | str,
+    label: str | None = None,
+    data: DataConfig | None = None,
+    evaluation: EvaluationConfig | None = None,
 ) -> Trained:
     """Opens a checkpoint, like runs/.../checkpoints/last, on the GPU if there is one.
 
@@ -50,6 +53,7 @@ def open_checkpoint(
     Raises:
         UserError: the folder is no checkpoint, or does not fit the settings.
     """
+    folder = checkpoint.opened(folder)
     config = read_settings(checkpoint.config_file(folder))
     config = replace(config, data=data or config.data, evaluation=evaluation or config.evaluation)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -18,7 +18,7 @@ EDGES = [round(LOWEST + number / 1000, 3) for number in range(BINS + 1)]
 CLASSES = ("true", "false")
 
 
-def weights(checkpoints: Sequence[Trained], output: Path) -> Written:
+def weights(checkpoints: Sequence[Trained], output: Path | str) -> Written:
     """Histograms of w = (prod_i sigmoid(s_i))^(1/n) over the training images, of the true and the false classes.
 
     weights.png and weights.csv, a panel for each checkpoint. Shares are of the weights of each kind.

@@ -1,6 +1,7 @@
 """What an analysis leaves behind: a picture, a table of the same numbers, and one line that says the main ones."""
 
 import csv
+import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -10,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from cge_fast import files
 from cge_fast.analyze.trained import Trained
 
 # Told apart by lightness too, so that grey prints can be read; lines and bars differ by pattern besides.
@@ -28,21 +30,25 @@ class Written(NamedTuple):
     picture: Path  # PNG
 
 
-def write(output: Path, name: str, figure: Figure, rows: Sequence[Row], summary: str) -> Written:
+def write(output: Path | str, name: str, figure: Figure, rows: Sequence[Row], summary: str) -> Written:
     """Writes output/name.png and output/name.csv, whose columns are the keys of the rows."""
+    output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     table, picture = output / f"{name}.csv", output / f"{name}.png"
     write_csv(table, rows)
-    figure.savefig(picture, dpi=130)
+    pixels = io.BytesIO()
+    figure.savefig(pixels, dpi=130, format="png")
+    files.replace(picture, pixels.getvalue())
     return Written(summary, table, picture)
 
 
 def write_csv(file: Path, rows: Sequence[Row]) -> None:
     """Writes a table whose columns are the keys of all rows."""
-    with file.open("w", newline="") as opened:
-        writer = csv.DictWriter(opened, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    files.replace(file, text.getvalue().encode())
 
 
 def plot(x: str, y: str) -> tuple[Figure, Axes]:

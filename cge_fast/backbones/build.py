@@ -42,15 +42,19 @@ def build(
     network = network_called(name)
     if pretrained:
         start_from(network, imagenet_tensors(name), "model.pretrained: torchvision's file")
+    tensors, misfit = file_tensors(weights, name) if weights else {}, None
     if weights:
-        start_from(network, file_tensors(weights, name), f"model.weights: {weights}")
+        try:
+            start_from(network, tensors, f"model.weights: {weights}")
+        except UserError as error:
+            misfit = error
     if stem != "torchvision" and name == "compact":
         raise UserError(f"model.stem: {stem} is of a ResNet, the backbone compact has a stem of its own")
     if stem == "without_relu":
         network.relu = nn.Identity()
     if stem == "ceil_pool":
         network.maxpool = nn.MaxPool2d(3, stride=2, ceil_mode=True)
-    # Only now, since weights made without them are matched by name and in full.
+    # Only now, since most weights are of networks without them, and are matched by name and in full.
     if non_local != "none":
         if name == "compact":
             network = with_non_local(network, 2, non_local)
@@ -60,6 +64,11 @@ def build(
     if map_norm:
         channels, _, _ = map_size(network, 32, 32)
         network.add_module("map_norm", nn.BatchNorm2d(channels))
+    if misfit:
+        try:
+            start_from(network, tensors, f"model.weights: {weights}")  # our own checkpoint's have them too
+        except UserError:
+            raise misfit from None
     return network
 
 

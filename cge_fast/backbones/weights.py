@@ -1,24 +1,25 @@
 """Weights that a backbone starts from: torchvision's for ImageNet, or those of a file."""
 
+import zipfile
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
-from cge_fast.errors import UserError
+from cge_fast import checkpoint, files
+from cge_fast.errors import UserError, notice
 
 IBN_A = "https://github.com/XingangPan/IBN-Net/releases/download/v1.0/resnet50_ibn_a-d9d0bb7b.pth"
-CONTAINERS = ("state_dict", "model")  # MoCo's and FastReID's checkpoints have the weights beneath
-PREFIXES = (
-    "",
-    "module.",  # DataParallel
-    "module.encoder_q.",  # MoCo
-    "backbone.",  # FastReID, and our own checkpoints
-    "base.",  # BagTricks
-)
+CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "network")  # the weights may lie beneath
+# What a backbone may be wrapped in, several times: DataParallel, torch.compile, Lightning, MoCo (on several GPUs in
+# DataParallel), FastReID and our own checkpoints, BagTricks.
+WRAPPERS = {"module", "_orig_mod", "model", "net", "network", "encoder_q", "backbone", "base"}
 OTHER_PARTS = ("fc", "classifier", "queue", "queue_ptr")
+MOST_SHOWN = 5  # names in a message
 
 
 def imagenet_tensors(name: str) -> dict[str, Tensor]:
@@ -45,6 +46,16 @@ def imagenet_tensors(name: str) -> dict[str, Tensor]:
         ) from error
 
 
+class _Skipped:
+    """Stands for what a file holds beside tensors and plain values; nothing of the file's code runs."""
+
+    def __init__(self, *arguments: Any, **keywords: Any): ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+
 def file_tensors(file: Path, name: str) -> dict[str, Tensor]:
     """The tensors of a file of weights by name: safetensors, or what torch.save wrote.
 
@@ -53,36 +64,52 @@ def file_tensors(file: Path, name: str) -> dict[str, Tensor]:
         name: the backbone that they are for, for the message.
 
     Raises:
-        UserError: there is no such file, or it cannot be read, or holds more than tensors and plain values.
+        UserError: there is no such file, or it cannot be read, is damaged, or holds no tensors by name.
     """
     if not file.is_file():
         wanted = IBN_A if name == "resnet50_ibn_a" else f"weights of {name} (.pth, .pt or .safetensors)"
         raise UserError(f"model.weights: there is no file {file}; place {wanted} there")
+    if (file.parent / checkpoint.MANIFEST).exists() and file.name == checkpoint.MODEL:
+        checkpoint.verified(file.parent, file.name)
     try:
-        if file.suffix == ".safetensors":
-            return safetensors.torch.load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = safetensors.torch.load_file(file) if file.suffix == ".safetensors" else _load(file)
     except Exception as error:  # torch.load has no common base for what a damaged file raises
+        reason = str(error).partition("\n")[0]
         raise UserError(
-            f"model.weights: {file} cannot be read as tensors, with torch.load or as .safetensors "
-            f"({type(error).__name__})"
+            f"model.weights: {file} cannot be read as tensors ({type(error).__name__}: {reason})"
         ) from error
-    content = content if isinstance(content, dict) else {}
-    beneath = next((content[key] for key in CONTAINERS if isinstance(content.get(key), dict)), content)
-    return {name: value for name, value in beneath.items() if isinstance(value, Tensor)}
+    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
+        content = next((content[key] for key in CONTAINERS if isinstance(content.get(key), dict)), None)
+    named = content.items() if isinstance(content, dict) else ()
+    tensors = {str(key): value for key, value in named if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"model.weights: {file} holds no tensors by name, as a network's state_dict() has them")
+    checkpoint.require_finite(tensors, file)
+    return tensors
+
+
+def _load(file: Path) -> Any:
+    """What torch.save wrote, without code: of an object of another kind, like a NumPy number, there is a _Skipped."""
+    files.require_intact(file)
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(file) if zipfile.is_zipfile(file) else []
+    with torch.serialization.safe_globals([(_Skipped, name) for name in names]):
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def start_from(backbone: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Loads tensors into a backbone that they must match wholly, counters of batches excepted.
 
-    The tensors' names may have a prefix; what is not below it belongs to another part of the checkpoint, like MoCo's
-    momentum encoder, and is left out, as are classifiers and queues.
+    The tensors' names may lie below WRAPPERS. What does not lie below the same ones belongs to another part of the
+    checkpoint, like MoCo's momentum encoder, and is left out, as are classifiers and queues; one line on stderr names
+    what was left out.
 
     Raises:
         UserError: a tensor of the backbone is missing or has another shape, or one is left over; begins with `source`.
     """
     wanted = {name: tensor for name, tensor in backbone.state_dict().items() if not _counts_batches(name)}
-    prefix = max(PREFIXES, key=lambda prefix: sum(prefix + name in tensors for name in wanted))
+    wrapped = (list(takewhile(WRAPPERS.__contains__, name.split("."))) for name in tensors)
+    known = {"".join(f"{part}." for part in parts[:depth]) for parts in wrapped for depth in range(len(parts) + 1)}
+    prefix = max(sorted({"", *known}, key=len), key=lambda prefix: sum(prefix + name in tensors for name in wanted))
     below = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     found = {
         name: tensor
@@ -94,16 +121,19 @@ def start_from(backbone: nn.Module, tensors: dict[str, Tensor], source: str) -> 
     if unmatched or unknown:
         count = f"{source} matches {len(wanted) - len(unmatched)} of the backbone's {len(wanted)} tensors"
         if not unmatched:
-            raise UserError(
-                f"{count} and has {len(unknown)} more, first {unknown[0]}: it is of another network (non-local blocks "
-                "and the map's BatchNorm are added after the weights are loaded)"
-            )
+            raise UserError(f"{count} and has {len(unknown)} more, first {unknown[0]}: it is of another network")
         first = unmatched[0]
         if first not in found:
-            raise UserError(f"{count}, the first that is missing is {first}")
+            raise UserError(
+                f"{count}, the first that is missing is {first}; the file begins with {next(iter(tensors))}"
+            )
         shapes = f"{tuple(found[first].shape)}, must have {tuple(wanted[first].shape)}"
         raise UserError(f"{count}, the first that does not fit is {first}: it has the shape {shapes}")
     backbone.load_state_dict(backbone.state_dict() | found)
+    unread = [name for name in tensors if name.removeprefix(prefix) not in found and not _counts_batches(name)]
+    if unread:
+        shown = ", ".join(unread[:MOST_SHOWN]) + (", ..." if len(unread) > MOST_SHOWN else "")
+        notice(f"{source}: {len(found)} tensors read, {len(unread)} of other parts not: {shown}")
 
 
 def _counts_batches(name: str) -> bool:

@@ -73,6 +73,8 @@ def read(config: DataConfig, needed: Collection[Split] = SPLITS, optional: Colle
             set's training are in its test, or query and gallery are needed and have nothing to find.
     """
     if config.name in ("pedestrians", "pedestrians-trap"):
+        if config.root:
+            raise UserError(f"data.root: {config.root} is not read, since {config.name} is drawn; give its data.name")
         reid_set = read_market1501(pedestrians(trap=config.name == "pedestrians-trap"), needed, optional)
     elif config.root is None:
         raise UserError(f"data.root: the data set {config.name} needs the folder where it lies")

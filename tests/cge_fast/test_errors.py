@@ -29,7 +29,7 @@ def test_a_file_that_cannot_be_written_is_named(capsys):
 
 
 def test_ctrl_c_is_no_traceback(capsys):
-    assert ending(KeyboardInterrupt(), capsys) == (130, "program: interrupted\n")
+    assert ending(KeyboardInterrupt(), capsys) == (130, "program: interrupted by SIGINT\n")
 
 
 @pytest.mark.parametrize("defect", [ZeroDivisionError("x"), OSError("no file is meant")])

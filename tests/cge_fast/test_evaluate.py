@@ -104,6 +104,7 @@ def test_wrong_calls_are_one_line(last, capsys, arguments, message):
 
 def test_weights_of_another_network_are_refused(last):
     safetensors.torch.save_file({"fc.weight": torch.zeros(2, 2)}, last / checkpoint.MODEL)
+    (last / checkpoint.MANIFEST).unlink()
     with pytest.raises(errors.UserError, match=r"has no neck.weight: it is of another kind of network"):
         evaluate.main(["--checkpoint", str(last)])
 

@@ -18,7 +18,7 @@ from cge_fast.options import TrainConfig
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--optim.epochs", "many"], 'Parser key "optim.epochs": Not of type PositiveInt'),
+        (["--optim.epochs", "many"], 'Parser key "optim.epochs": Not of type BoundedPositiveInt'),
         (["--optim.epochs", "0"], 'Parser key "optim.epochs"'),
         (["--data.erasing", "1.5"], 'Parser key "data.erasing"'),
         (["--data.workers=-1"], 'Parser key "data.workers"'),
@@ -31,7 +31,7 @@ from cge_fast.options import TrainConfig
         (["--model.stripes", "4"], "model.stripes: 4 do not fit the feature map, which has 3 rows"),
         (["--optim.accumulate", "4"], "loss.metric_weight: the metric loss needs 2 identities in a micro-batch"),
         (["--seed", str(2**63)], 'Parser key "seed"'),
-        (["--output", "/dev/null/run"], "output: /dev/null/run cannot be made, since /dev/null is not a folder"),
+        (["--output", "/dev/null/run"], "output: /dev/null/run cannot be made (Not a directory)"),
         (["--optim.accumulate", "3"], "optim.accumulate: 4 identities cannot be cut evenly into 3"),
         (["--optim.precision", "float16"], "optim.precision: float16 needs a GPU"),
         (["--model.pretrained", "true"], "model.pretrained: the backbone compact has no ImageNet weights"),
@@ -85,7 +85,7 @@ def test_a_wrong_backend_is_one_line_and_leaves_nothing_behind(options, tmp_path
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"optim: 5\n", "optim: must be a section of settings, got 5"),
+        (b"optim: 5\n", "settings.yaml: optim must be a section of settings, got int"),
         (b"optim: {epoch: 3}\n", "'optim' does not accept option 'epoch'"),
         (b"optim: {epochs: three}\n", 'Parser key "optim.epochs"'),
         (b"optim: [\n", "config"),

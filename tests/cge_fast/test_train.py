@@ -211,7 +211,7 @@ def test_a_corrupt_training_image_is_named(options, market, capsys, workers):
     assert status == 2
     message = err.strip().splitlines()[-1]
     assert message.startswith(f"cge_fast.train: error: image {broken} cannot be read (")
-    assert message.endswith("with --data.skip_corrupt true)")
+    assert "with --data.skip_corrupt true)" in message
 
 
 def test_corrupt_images_are_left_out_on_request(options, market, capsys):
@@ -222,14 +222,16 @@ def test_corrupt_images_are_left_out_on_request(options, market, capsys):
     assert "left out 3 corrupt images" in err
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(trained, tmp_path, capsys):
+def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(trained, tmp_path, capsys, monkeypatch):
     before = weights(tmp_path / "run")
-    more = ["--output", str(tmp_path / "run"), "--resume", "--optim.epochs", "4", "--optim.lr", "1e30"]
+    monkeypatch.setattr(loop, "learning_rate", lambda *arguments: 1e30)
+    more = ["--output", str(tmp_path / "run"), "--resume", "--optim.epochs", "4"]
     status, _, err = run(more, capsys)
     assert status == 2
     message = err.strip().splitlines()[-1]
     assert "epoch 3 is not finite" in message
-    assert f"the last finite checkpoint is {tmp_path / 'run' / 'checkpoints' / 'last'}, of epoch 2" in message
+    assert f"the last checkpoint is {tmp_path / 'run' / 'checkpoints' / 'last'}, of epoch 2" in message
+    assert message.endswith(f"python -m cge_fast.train --output {tmp_path / 'run'} --resume goes on from there")
     after = weights(tmp_path / "run")
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -279,9 +281,9 @@ def test_an_evaluation_that_fails_keeps_the_epoch_and_can_be_repeated(options, m
     [
         ("metrics.jsonl", b"garbage\n", "metrics.jsonl, line 1: must be an object with the number of an epoch"),
         ("metrics.jsonl", b"[1]\n", "metrics.jsonl, line 1"),
-        ("checkpoints/last/training.pt", b"", "training.pt cannot be read"),
-        ("checkpoints/last/model.safetensors", b"x", "model.safetensors cannot be read"),
-        ("checkpoints/last/loss.safetensors", b"x", "loss.safetensors cannot be read"),
+        ("checkpoints/last/training.pt", b"", "training.pt is damaged"),
+        ("checkpoints/last/model.safetensors", b"x", "model.safetensors is damaged"),
+        ("checkpoints/last/loss.safetensors", b"x", "loss.safetensors is damaged"),
         ("checkpoints/last/config.yaml", b"\xff", "config"),
     ],
 )

@@ -56,6 +56,6 @@ def test_the_images_of_least_loss_make_their_share_of_the_loss(opened, rows_of, 
 
 
 def test_losses_that_are_not_finite_are_refused(opened, tmp_path):
-    trained = opened("broken", change=lambda run: run.criterion.classification.weight.fill_(torch.inf))
+    trained = opened("broken", change=lambda run: run.criterion.classification.weight.fill_(3e38))
     with pytest.raises(UserError, match=r"^checkpoint .*: the loss of a training image is not finite$"):
         loss_cdf([trained], tmp_path)

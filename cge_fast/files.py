@@ -1,0 +1,141 @@
+"""Files and folders that are there whole or not at all, and the lock that keeps others out of a folder.
+
+Nothing here needs symbolic links. A folder takes another's place by two renames; a kill between them leaves the old one
+under another name, where `located` finds it and `mend` takes it from.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import socket
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from cge_fast.errors import UserError
+
+UNFINISHED, PREVIOUS = ".unfinished-", ".previous-"  # prefixes of what is being written, and of what it replaces
+LARGE = 100_000  # bytes; a file of settings has fewer
+LOCK = ".lock"  # in a folder that is in use: host and process
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file that must not be there yet, down to the disk; an OSError names it."""
+    try:
+        with path.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # a full disk does not say which file it was
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Writes a file, in the place of the one that may be there, whole or not at all."""
+    unfinished = path.with_name(f"{UNFINISHED}{secrets.token_hex(4)}-{path.name}")
+    try:
+        write(unfinished, content)
+        unfinished.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def replace_folder(folder: Path, unfinished: Path) -> None:
+    """Renames the folder `unfinished` beside it to `folder`, in the place of the one that may be there."""
+    sync(unfinished)
+    if os.path.lexists(folder):
+        folder.rename(folder.with_name(PREVIOUS + folder.name))
+    unfinished.rename(folder)
+    sync(folder.parent)
+
+
+def located(folder: Path) -> Path:
+    """Where a folder is that `replace_folder` writes: under its name, but for a moment, or after a kill in it."""
+    previous = folder.with_name(PREVIOUS + folder.name)
+    return previous if previous.exists() and not folder.exists() else folder
+
+
+def mend(parent: Path) -> None:
+    """Undoes or completes what `replace_folder` left half done below `parent`, and removes what was being written."""
+    for previous in parent.glob(PREVIOUS + "*"):
+        folder = parent / previous.name.removeprefix(PREVIOUS)
+        remove(previous) if folder.exists() else previous.rename(folder)
+    for unfinished in parent.glob(UNFINISHED + "*"):
+        remove(unfinished)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a whole folder."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Gives a large file, which nobody changes, a second name; copies small ones, or where the disk has no links."""
+    if Path(source).stat().st_size >= LARGE:
+        with suppress(OSError):
+            os.link(source, target)
+            return
+    write(Path(target), Path(source).read_bytes())
+
+
+def sync(folder: Path) -> None:
+    """Returns when what was made, renamed or removed in a folder is on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network disks cannot sync a folder
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_intact(path: Path) -> None:
+    """Raises ValueError if a zip, as torch.save writes it, is not what its checksums say; other files pass."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of its part {damaged} is wrong")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, no other process gets this lock on the folder.
+
+    On one machine the system holds the lock, and drops it when the process ends, however it ends. Other machines may
+    not see that, so a lock file that names another one counts until somebody removes it.
+
+    Raises:
+        UserError: another process has the lock.
+    """
+    path, boot = folder / LOCK, Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    with path.open("a+") as file:
+        file.seek(0)
+        host, process, other_boot = (file.read().split() + [""] * 3)[:3]
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which no child process inherits, as it does flock's
+            here = host in ("", socket.gethostname()) or other_boot == boot
+            free = here and path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        except OSError as error:  # on a disk without locks the file alone counts
+            free = error.errno not in (errno.EACCES, errno.EAGAIN) and not host
+        if not free:
+            by = f"process {process} on {host}" if host else "another process"
+            raise UserError(f"output: {folder} is in use by {by}; if that has ended, remove {path}")
+        file.truncate(0)
+        file.write(f"{socket.gethostname()} {os.getpid()} {boot}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
