@@ -76,6 +76,7 @@ def build(folder: Path) -> Path:
         subprocess.run(command, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise RuntimeError(f"the null driver needs a C compiler: {error}") from error
+    (folder / "libcuda.so").symlink_to(library)  # as Triton before 3.5 links it
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     return folder
 
