@@ -5,7 +5,6 @@ import math
 import shlex
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor

@@ -38,7 +38,7 @@ def read(config: DataConfig) -> ReidSet:
     """
     if config.name in ("pedestrians", "pedestrians-trap"):
         if config.root:
-            raise UserError(f"data.root: {config.root} is not read, {config.name} is drawn; say what it is by data.name")
+            raise UserError(f"data.root: {config.root} is not read, {config.name} is drawn; give data.name too")
         reid_set = market1501.read_market1501(pedestrians(trap=config.name == "pedestrians-trap"))
     elif config.root is None:
         raise UserError(f"data.root: the data set {config.name} needs the folder where it lies")

@@ -165,7 +165,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(last, tmp_path, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left on device: .*model.pt2"):
+    with pytest.raises(OSError, match=r"No space left on device: .*model\.pt2"):
         export.main(["--checkpoint", str(last), "--output", str(output)])
     assert [file.name for file in output.parent.iterdir()] == ["model.pt2"]
     assert output.read_text() == "old"
