@@ -3,15 +3,13 @@
 A checkpoint is a folder with model.safetensors (what is deployed), loss.safetensors, training.pt, config.yaml and,
 written last, manifest.json: the epoch, the SHA-256 of every file but config.yaml, and which settings that has. With
 model.shard_checkpoints the folder `loss` takes the place of loss.safetensors and of Adam's moments of the classifier.
-The checkpoints `last` and `best` are written under another name, which then takes their place (files.replace_folder).
-A folder without a manifest, as version 0.1 and whoever deploys model.safetensors and config.yaml alone have it, is read
-without these checks.
+`last` and `best` are written under another name and then renamed (files.replace_folder). Without a manifest, as in
+version 0.1 and where model.safetensors and config.yaml alone are deployed, a folder is read without these checks.
 """
 
 import hashlib
 import io
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,7 +64,7 @@ def save(folder: Path, contents: Contents, config: str, epoch: int, best: bool) 
     folder.mkdir(parents=True, exist_ok=True)
     files.mend(folder)
     staged, unfinished = folder / STAGED, folder / f"{files.UNFINISHED}last"
-    if contents.loss is not None and staged.exists():
+    if contents.loss is not None:
         files.remove(staged)  # of a save that was killed
     try:
         unfinished.mkdir() if contents.loss is not None else staged.rename(unfinished)
@@ -88,9 +86,8 @@ def save(folder: Path, contents: Contents, config: str, epoch: int, best: bool) 
         manifest = {"epoch": epoch, "settings": settings, "sha256": digests}
         files.write(unfinished / MANIFEST, json.dumps(manifest, indent=1).encode())
         if best:
-            copy = folder / f"{files.UNFINISHED}best"
-            shutil.copytree(unfinished, copy, copy_function=files.link_or_copy)
-            files.replace_folder(folder / "best", copy)
+            files.copy_folder(unfinished, folder / f"{files.UNFINISHED}best")
+            files.replace_folder(folder / "best", folder / f"{files.UNFINISHED}best")
         files.replace_folder(folder / "last", unfinished)
     finally:
         files.mend(folder)
@@ -104,8 +101,7 @@ def stage_rows(folder: Path, tensors: dict[str, Tensor], shard: ClassShard) -> d
     """
     staged = folder / STAGED
     if rank() == 0:
-        if staged.exists():
-            files.remove(staged)
+        files.remove(staged)
         staged.mkdir(parents=True)
     barrier()
     from cge_fast import sharded_checkpoint  # which takes a second
@@ -115,7 +111,7 @@ def stage_rows(folder: Path, tensors: dict[str, Tensor], shard: ClassShard) -> d
 
 
 def opened(checkpoint: Path | str) -> Path:
-    """The folder of a checkpoint that is given as such, by one of its files, or by its run's folder (that is, `last`).
+    """The folder of a checkpoint that is given as such, by one of its files, or by its run's folder (`last`).
 
     Raises:
         UserError: there is no checkpoint.
@@ -171,10 +167,8 @@ def verified(checkpoint: Path, name: str) -> Path:
     if not file.is_file():
         raise UserError(f"checkpoint {checkpoint} has no file {name}")
     if manifest and files.sha256(file) != manifest["sha256"].get(name):
-        raise UserError(
-            f"checkpoint {file} is damaged, or of another checkpoint: its SHA-256 is not the one in {MANIFEST}, "
-            f"of epoch {manifest['epoch']}"
-        )
+        told = f"the one in {MANIFEST}, of epoch {manifest['epoch']}"
+        raise UserError(f"checkpoint {file} is damaged, or of another checkpoint: its SHA-256 is not {told}")
     return file
 
 

@@ -121,11 +121,11 @@ class SettingsLoader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """The mapping, unless it names a key twice."""
         names = [key.value for key, _ in node.value]
-        for (key, _), name in zip(node.value, names, strict=True):
-            if name == CLASS_PATH:
+        for index, (key, _) in enumerate(node.value):
+            if names[index] == CLASS_PATH:
                 raise yaml.YAMLError(f"line {key.start_mark.line + 1}: settings are data, no {CLASS_PATH} is imported")
-            if names.count(name) > 1:
-                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {name} is there more than once")
+            if names[index] in names[:index]:
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {names[index]} is there more than once")
         return super().construct_mapping(node, deep)
 
 

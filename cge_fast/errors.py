@@ -1,5 +1,6 @@
 """How programs end: one line on stderr for what the person at the keyboard can mend, and for signals."""
 
+import io
 import multiprocessing
 import os
 import re
@@ -10,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
@@ -20,19 +20,10 @@ GRACE = 15  # seconds that a computation may take to notice a signal; torchrun k
 LONGEST = 2000  # characters of a message
 # What torch says in a RuntimeError, and what that means. The first that is found counts.
 KNOWN = (
-    (
-        r"shared memory|Bus error",
-        "the shared memory /dev/shm is full: give --data.workers 0, or a container more of it (docker --shm-size 8g)",
-    ),
-    (
-        r"DataLoader worker \(pid",
-        "a process that loads images has died ({}); if memory was short: fewer --data.workers",
-    ),
+    (r"shared memory|Bus error", "/dev/shm is full: set --data.workers 0, or give a container more by --shm-size 8g"),
+    (r"DataLoader worker \(pid", "a process that loads images has died ({}); if memory is short, set --data.workers 0"),
     (r"can't allocate memory|out of memory|MemoryError", "not enough memory ({}): give smaller batches or images"),
-    (
-        r"gloo|NCCL|TCPStore|Connection (closed|reset)|[Bb]roken pipe",
-        "another rank has ended, or cannot be reached",
-    ),
+    (r"gloo|NCCL|TCPStore|Connection (closed|reset)", "another rank has ended, or cannot be reached"),
 )
 
 
@@ -66,7 +57,7 @@ def _receive(number: int, frame: object) -> None:
 def _in_child() -> None:
     """A loader's process leaves Ctrl-C, a closed terminal and what there is to say to the process that it works for."""
     if signal.getsignal(signal.SIGTERM) is _receive:
-        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+        sys.stderr = io.StringIO()
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -161,7 +152,7 @@ def signals_raise() -> Iterator[None]:
     read, written = os.pipe()
     os.set_blocking(written, False)
     wakeup, unraisable = signal.set_wakeup_fd(written, warn_on_full_buffer=False), sys.unraisablehook
-    over, own_thread = threading.Event(), threading.get_ident()
+    over, main_thread = threading.Event(), threading.get_ident()
 
     def watch() -> None:
         """A computation may take long, and an exception in a destructor is lost: the signal is repeated."""
@@ -172,7 +163,7 @@ def signals_raise() -> Iterator[None]:
             if over.wait(1):
                 return os.close(read)
             if not _is_ending.is_set():
-                signal.pthread_kill(own_thread, number[0])
+                signal.pthread_kill(main_thread, number[0])
         return end_now(f"interrupted by {signal.Signals(number[0]).name}", 128 + number[0])
 
     def swallow(lost: Any) -> None:

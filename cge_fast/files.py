@@ -72,17 +72,23 @@ def mend(parent: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link or a whole folder."""
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    """Removes a file, a link or a whole folder, if it is there."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
-def link_or_copy(source: str, target: str) -> None:
-    """Gives a large file, which nobody changes, a second name; copies small ones, or where the disk has no links."""
-    if Path(source).stat().st_size >= LARGE:
+def copy_folder(source: Path, target: Path) -> None:
+    """Makes a second folder of the same files; large ones, which nobody changes, are linked if the disk has links."""
+    target.mkdir()
+    for path in source.iterdir():
+        copy = target / path.name
+        if path.is_dir():
+            copy_folder(path, copy)
+            continue
         with suppress(OSError):
-            os.link(source, target)
-            return
-    write(Path(target), Path(source).read_bytes())
+            if path.stat().st_size >= LARGE:
+                os.link(path, copy)
+        if not copy.exists():
+            write(copy, path.read_bytes())
 
 
 def sync(folder: Path) -> None:

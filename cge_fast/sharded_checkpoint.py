@@ -83,10 +83,17 @@ def write(folder: Path, tensors: dict[str, Tensor], axes: Axes, shard: ClassShar
 
     Returns:
         the SHA-256 of the files by their names, on every rank.
+
+    Raises:
+        UserError: the disk is full, or the like.
     """
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # without ranks, that there are none
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), planner=RowsSavePlanner(axes, shard))
+        try:
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), planner=RowsSavePlanner(axes, shard))
+        except CheckpointException as error:
+            cause, _ = next(iter(error.failures.values()))
+            raise UserError(f"checkpoint {folder} cannot be written ({cause})") from error
     own = [*folder.glob(f"__{rank()}_*"), *([folder / METADATA] if rank() == 0 else [])]
     return gather_dicts({file.name: files.sha256(file) for file in own})
 
@@ -95,7 +102,7 @@ def read(folder: Path, axes: Axes, shard: ClassShard | None, check: Callable[[Pa
     """The tensors on the CPU, with a shard only its rows of those in `axes`.
 
     Raises:
-        UserError: a file is missing or damaged, or `check`, which is called for every file before it is read, says so.
+        UserError: a file is missing or damaged, or `check`, which is called for each before it is read, raised it.
     """
     check(folder / METADATA)
     reader = dcp.FileSystemReader(folder)

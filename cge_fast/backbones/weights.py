@@ -74,10 +74,8 @@ def file_tensors(file: Path, name: str) -> dict[str, Tensor]:
     try:
         content = safetensors.torch.load_file(file) if file.suffix == ".safetensors" else _load(file)
     except Exception as error:  # torch.load has no common base for what a damaged file raises
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"model.weights: {file} cannot be read as tensors ({type(error).__name__}: {reason})"
-        ) from error
+        kind, reason = type(error).__name__, str(error).partition(". ")[0]
+        raise UserError(f"model.weights: {file} cannot be read as tensors ({kind}: {reason})") from error
     while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
         content = next((content[key] for key in CONTAINERS if isinstance(content.get(key), dict)), None)
     named = content.items() if isinstance(content, dict) else ()
@@ -124,9 +122,7 @@ def start_from(backbone: nn.Module, tensors: dict[str, Tensor], source: str) -> 
             raise UserError(f"{count} and has {len(unknown)} more, first {unknown[0]}: it is of another network")
         first = unmatched[0]
         if first not in found:
-            raise UserError(
-                f"{count}, the first that is missing is {first}; the file begins with {next(iter(tensors))}"
-            )
+            raise UserError(f"{count}, the first that is missing is {first}; in the file is {next(iter(tensors))}")
         shapes = f"{tuple(found[first].shape)}, must have {tuple(wanted[first].shape)}"
         raise UserError(f"{count}, the first that does not fit is {first}: it has the shape {shapes}")
     backbone.load_state_dict(backbone.state_dict() | found)

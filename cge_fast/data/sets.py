@@ -74,7 +74,7 @@ def read(config: DataConfig, needed: Collection[Split] = SPLITS, optional: Colle
     """
     if config.name in ("pedestrians", "pedestrians-trap"):
         if config.root:
-            raise UserError(f"data.root: {config.root} is not read, since {config.name} is drawn; give its data.name")
+            raise UserError(f"data.root: {config.root} is not read, {config.name} is drawn; give data.name too")
         reid_set = read_market1501(pedestrians(trap=config.name == "pedestrians-trap"), needed, optional)
     elif config.root is None:
         raise UserError(f"data.root: the data set {config.name} needs the folder where it lies")

@@ -1,5 +1,7 @@
 """How programs end."""
 
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,67 @@ def test_a_file_that_cannot_be_written_is_named(capsys):
 
 def test_ctrl_c_is_no_traceback(capsys):
     assert ending(KeyboardInterrupt(), capsys) == (130, "program: interrupted by SIGINT\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "a process that loads images has died",
+        ),
+        (
+            RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"),
+            "/dev/shm is full: set --data.workers",
+        ),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. "), "/dev/shm is full"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), "not enough memory"),
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("[gloo/pair.cc:545] Read error: Connection reset by peer"), "another rank has ended"),
+    ],
+)
+def test_what_torch_and_the_system_lack_is_one_line_with_its_notes(error, message, capsys):
+    error.add_note("the last checkpoint is x")
+    status, err = ending(error, capsys)
+    assert status == 2
+    assert err.startswith(f"program: error: {message}")
+    assert err.endswith("; the last checkpoint is x\n")
+
+
+def test_names_with_escape_codes_do_not_reach_the_terminal(capsys):
+    assert ending(UserError("image \x1b]0;x\x07\u202e\udcff"), capsys)[1] == (
+        "program: error: image \\x1b]0;x\\x07\\u202e\\udcff\n"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_one_line_and_its_status_whatever_it_raises_on_the_way(number, capsys):
+    def main():
+        try:
+            signal.raise_signal(number)
+        finally:
+            raise RuntimeError("a destructor's")
+
+    with pytest.raises(SystemExit) as exit_:
+        run(main, "program")
+    assert exit_.value.code == 128 + number
+    assert capsys.readouterr().err == f"program: interrupted by {number.name}\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_that_a_destructor_swallows_is_repeated(capsys):
+    class Destroyed:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    def main():
+        Destroyed()
+        time.sleep(10)
+
+    with pytest.raises(SystemExit) as exit_:
+        run(main, "program")
+    assert exit_.value.code == 143
 
 
 @pytest.mark.parametrize("defect", [ZeroDivisionError("x"), OSError("no file is meant")])

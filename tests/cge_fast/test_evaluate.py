@@ -1,6 +1,9 @@
 """python -m cge_fast.evaluate"""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import PIL.Image
 import pytest
@@ -100,6 +103,19 @@ def test_wrong_calls_are_one_line(last, capsys, arguments, message):
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_under_torchrun_the_ranks_share_the_work_and_one_prints(last, capsys):
+    alone = evaluated(capsys, "--checkpoint", last)
+    command = [sys.executable, "-m", "cge_fast.torchrun", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "cge_fast.evaluate", "--checkpoint", str(last)]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.stdout.strip() == alone
+    done = subprocess.run([*command, "--data.root", "/nix"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("data.root: there is no folder /nix") == 1
+    assert "Traceback" not in done.stderr
 
 
 def test_weights_of_another_network_are_refused(last):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cge_fast.errors import UserError
 from cge_fast.log import Log, read_rows
@@ -24,6 +25,26 @@ def test_going_on_drops_later_rows_and_a_line_cut_short(tmp_path):
     log.close()
     assert [row["epoch"] for row in read_rows(file)] == [0, 1, 2, 3]
     assert read_rows(file)[-1]["loss"] == 1.0
+
+
+def test_the_last_rows_copy_is_written_again_and_dropped_rows_are_said(tmp_path, capsys):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"epoch": 1}\n{"epoch": 2, "lo')
+    Log(tmp_path, 2, {"epoch": 2, "loss": 1.0}).close()
+    assert read_rows(file) == [{"epoch": 1}, {"epoch": 2, "loss": 1.0}]
+    Log(tmp_path, 1).close()
+    assert capsys.readouterr().err == f"{file}: dropped 1 rows after epoch 1\n"
+
+
+def test_tensorboard_reads_what_is_written(tmp_path):
+    for first in (1, 2):
+        log = Log(tmp_path, first - 1 or None)
+        for epoch in (first, first + 1):
+            log.write({"epoch": epoch, "loss": 10.0 * first + epoch, "levels": [0.5, 0.25]})
+        log.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(1, 11), (2, 22), (3, 23)]
+    assert board.Scalars("levels/1")[0].value == 0.25
 
 
 def test_beginning_anew_drops_all_rows(tmp_path):

@@ -1,5 +1,6 @@
 """Settings of the training program: wrong ones, files of them, and the names that options once had."""
 
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -10,7 +11,7 @@ from support import GPU
 
 from cge_fast import train
 from cge_fast.build import check_cuda_graph
-from cge_fast.cli import NOW_VARIANT, RENAMED, read_settings
+from cge_fast.cli import NOW_VARIANT, NULLABLE, RENAMED, read_settings, to_yaml
 from cge_fast.errors import UserError
 from cge_fast.options import TrainConfig
 
@@ -42,6 +43,14 @@ from cge_fast.options import TrainConfig
         (["--model.cge", "false", "--model.revision", "features"], "model.revision is now --loss.variant cge_feature"),
         (["--loss.classification", "sphere"], "loss.classification is now --loss.metric sphere, which adds SphereFace"),
         (["--model.cge", "false", "--model.shard_classes", "true"], "shard_classes needs cge and the loss CGELoss"),
+        (["--data.name", "pedestrians"], "is not read, pedestrians is drawn; give data.name too"),
+        (["--optim.lr", "inf"], "inf does not conform to restriction v>0 and v<=1000000"),
+        (["--optim.epochs", "1000000000000"], 'Parser key "optim.epochs"'),
+        (["--data.workers", "1e30"], 'Parser key "data.workers"'),
+        (["--loss.variant_args", "{scale: .nan}"], 'Parser key "loss.variant_args"'),
+        (["--model.cge", "null"], 'Parser key "model.cge"'),
+        (["--optim", "/etc/passwd"], "optim: give settings one by one, like --optim.lr 1e-3"),
+        (["--model.class_path=os.system"], "model.class_path: give settings one by one"),
     ],
 )
 def test_wrong_settings_are_one_line_and_leave_nothing_behind(options, tmp_path, capsys, change, message):
@@ -90,6 +99,14 @@ def test_a_wrong_backend_is_one_line_and_leaves_nothing_behind(options, tmp_path
         (b"optim: {epochs: three}\n", 'Parser key "optim.epochs"'),
         (b"optim: [\n", "config"),
         (b"\xff\xfe\x00", "config"),
+        (b"model: {cge:}\n", "model.cge must have a value, got null"),
+        (b"data: /etc/passwd\n", "data must be a section of settings, got str"),
+        (b"optim: {epochs: 2}\nseed: 1\noptim: {lr: 1}\n", "line 3: optim is there more than once"),
+        (b"seed: &a [*a]\n", "line 1: aliases are not allowed"),
+        (b"seed: " + 500 * b"[" + 500 * b"]", "more than 8 levels"),
+        (b"#" * 200_000, "more than 100000 bytes"),
+        (b"optim: {lr: .inf}\n", 'Parser key "optim.lr"'),
+        (b"seed: " + 5000 * b"9", "config"),
     ],
 )
 def test_a_wrong_settings_file_is_one_line(options, tmp_path, capsys, content, message):
@@ -98,6 +115,59 @@ def test_a_wrong_settings_file_is_one_line(options, tmp_path, capsys, content, m
     assert status == 2
     assert message in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "settings", ["model: {SECRET}", "{SECRET}", "data: {root: {SECRET}}", "loss: {variant_args: {SECRET}}"]
+)
+def test_settings_are_data_and_import_nothing(options, trained, tmp_path, capsys, monkeypatch, settings):
+    (tmp_path / "imported_by_settings.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    text = settings.replace("SECRET", "class_path: imported_by_settings.X")
+    recipe, config = tmp_path / "recipe.yaml", trained / "checkpoints" / "last" / "config.yaml"
+    recipe.write_text(text)
+    config.write_text(text)
+    for arguments in ([*options, "--config", str(recipe)], ["--output", str(trained), "--resume"]):
+        status, _, err = run(arguments, capsys)
+        assert status == 2
+        assert "settings are data, no class_path is imported" in err
+
+
+def test_every_setting_but_three_must_have_a_value(tmp_path):
+    values = yaml.safe_load(to_yaml(train.parse(["--output", "run"])[0]))
+    sections = {section: held for section, held in values.items() if isinstance(held, dict)}
+    for section, name in ((section, name) for section, held in sections.items() for name in held):
+        changed = values | {section: values[section] | {name: None}}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(changed))
+        if f"{section}.{name}" in NULLABLE:
+            read_settings(tmp_path / "config.yaml")
+        else:
+            with pytest.raises(UserError, match=rf"{section}\.{name} must have a value, got null"):
+                read_settings(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_numbers_and_line_ends_of_editors_are_understood(tmp_path, mark, end):
+    text = f"{mark}optim: {{lr: 3e-4, weight_decay: 5E-4}}{end}seed: 1{end}"
+    (tmp_path / "settings.yaml").write_bytes(text.encode())
+    config, _, _ = train.parse(["--config", str(tmp_path / "settings.yaml")])
+    assert (config.optim.lr, config.optim.weight_decay, config.seed) == (3e-4, 5e-4, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("WORLD_SIZE", "many"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "2"), ("RANK", "-1"), ("LOCAL_RANK", "1.5")],
+)
+def test_environment_variables_that_torchrun_would_not_set_are_named(
+    options, tmp_path, capsys, monkeypatch, name, value
+):
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os._exit", sys.exit)
+    status, _, err = run(options, capsys)
+    assert status == 2
+    assert err.startswith(f"cge_fast.train: error: {name}: ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_print_config_prints_settings_that_config_reads_back(options, tmp_path, capsys):

@@ -1,10 +1,13 @@
 """The training program, from its command line to its last line."""
 
+import errno
 import json
 import math
+import os
 import shutil
 import time
 from collections import Counter
+from datetime import datetime
 from typing import get_args
 
 import pytest
@@ -13,7 +16,7 @@ from runs import assert_same_weights, rows, run, weights
 
 import cge_fast.losses.cge
 import cge_reference
-from cge_fast import checkpoint, errors, evaluate, loop, train
+from cge_fast import backbones, checkpoint, errors, evaluate, loop, train
 from cge_fast.build import build_run
 from cge_fast.cli import read_settings
 from cge_fast.losses.softmax import SoftmaxLoss
@@ -253,6 +256,71 @@ def test_a_checkpoint_with_other_classes_is_refused(trained, market, tmp_path):
         path.unlink()
     with pytest.raises(errors.UserError, match=r"data: checkpoint .* has 4 classes, the data set 3"):
         train.main(["--output", str(tmp_path / "run"), "--resume", "--data.identities", "3"])
+
+
+def test_images_of_other_people_are_not_gone_on_with(trained, market, capsys):
+    for path in sorted((market / "bounding_box_train").glob("0001_*")):
+        path.rename(path.with_name(path.name.replace("0001", "0009")))
+    status, _, err = run(["--output", str(trained), "--resume", "--optim.epochs", "3"], capsys)
+    assert status == 2
+    assert "data: the images or their identities are not those that" in err
+
+
+def test_fewer_epochs_than_are_done_are_refused(trained, capsys):
+    status, _, err = run(["--output", str(trained), "--resume", "--optim.epochs", "1"], capsys)
+    assert status == 2
+    assert "optim.epochs: 1, but the run has done 2" in err
+
+
+def test_going_on_needs_no_weights_that_the_run_began_with(options, tmp_path, capsys):
+    torch.save(backbones.build("compact").state_dict(), tmp_path / "start.pth")
+    assert run([*options, "--model.weights", str(tmp_path / "start.pth")], capsys)[0] == 0
+    (tmp_path / "start.pth").unlink()
+    assert run(["--output", str(tmp_path / "run"), "--resume", "--optim.epochs", "3"], capsys)[0] == 0
+    saved = read_settings(tmp_path / "run" / "checkpoints" / "last" / "config.yaml")
+    assert saved.model.weights == tmp_path / "start.pth", "it is still known what the run began with"
+
+
+def test_a_run_that_was_copied_without_links_and_lost_a_row_goes_on(trained, tmp_path, capsys):
+    copied = shutil.copytree(trained, tmp_path / "copied")
+    file = copied / "metrics.jsonl"
+    before = rows(copied)
+    file.write_bytes(file.read_bytes()[:-20])
+    assert run(["--output", str(copied), "--resume", "--optim.epochs", "3"], capsys)[0] == 0
+    assert rows(copied)[:-1] == before
+    assert evaluate.main(["--checkpoint", str(copied)]) is None
+
+
+def test_runs_without_a_folder_do_not_share_one(tmp_path, monkeypatch):
+    class Stopped:
+        @staticmethod
+        def now():
+            return datetime(2026, 1, 1)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "datetime", Stopped)
+    assert len({train.new_folder() for _ in range(3)}) == 3
+
+
+def test_a_relative_root_is_found_from_another_folder(options, market, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(market.parent)
+    assert run([*options, "--data.root", market.name], capsys)[0] == 0
+    monkeypatch.chdir("/")
+    evaluate.main(["--checkpoint", str(tmp_path / "run")])
+
+
+def test_a_full_disk_is_one_line_that_names_what_there_is(trained, capsys, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("cge_fast.files.write", full)
+    monkeypatch.setattr("cge_fast.files.replace", lambda path, content: None)
+    status, _, err = run(["--output", str(trained), "--resume", "--optim.epochs", "3"], capsys)
+    assert status == 2
+    message = err.strip().splitlines()[-1]
+    assert message.startswith("cge_fast.train: error: ")
+    assert f"No space left on device; the last checkpoint is {trained}/checkpoints/last, of epoch 2" in message
+    assert {path.name for path in (trained / "checkpoints").iterdir()} == {"last", "best"}
 
 
 def test_a_changed_setting_counts_when_a_run_goes_on(trained, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torchvision
+from safetensors.torch import save_file
 
 from cge_fast import backbones
 from cge_fast.errors import UserError
@@ -141,6 +142,19 @@ def test_pretrained_weights_load_below_what_is_added(tmp_path, monkeypatch):
     weights = torchvision.models.ResNet18_Weights
     monkeypatch.setattr(weights, "get_state_dict", lambda *arguments, **options: torch.load(file))
     assert_has(backbones.build("resnet18", pretrained=True, non_local="one", map_norm=True), state)
+
+
+@pytest.mark.parametrize("added", [{"non_local": "one"}, {"non_local": "half"}, {"map_norm": True}])
+def test_our_own_checkpoint_starts_what_is_added_too(tmp_path, added):
+    trained = backbones.build("compact", **added)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.125)
+    tensors = {f"backbone.{name}": tensor for name, tensor in trained.state_dict().items()}
+    save_file(tensors | {"neck.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    started = backbones.build("compact", weights=tmp_path / "model.safetensors", **added)
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(tensor, started.state_dict()[name]), name
 
 
 def test_a_larger_networks_file_is_refused(tmp_path):

@@ -1,5 +1,9 @@
 """Weights from a file: every tensor of the backbone finds its own, or the error says which does not."""
 
+import argparse
+from pathlib import Path
+
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -30,7 +34,13 @@ def below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "base."])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        *("", "module.", "model.", "_orig_mod.", "_orig_mod.model.", "backbone.", "base.", "encoder_q."),
+        *("module.base.", "module.backbone.", "model.backbone."),
+    ],
+)
 def test_known_prefixes_are_stripped_and_classifiers_dropped(tensors, prefix):
     assert_loads(
         below(prefix, tensors | {"fc.weight": torch.ones(7, 2), "classifier.weight": torch.ones(7, 2)}), tensors
@@ -81,7 +91,7 @@ def test_another_networks_file_matches_nothing_and_changes_nothing(tensors):
     assert torch.equal(backbone[0].weight, before)
 
 
-@pytest.mark.parametrize("container", [None, "state_dict", "model"])
+@pytest.mark.parametrize("container", [None, "state_dict", "model", "model_state_dict"])
 def test_torch_files_are_read_flat_or_as_checkpoints(tensors, tmp_path, container):
     checkpoint = {container: tensors, "epoch": 200, "arch": "resnet50"} if container else tensors
     torch.save(checkpoint, tmp_path / "w.pth")
@@ -101,6 +111,34 @@ def test_a_damaged_file_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(b"damaged")
     with pytest.raises(UserError, match=rf"model\.weights: .*{name} cannot be read as tensors"):
         file_tensors(tmp_path / name, "compact")
+
+
+@pytest.mark.parametrize("beside", [np.float32(0.9), np.int64(3), argparse.Namespace(lr=1e-3), {"deep": [Path("x")]}])
+def test_what_lies_beside_the_tensors_is_skipped(tensors, tmp_path, beside):
+    torch.save({"state_dict": tensors, "beside": beside}, tmp_path / "w.pth")
+    assert file_tensors(tmp_path / "w.pth", "compact").keys() == tensors.keys()
+
+
+def test_what_is_not_read_is_said(tensors, capsys):
+    start_from(network(), below("base.", tensors) | {"classifier.weight": torch.ones(7, 2)}, "w.pth")
+    assert capsys.readouterr().err == "w.pth: 5 tensors read, 1 of other parts not: classifier.weight\n"
+
+
+def test_a_flipped_bit_is_noticed_by_the_checksums_of_torch_save(tensors, tmp_path):
+    file = tmp_path / "w.pth"
+    torch.save(tensors, file)
+    content = file.read_bytes()
+    at = content.index(tensors["0.weight"].numpy().tobytes())
+    file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    with pytest.raises(UserError, match=r"w\.pth cannot be read as tensors \(.*(checksum|CRC)"):
+        file_tensors(file, "compact")
+
+
+def test_numbers_that_are_not_finite_are_named(tensors, tmp_path):
+    tensors["1.bias"][0] = torch.nan
+    torch.save(tensors, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"w\.pth: 1\.bias is not finite"):
+        file_tensors(tmp_path / "w.pth", "compact")
 
 
 class Harmful:
