@@ -53,7 +53,9 @@ def contenders(
     """
     torch._dynamo.reset()  # else the limit of recompilations would end it after a few shapes
     taken = arguments(case, shape, dtype, device)
-    function: Callable = head(case, shape, device) if case.operator == "head" else getattr(cge_kernels, case.operator)
+    function: Callable = (
+        head(case, shape, dtype, device) if case.operator == "head" else getattr(cge_kernels, case.operator)
+    )
     parameters = function.parameters() if case.operator == "head" else ()
     learnt = [leaf for leaf in (*taken, *parameters) if isinstance(leaf, Tensor) and leaf.requires_grad]
     ways: dict[str, Callable] = {OURS: lambda function: function, EAGER: under_reference}
@@ -123,8 +125,10 @@ def arguments(case: Case, shape: Shape, dtype: torch.dtype, device: torch.device
     raise ValueError(f"operator must be one of cge_kernels' or 'head', got {case.operator!r}")
 
 
-def head(case: Case, shape: Shape, device: torch.device) -> CGEHead:
-    """A head whose memory is filled."""
-    made = CGEHead(shape.channels, shape.classes, shape.stripes, gem=case.pooling == "gem").to(device)
-    made.loss.memory.copy_(normalize(torch.rand_like(made.loss.memory), dim=2))
-    return made
+def head(case: Case, shape: Shape, dtype: torch.dtype, device: torch.device) -> CGEHead:
+    """A head whose memory is filled; for a 16-bit dtype it reads a copy of the memory in it, as a training does."""
+    memory_dtype = None if dtype == torch.float32 else dtype
+    made = CGEHead(shape.channels, shape.classes, shape.stripes, case.pooling == "gem", memory_dtype=memory_dtype)
+    filled = normalize(torch.rand_like(made.loss.memory), dim=2)
+    made.load_state_dict(made.state_dict() | {"loss.memory": filled})
+    return made.to(device)

@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import cge_kernels
+from cge_kernels.common.device_functions import INTERPRETED
 from cge_kernels.tools.gpus import HARDWARE
 
 # Functions whose answer is looked at; all others return 0, success.
@@ -39,20 +40,18 @@ OTHERS = [
 def null_driver() -> Iterator[None]:
     """Inside, the project's kernels on CPU tensors are launched as on an H100, and compute nothing.
 
+    Triton's driver stays replaced in this process.
+
     Raises:
-        RuntimeError: there is no C compiler.
+        RuntimeError: there is no C compiler, or kernels are interpreted.
     """
-    folder = tempfile.TemporaryDirectory(prefix="null-driver-")
-    before = triton.runtime.driver._active  # the property would ask for a GPU
-    try:
-        os.environ["TRITON_LIBCUDA_PATH"] = str(build(Path(folder.name)))
+    if INTERPRETED.value:
+        raise RuntimeError("TRITON_INTERPRET: must not be set, since interpreted kernels are not launched, got 1")
+    with tempfile.TemporaryDirectory(prefix="null-driver-") as folder:
+        os.environ["TRITON_LIBCUDA_PATH"] = str(build(Path(folder)))
         triton.runtime.driver.set_active(driver())
         with cge_kernels.backend("triton"), cge_kernels.launching(None, HARDWARE["sm_90"].target):
             yield
-    finally:
-        os.environ.pop("TRITON_LIBCUDA_PATH", None)
-        triton.runtime.driver._active = before
-        folder.cleanup()
 
 
 def build(folder: Path) -> Path:
@@ -73,6 +72,7 @@ def build(folder: Path) -> Path:
         subprocess.run(command, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise RuntimeError(f"the null driver needs a C compiler: {error}") from error
+    (folder / "libcuda.so").symlink_to(library)  # as Triton before 3.5 links it
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     return folder
 

@@ -91,7 +91,7 @@ class BNNeck(AtLeastFloat32, nn.BatchNorm1d):
     def forward(self, pooled: Tensor) -> Tensor:
         """(B, C) of pooled features (B, C)."""
         if self.training and not torch.compiler.is_compiling():
-            self.not_yet_tracked += 1
+            self.__dict__["not_yet_tracked"] += 1  # a module's own assignment takes the host as long as a launch
         statistics = self.running_mean, self.running_var
         return batch_norm(pooled, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
 

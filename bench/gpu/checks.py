@@ -126,7 +126,7 @@ class Step:
         torch.manual_seed(0)
         case = Case("head", pooling)
         self.at, self.backend, self.network, self.optimizer = at, BACKENDS[contender], network, None
-        self.head = cases.head(case, at.shape, at.device)
+        self.head = cases.head(case, at.shape, torch.bfloat16, at.device)
         drawn, self.labels = cases.arguments(case, at.shape, torch.bfloat16, at.device)
         self.inputs = drawn if inputs is None else inputs
         parameters = [one for one in self.head.parameters() if one.requires_grad]

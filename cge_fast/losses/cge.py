@@ -112,7 +112,7 @@ class CGELoss(AtLeastFloat32):
         return LossOutput(losses.mean(), correct, stripe_correct)
 
     def _count_step(self) -> None:
-        self.steps_since_write += 1
+        self.__dict__["steps_since_write"] += 1  # a module's own assignment takes the host as long as a launch
         if self.steps_since_write == FORGOTTEN_AFTER:
             warnings.warn(
                 f"CGELoss: {FORGOTTEN_AFTER} training steps without write_memory, which belongs after each "
@@ -141,7 +141,7 @@ class CGELoss(AtLeastFloat32):
             ValueError, TypeError: shapes, dtypes, labels or momentum do not fit, or (on the CPU) the ranks have
                 different numbers of samples, over which GPUs would wait for each other.
         """
-        self.steps_since_write = 0
+        self.__dict__["steps_since_write"] = 0
         stripes = stripes.detach()
         if not self.shard:  # with one, the operator gathers
             stripes, labels = gather(stripes), gather(labels)

@@ -40,7 +40,7 @@ class Call:
         self.prepared: list[Any] | None = None  # what a plan has gathered
 
     @classmethod
-    def of(cls, operator: str, *values: Any) -> Self:
+    def of(cls, operator: str, *values: Any) -> "Call":
         """The calls that are alike to one with these values: plain tensors, numbers, None, and tuples of these."""
         key = [operator, dispatch.current_backend(), launch.current_state(), os.environ.get("CGE_SCRATCH_MB")]
         tensors: list[Tensor] = []
@@ -98,16 +98,18 @@ class Plan:
     __slots__ = ("buffers", "call", "guards", "is_known", "position", "prepared")
 
     def __init__(self, call: Call | None = None):
-        self.call, self.position, self.buffers, self.guards = call, 0, [], ()
+        self.call, self.position = call, 0
+        self.buffers: list[Tensor] = []
+        self.guards: list[AbstractContextManager] = []
         self.is_known = call is not None and call.prepared is not None
         self.prepared: list[Any] = call.prepared if self.is_known else []
 
     def __enter__(self) -> Self:
         device = -1 if self.call is None else self.call.device
         if device >= 0 and device != torch.cuda.current_device():
-            self.guards += (torch.cuda.device(device),)
-        if self.call is not None and (guard := self.call.autocast_off()) is not AS_IT_IS:
-            self.guards += (guard,)
+            self.guards.append(torch.cuda.device(device))
+        if self.call is not None and (off := self.call.autocast_off()) is not AS_IT_IS:
+            self.guards.append(off)
         for guard in self.guards:
             guard.__enter__()
         return self
@@ -248,12 +250,12 @@ def autograd_function(
 
         @staticmethod
         def backward(ctx, *gradients):
+            if not torch.is_grad_enabled():
+                return *backward(ctx, *gradients), None
             with torch.no_grad():
                 results = backward(ctx, *gradients)
-            if torch.is_grad_enabled():  # somebody may want to differentiate these once more
-                leaves = [None if result is None else result.detach().requires_grad_() for result in results]
-                results = NoSecondDerivative.apply(*leaves)
-            return *results, None
+            leaves = [None if result is None else result.detach().requires_grad_() for result in results]
+            return *NoSecondDerivative.apply(*leaves), None  # somebody may want to differentiate them once more
 
     Eager.__name__ = name
     return Eager.apply

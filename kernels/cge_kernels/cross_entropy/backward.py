@@ -6,6 +6,7 @@ these the chunk's rows of dW and its part of df and of the local features' gradi
 the normalisation (normalize_backward).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from cge_kernels.common.budget import chunk_of_logits, empty_logits, lie_by_sample, score_row
 from cge_kernels.common.device_functions import NORM_EPS, jit, log_sigmoid, product, tl
+from cge_kernels.common.dispatch import is_traced
 from cge_kernels.common.launch import Tiles, current_target
 from cge_kernels.common.plan import Plan, run
 from cge_kernels.common.tiles import GRAD_LOGITS, cdiv, row_tiles
-from cge_kernels.cross_entropy import cpu
+from cge_kernels.cross_entropy.cpu import revised_cross_entropy_backward as on_cpu
 from cge_kernels.cross_entropy.forward import launch_cross_entropy
 from cge_kernels.cross_entropy.inputs import Inputs, Saved
 from cge_kernels.revise_logits.forward import cast_and_norm
@@ -67,6 +69,9 @@ def grad_logits_tile(
             score = tl.load(saved_logits_ptr + (stripe + 1) * saved_stride + offsets, mask=mask, other=0.0)
             grad_score = common / (1.0 + tl.exp(score))
             tl.store(grad_logits_ptr + (stripe + 1) * grad_stride + grad_offsets, grad_score, mask=mask)
+
+
+OPERATOR = "revised_cross_entropy_backward"
 
 
 @jit
@@ -150,7 +155,7 @@ def launch_grad_logits(
     def prepare() -> tuple[int, Tiles, dict[str, Any]]:
         (batch, stripes, classes), by_sample = inputs.sizes, lie_by_sample(saved_logits)
         tiles = GRAD_LOGITS["by sample" if by_sample else "by class"]
-        scalars = {"batch": batch, "end_class": score_row(classes) if by_sample else classes}
+        scalars: dict[str, Any] = {"batch": batch, "end_class": score_row(classes) if by_sample else classes}
         scalars |= {"first_class": inputs.first_class, "all_classes": inputs.all_classes}
         scalars |= {"label_smoothing": label_smoothing, "STRIPES": stripes, "LOCAL": len(grad_logits) > 1}
         scalars |= {"tiles": cdiv(batch, tiles["BLOCK_B"]) * cdiv(classes, tiles["BLOCK_N"])}
@@ -226,7 +231,7 @@ def launch_backward(
     inputs = inputs.contiguous()._replace(features=inputs.features.contiguous())
     features, weight, memory, local = inputs.features, inputs.weight, inputs.memory, inputs.local_features
     (batch, stripes, classes), channels = inputs.sizes, memory.shape[2]
-    chunk = chunk_of_logits(batch, stripes, classes)
+    chunk = plan.once(lambda: chunk_of_logits(batch, stripes, classes))
     recomputes = saved.saved_logits.shape[1] == 0
     if recomputes:
         scratch = features.new_empty((stripes + 1, chunk, score_row(batch)), dtype=torch.float32)
@@ -267,19 +272,27 @@ def launch_backward(
 
 
 def cross_entropy_backward(
+    grad: Tensor, saved: Sequence[Tensor | None], label_smoothing: float, first_class: int, all_classes: int,
+    local_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What launch_backward gives; saved: lse, the tensors of `Inputs`, saved_logits and inv_norm."""
+    if is_traced(grad, *saved):
+        return cross_entropy_backward_op(grad, *saved, label_smoothing, first_class, all_classes, local_gradient)
+    lse, *tensors, saved_logits, inv_norm = saved
+    inputs = Inputs._make([*tensors, first_class, all_classes])
+    kept = Saved(lse, saved_logits, inv_norm)
+    return run(OPERATOR, launch_backward, on_cpu, inputs, grad, kept, label_smoothing, local_gradient)
+
+
+@torch.library.custom_op("cge_kernels::revised_cross_entropy_backward", mutates_args=())
+def cross_entropy_backward_op(
     grad: Tensor, lse: Tensor, features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor,
     labels: Tensor, bias: Tensor | None, saved_logits: Tensor, inv_norm: Tensor, label_smoothing: float,
     first_class: int, all_classes: int, local_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     inputs = Inputs(features, weight, local_features, memory, labels, bias, first_class, all_classes)
-    saved = Saved(lse, saved_logits, inv_norm)
-    arguments = inputs, grad, saved, label_smoothing, local_gradient
-    return run("revised_cross_entropy_backward", launch_backward, cpu.revised_cross_entropy_backward, *arguments)
-
-
-cross_entropy_backward_op = torch.library.custom_op("cge_kernels::revised_cross_entropy_backward", mutates_args=())(
-    cross_entropy_backward
-)
+    kept = Saved(lse, saved_logits, inv_norm)
+    return run(OPERATOR, launch_backward, on_cpu, inputs, grad, kept, label_smoothing, local_gradient)
 
 
 @cross_entropy_backward_op.register_fake

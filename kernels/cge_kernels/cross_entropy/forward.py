@@ -223,7 +223,13 @@ def launch_cross_entropy(
     def prepare() -> tuple[int, Tiles, dict[str, Any]]:
         (batch, stripes, classes), chosen = inputs.sizes, tiles()
         parts = casts.partial_sq_norms.shape[1]
-        scalars = {"batch": batch, "classes": classes, "channels": memory.shape[2], "parts": parts, "STRIPES": stripes}
+        scalars: dict[str, Any] = {
+            "batch": batch,
+            "classes": classes,
+            "channels": memory.shape[2],
+            "parts": parts,
+            "STRIPES": stripes,
+        }
         scalars |= {"feature_channels": weight.shape[1], "first_class": inputs.first_class}
         scalars |= {"partial_row": score_row(batch), "BLOCK_PARTS": block_of_parts(parts), "FAR": FAR}
         scalars["PRECISION"] = float32_precision(current_target(memory))
@@ -253,7 +259,13 @@ def launch_reduce_tiles(
 
     def prepare() -> tuple[int, Tiles, dict[str, Any]]:
         batch, stripes, classes = inputs.sizes
-        scalars = {"batch": batch, "classes": classes, "tiles": len(partials.row_max), "STRIPES": stripes, "FAR": FAR}
+        scalars: dict[str, Any] = {
+            "batch": batch,
+            "classes": classes,
+            "tiles": len(partials.row_max),
+            "STRIPES": stripes,
+            "FAR": FAR,
+        }
         scalars |= {"first_class": inputs.first_class, "all_classes": inputs.all_classes}
         scalars |= {"label_smoothing": label_smoothing, "EARLIER": not is_first}
         return cdiv(batch, REDUCE_TILES["BLOCK_B"]) * (stripes + 1), REDUCE_TILES, scalars

@@ -31,6 +31,8 @@ class Inputs(NamedTuple):
 
     def contiguous(self) -> Self:
         """The same with those tensors contiguous of which the kernels expect it."""
+        if self.weight.is_contiguous() and self.labels.is_contiguous() and self.bias is None:
+            return self
         bias = None if self.bias is None else self.bias.contiguous()
         return self._replace(weight=self.weight.contiguous(), labels=self.labels.contiguous(), bias=bias)
 

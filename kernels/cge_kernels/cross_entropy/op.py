@@ -20,7 +20,7 @@ from cge_kernels.common.launch import host_may_look
 from cge_kernels.common.plan import Call, autograd_function, run
 from cge_kernels.common.sharding import ClassShard, has_all_classes
 from cge_kernels.cross_entropy import cpu
-from cge_kernels.cross_entropy.backward import cross_entropy_backward, cross_entropy_backward_op
+from cge_kernels.cross_entropy.backward import cross_entropy_backward
 from cge_kernels.cross_entropy.forward import launch_forward
 from cge_kernels.cross_entropy.inputs import empty_loss
 from cge_kernels.cross_entropy.sharded import ShardedCrossEntropy
@@ -56,9 +56,8 @@ def backward(ctx, grad, *_):
         return (None,) * 8
     saved = ctx.saved_tensors
     local_gradient = ctx.local_gradient and ctx.needs_input_grad[2]
-    backward_ = cross_entropy_backward_op if is_traced(grad, *saved) else cross_entropy_backward
-    grad_features, grad_weight, grad_local, grad_bias = backward_(
-        grad, *saved, ctx.label_smoothing, 0, saved[4].shape[1], local_gradient
+    grad_features, grad_weight, grad_local, grad_bias = cross_entropy_backward(
+        grad, saved, ctx.label_smoothing, 0, saved[4].shape[1], local_gradient
     )
     grad_local = grad_local if local_gradient else None
     return grad_features, grad_weight, grad_local, None, None, None if saved[6] is None else grad_bias, None, None

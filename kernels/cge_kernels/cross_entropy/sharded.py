@@ -38,8 +38,10 @@ def revised_statistics(
 
 def statistics_on_cpu(*inputs: Any) -> tuple[Tensor, ...]:
     """As launch_forward gives them."""
-    *tensors, _, _, first_class, all_classes = inputs
-    statistics, *saved = cpu.revised_statistics(Inputs(*tensors, first_class, all_classes))
+    features, weight, local_features, memory, labels, bias, _, _, *classes = inputs
+    statistics, *saved = cpu.revised_statistics(
+        Inputs(features, weight, local_features, memory, labels, bias, *classes)
+    )
     return *statistics, *saved
 
 
@@ -78,7 +80,7 @@ class ShardedCrossEntropy(torch.autograd.Function):
         label_smoothing, local_gradient, shard = ctx.settings
         local_gradient = local_gradient and ctx.needs_input_grad[2]
         grad_features, grad_weight, grad_local, grad_bias = cross_entropy_backward(
-            grad, *ctx.saved_tensors, label_smoothing, shard.first, shard.classes, local_gradient
+            grad, ctx.saved_tensors, label_smoothing, shard.first, shard.classes, local_gradient
         )
         ranks = dist.get_world_size(shard.group)  # DistributedDataParallel will divide by it
         grad_features = reduce_to_own(grad_features, shard.group).mul_(ranks)

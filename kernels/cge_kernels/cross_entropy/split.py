@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cge_kernels.common.budget import empty_saved, score_row
+from cge_kernels.common.budget import score_row
 from cge_kernels.common.device_functions import NORM_EPS, jit, log_sigmoid, multiply, product, tl
 from cge_kernels.common.launch import Tiles, current_target, float32_precision
 from cge_kernels.common.plan import Piece, Plan
@@ -207,7 +207,7 @@ def loss_kernel(
 def launch_forward(plan: Plan, inputs: Inputs, parts: int, label_smoothing: float | None) -> tuple[Tensor, ...]:
     """The fields of `Loss` or, if label_smoothing is None, of `Statistics`; saved_logits and inv_norm as in `Saved`."""
     features, weight, local, memory = inputs.features, inputs.weight, inputs.local_features, inputs.memory
-    batch, (stripes, classes, channels) = len(features), memory.shape
+    batch, (stripes, classes, channels) = features.shape[0], memory.shape
 
     def settings() -> tuple[Tiles, str]:
         target = current_target(memory)
@@ -216,7 +216,12 @@ def launch_forward(plan: Plan, inputs: Inputs, parts: int, label_smoothing: floa
     def prepare_products() -> tuple[int, Tiles, dict[str, Any]]:
         tiles, precision = settings()
         tiles_of_each = cdiv(batch, tiles["BLOCK_B"]) * cdiv(classes, tiles["BLOCK_N"])
-        scalars = {"batch": batch, "classes": classes, "channels": channels, "feature_channels": weight.shape[1]}
+        scalars: dict[str, Any] = {
+            "batch": batch,
+            "classes": classes,
+            "channels": channels,
+            "feature_channels": weight.shape[1],
+        }
         scalars |= {"STRIPES": stripes, "PARTS": parts, "PRECISION": precision}
         # Float32 tiles of the shape of 16-bit ones would be loaded like these, eight numbers for each lane, and then
         # each request uses half of its sectors.
@@ -224,7 +229,12 @@ def launch_forward(plan: Plan, inputs: Inputs, parts: int, label_smoothing: floa
         return tiles_of_each * (stripes + 1) * parts, tiles, scalars
 
     def prepare_loss() -> tuple[int, Tiles, dict[str, Any]]:
-        scalars = {"batch": batch, "classes": classes, "channels": channels, "label_smoothing": label_smoothing or 0.0}
+        scalars: dict[str, Any] = {
+            "batch": batch,
+            "classes": classes,
+            "channels": channels,
+            "label_smoothing": label_smoothing or 0.0,
+        }
         scalars |= {"first_class": inputs.first_class, "all_classes": inputs.all_classes}
         scalars |= {"STRIPES": stripes, "PARTS": parts, "FAR": FAR}
         return batch, loss_tiles(current_target(memory), stripes, classes, channels), scalars
@@ -232,13 +242,15 @@ def launch_forward(plan: Plan, inputs: Inputs, parts: int, label_smoothing: floa
     local_read, features_read = local, features
     if plan.once(lambda: memory.dtype == torch.float32 and settings()[1] == "ieee"):
         local_read, _, features_read = cast_and_norm(plan, local, memory, features)  # into rows of samples
-    (products,) = plan.scratch(memory, lambda: [Piece((parts, stripes + 1, batch, score_row(classes)), torch.float32)])
+    row = score_row(classes)
+    (products,) = plan.scratch(memory, lambda: [Piece((parts, stripes + 1, batch, row), torch.float32)])
     plan.launch(
         products_kernel,
         {"features": features_read, "weight": weight, "local": local_read, "memory": memory, "products": products},
         prepare_products,
     )  # fmt: skip
-    saved_logits, inv_norm = empty_saved(batch, memory, torch.float32, on_triton=True)
+    saved_logits = memory.new_empty((stripes + 1, batch, row), dtype=torch.float32).transpose(1, 2)
+    inv_norm = memory.new_empty((stripes, batch), dtype=torch.float32)
     loss = None if label_smoothing is None else empty_loss(features, stripes, torch.float32)
     statistics = None if loss else empty_statistics(features, stripes, torch.float32)
     plan.launch(

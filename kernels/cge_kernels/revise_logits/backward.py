@@ -132,7 +132,12 @@ def launch_grad_scores(
     def prepare() -> tuple[int, Tiles, dict[str, int]]:
         (batch, classes), tiles = logits.shape, 0 if projection is None else projection.shape[1]
         programs = cdiv(batch, GRAD_SCORES["BLOCK_B"]) * cdiv(scores.shape[2], GRAD_SCORES["BLOCK_N"])
-        scalars = {"batch": batch, "classes": classes, "first_tile": first_tile, "projection_tiles": tiles}
+        scalars: dict[str, Any] = {
+            "batch": batch,
+            "classes": classes,
+            "first_tile": first_tile,
+            "projection_tiles": tiles,
+        }
         return programs, GRAD_SCORES, {**scalars, "STRIPES": scores.shape[0]}
 
     plan.launch(
@@ -156,7 +161,7 @@ def launch_grad_local(
         target, parts = current_target(grad_local), projection.shape[1]
         tiles = grad_local_tiles(target, memory.dtype, batch, channels * stripes)
         programs = cdiv(batch, tiles["BLOCK_B"]) * stripes * cdiv(channels, tiles["BLOCK_C"])
-        scalars = {"batch": batch, "classes": classes, "channels": channels, "projection_tiles": parts}
+        scalars: dict[str, Any] = {"batch": batch, "classes": classes, "channels": channels, "projection_tiles": parts}
         scalars |= {"PRECISION": float32_precision(target), "BLOCK_PARTS": block_of_parts(parts)}
         return programs, tiles, {**scalars, "STRIPES": stripes}
 

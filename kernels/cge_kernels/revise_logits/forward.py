@@ -192,7 +192,12 @@ def cast_and_norm(plan: Plan, local_features: Tensor, memory: Tensor, features: 
     def prepare() -> tuple[int, Tiles, dict[str, int]]:
         batch, stripes, channels, feature_channels, parts = sizes()
         programs = cdiv(batch, CAST_AND_NORM["BLOCK_B"]) * (stripes + bool(features_piece)) * parts
-        scalars = {"batch": batch, "channels": channels, "parts": parts, "feature_channels": feature_channels}
+        scalars: dict[str, Any] = {
+            "batch": batch,
+            "channels": channels,
+            "parts": parts,
+            "feature_channels": feature_channels,
+        }
         return programs, CAST_AND_NORM, {**scalars, "STRIPES": stripes}
 
     partial_sq_norms, *converted = plan.scratch(local_features, pieces)
@@ -223,7 +228,13 @@ def launch_revise(
         batch, stripes, channels = casts.local.shape
         classes, parts, target = memory.shape[1], casts.partial_sq_norms.shape[1], current_target(memory)
         tiles = scores_tiles(target, memory.dtype, batch, classes)
-        scalars = {"batch": batch, "classes": classes, "channels": channels, "parts": parts, "STRIPES": stripes}
+        scalars: dict[str, Any] = {
+            "batch": batch,
+            "classes": classes,
+            "channels": channels,
+            "parts": parts,
+            "STRIPES": stripes,
+        }
         scalars |= {"PRECISION": float32_precision(target), "BLOCK_PARTS": block_of_parts(parts)}
         return cdiv(batch, tiles["BLOCK_B"]) * cdiv(classes, tiles["BLOCK_N"]), tiles, scalars
 

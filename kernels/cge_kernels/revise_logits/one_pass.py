@@ -101,7 +101,7 @@ def launch_forward(
         matmul, resident = one_pass_tiles(target, memory.dtype, batch, classes, bool(constants["FLAT"]))
         class_tiles = cdiv(batch, matmul["BLOCK_B"]) * cdiv(classes, matmul["BLOCK_N"])
         programs = min(resident, max(batch * channel_tiles, class_tiles))
-        scalars = {"eps": eps, "batch": batch, "channels": channels, "classes": classes, **pool}
+        scalars: dict[str, Any] = {"eps": eps, "batch": batch, "channels": channels, "classes": classes, **pool}
         scalars |= {"PRECISION": float32_precision(target), "BLOCK_PARTS": block_of_parts(channel_tiles)}
         return programs, matmul, scalars | constants, {"launch_cooperative_grid": True}
 

@@ -11,6 +11,8 @@ Saved for the backward: the inputs, 1 / ||f_i|| and, if CGE_SCRATCH_MB has room 
 backward computes them again, chunk of classes by chunk, in that room.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -47,8 +49,8 @@ def backward(ctx, grad, _grad_scores, _grad_scale):
     if grad is None:
         return None, None, None, None
     saved, local_gradient = ctx.saved_tensors, ctx.local_gradient and ctx.needs_input_grad[1]
-    traced = is_traced(grad, *saved)
-    grad_logits, grad_local = (revise_logits_backward_op if traced else revise_backward)(grad, *saved, local_gradient)
+    differentiate: Callable = revise_logits_backward_op if is_traced(grad, *saved) else revise_backward
+    grad_logits, grad_local = differentiate(grad, *saved, local_gradient)
     return grad_logits, grad_local if local_gradient else None, None, None
 
 
