@@ -5,9 +5,10 @@ Forward   p = f W^T + b;  s_i, w and p^ = p * w as in revise_logits/op.py, in ti
           loss = lse - (1 - e) p^[label] - e/N sum_k p^[k].
 Backward  dp^ = g (exp(p^ - lse) - e/N - (1 - e) onehot);  dp = dp^ w;  ds_i = dp^ p^ (1 - sigmoid(s_i)) / n;
           dW = dp^T f, df = dp W, db = sum of dp, du_i = ds_i M_i, df_i = (du_i - u_i <u_i, du_i>) / ||f_i||.
-Kernels: cast_and_norm (see revise_logits), cross_entropy, reduce_tiles, and for the backward grad_logits and
-normalize_backward, beside library matmuls. Half of CGE_SCRATCH_MB is for p and s_i: the forward keeps them if they fit,
-else the backward computes them again, chunk of classes by chunk. The other half is for the gradients of a chunk.
+Kernels: products and loss (split.py) where class tiles do not fill the machine, else cast_and_norm (see revise_logits),
+cross_entropy and reduce_tiles; for the backward grad_logits and normalize_backward, beside library matmuls. Half of
+CGE_SCRATCH_MB is for p and s_i: the forward keeps them if they fit, else the backward computes them again, chunk of
+classes by chunk. The other half is for the gradients of a chunk.
 """
 
 import torch
