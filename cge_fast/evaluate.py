@@ -44,12 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_backend(config.backend, device)
         model = load_model(folder, trained, config.data, device)
         result = evaluate(model, data.read(config.data), config.data, config.evaluation)
-    stop_ranks()
-    if rank() > 0:
-        return
     ranks = ", ".join(f"rank-{k} {result.rank(k):.1%}" for k in SHOWN_RANKS)
     counted = f"{result.queries} queries, {result.skipped} more without a match left out"
-    print(f"mAP {result.mAP:.1%}, mINP {result.mINP:.1%}, {ranks} ({counted})")
+    if rank() == 0:
+        print(f"mAP {result.mAP:.1%}, mINP {result.mINP:.1%}, {ranks} ({counted})")
+    stop_ranks()
 
 
 if __name__ == "__main__":
