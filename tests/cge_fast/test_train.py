@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from collections import Counter
 from datetime import datetime
