@@ -130,8 +130,14 @@ def disturb(kind: str, number: int, tmp_path: Path, market: Path, whole: Path) -
     return process.exitcode != 0 or kind == "writer"
 
 
+THOROUGH = pytest.mark.slow, pytest.mark.thorough  # both, so that `-m slow` runs them and `-m 'not slow'` none
+FEW, MANY = {"run": 6, "signal": 6, "worker": 4, "writer": 4}, {"run": 60, "signal": 60, "worker": 40, "writer": 30}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "kills"), [("run", 60), ("signal", 60), ("worker", 40), ("writer", 30)])
+@pytest.mark.parametrize(
+    ("kind", "kills"), [*FEW.items(), *(pytest.param(*one, marks=pytest.mark.thorough) for one in MANY.items())]
+)
 def test_disturbed_trainings_end_with_the_weights_of_an_undisturbed_one(kind, kills, tmp_path, shared_market, whole):
     disturbed = [disturb(kind, number, tmp_path, shared_market, whole) for number in range(kills)]
     assert sum(disturbed) > kills / 2, "the others came to their end before"
@@ -232,7 +238,7 @@ def assert_is_one_line(error: BaseException) -> None:
     assert end[0].isprintable()
 
 
-FEW_OR_MANY = [100, pytest.param(4000, marks=pytest.mark.slow)]
+FEW_OR_MANY = [100, pytest.param(4000, marks=THOROUGH)]
 
 
 @pytest.mark.parametrize("count", FEW_OR_MANY)
@@ -307,7 +313,7 @@ def test_a_damaged_checkpoint_ends_in_one_line_or_is_read_as_it_was(shared_run, 
     assert refused > 0.7 * count, "the others are settings and digests that are as good as before"
 
 
-@pytest.mark.parametrize("count", [50, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [50, pytest.param(2000, marks=THOROUGH)])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_damaged_weights_end_in_one_line_or_are_read(tmp_path, count, suffix):
     network = backbones.build("compact")

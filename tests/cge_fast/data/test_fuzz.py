@@ -19,7 +19,7 @@ from cge_fast.options import DataConfig
 
 def seeded(fast: int, slow: int):
     """Runs of so many inputs, made from fixed seeds."""
-    slowly = pytest.param(range(slow), id=str(slow), marks=pytest.mark.slow)
+    slowly = pytest.param(range(slow), id=str(slow), marks=(pytest.mark.slow, pytest.mark.thorough))
     return pytest.mark.parametrize("numbers", [pytest.param(range(fast), id=str(fast)), slowly])
 
 
