@@ -87,6 +87,8 @@ def ending(error: BaseException) -> tuple[str, int] | None:
         message, status = f"interrupted by {number.name}", 128 + number
     elif isinstance(error, UserError | ArgumentError):
         message = f"error: {str(error).strip()}"
+    elif isinstance(error, ConnectionError | EOFError):  # of the queue that images come by
+        message = f"error: {KNOWN[1][1].format(error)}"
     elif isinstance(error, OSError) and error.errno is not None:
         message = f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error.strerror}"
     elif isinstance(error, RuntimeError | MemoryError):

@@ -95,6 +95,8 @@ def claimed(config: TrainConfig, resuming: bool) -> Iterator[None]:
             stack.enter_context(files.locked(output))
             if not resuming and holds_run(output):
                 raise UserError(f"output: {output} holds a run already; continue it with --resume or choose another")
+            for folder in (output, output / "checkpoints"):
+                files.mend(folder)
             return output
 
         config.output = from_first_rank(claim)

@@ -38,6 +38,16 @@ def test_the_kernels_run_on_a_chosen_backend():
     assert scope["stripes"].shape == (8, 3, 64)
 
 
+def test_a_checkpoint_is_analysed_as_the_page_says(shared_run, tmp_path, monkeypatch, capsys):
+    (block,) = examples("docs/analysis.md")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(shared_run)
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    assert capsys.readouterr().out.startswith("mine: easiest ")
+    assert (tmp_path / "analyses" / "levels.png").exists()
+
+
 def test_every_recipe_is_named():
     from cge_fast.cli import recipes
 

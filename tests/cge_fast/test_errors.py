@@ -49,6 +49,8 @@ def test_ctrl_c_is_no_traceback(capsys):
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. "), "/dev/shm is full"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), "not enough memory"),
         (MemoryError(), "not enough memory"),
+        (ConnectionResetError(104, "Connection reset by peer"), "a process that loads images has died"),
+        (EOFError(), "a process that loads images has died"),
         (RuntimeError("[gloo/pair.cc:545] Read error: Connection reset by peer"), "another rank has ended"),
     ],
 )

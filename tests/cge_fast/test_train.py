@@ -1,9 +1,7 @@
 """The training program, from its command line to its last line."""
 
-import errno
 import json
 import math
-import os
 import shutil
 import time
 from collections import Counter
@@ -16,9 +14,8 @@ from runs import assert_same_weights, rows, run, weights
 
 import cge_fast.losses.cge
 import cge_reference
-from cge_fast import backbones, checkpoint, errors, evaluate, loop, train
+from cge_fast import checkpoint, errors, evaluate, loop, train
 from cge_fast.build import build_run
-from cge_fast.cli import read_settings
 from cge_fast.losses.softmax import SoftmaxLoss
 from cge_fast.options import Backend
 from cge_fast.profile import TRACE
@@ -94,14 +91,6 @@ def test_the_backend_says_which_operators_run(options, tmp_path, capsys, monkeyp
     assert bool(calls["stripe_pool"]) == (backend == "reference"), "evaluation's is the checkpoint's"
 
 
-def test_a_run_goes_on_with_another_backend(trained, capsys):
-    last = trained / "checkpoints" / "last"
-    assert read_settings(last / "config.yaml").backend == "auto"
-    more = ["--output", str(trained), "--resume", "--optim.epochs", "3", "--backend", "reference"]
-    assert run(more, capsys)[0] == 0
-    assert read_settings(last / "config.yaml").backend == "reference"
-
-
 class Killed(BaseException):
     """What a kill signal would do."""
 
@@ -131,11 +120,6 @@ def test_a_run_killed_after_an_epoch_resumes_bit_for_bit(options, tmp_path, caps
     timed = {"seconds", "images_per_second"}
     strip = lambda found: [{key: row[key] for key in row.keys() - timed} for row in found]  # noqa: E731
     assert strip(rows(tmp_path / "run")) == strip(rows(tmp_path / "whole"))
-
-
-def test_resuming_a_finished_run_says_its_result_again(trained, options, tmp_path, capsys):
-    _, out, _ = run([*options, "--output", str(tmp_path / "again")], capsys)
-    assert run(["--output", str(trained), "--resume"], capsys)[1] == out.replace("again", "run")
 
 
 def test_micro_batches_cover_the_batch_and_write_the_memory_once(options, tmp_path, capsys, monkeypatch):
@@ -239,58 +223,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(trained
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (["--model.stripes", "2"], "model.stripes: checkpoint .* has 3 stripes, the settings want 2"),
-        (["--model.cge", "false"], "model.cge: checkpoint .* has a memory, the settings want none"),
-    ],
-)
-def test_a_checkpoint_that_does_not_fit_is_refused(trained, tmp_path, change, message):
-    with pytest.raises(errors.UserError, match=message):
-        train.main(["--output", str(tmp_path / "run"), "--resume", *change])
-
-
-def test_a_checkpoint_with_other_classes_is_refused(trained, market, tmp_path):
-    for path in (market / "bounding_box_train").glob("0001_*"):
-        path.unlink()
-    with pytest.raises(errors.UserError, match=r"data: checkpoint .* has 4 classes, the data set 3"):
-        train.main(["--output", str(tmp_path / "run"), "--resume", "--data.identities", "3"])
-
-
-def test_images_of_other_people_are_not_gone_on_with(trained, market, capsys):
-    for path in sorted((market / "bounding_box_train").glob("0001_*")):
-        path.rename(path.with_name(path.name.replace("0001", "0009")))
-    status, _, err = run(["--output", str(trained), "--resume", "--optim.epochs", "3"], capsys)
-    assert status == 2
-    assert "data: the images or their identities are not those that" in err
-
-
-def test_fewer_epochs_than_are_done_are_refused(trained, capsys):
-    status, _, err = run(["--output", str(trained), "--resume", "--optim.epochs", "1"], capsys)
-    assert status == 2
-    assert "optim.epochs: 1, but the run has done 2" in err
-
-
-def test_going_on_needs_no_weights_that_the_run_began_with(options, tmp_path, capsys):
-    torch.save(backbones.build("compact").state_dict(), tmp_path / "start.pth")
-    assert run([*options, "--model.weights", str(tmp_path / "start.pth")], capsys)[0] == 0
-    (tmp_path / "start.pth").unlink()
-    assert run(["--output", str(tmp_path / "run"), "--resume", "--optim.epochs", "3"], capsys)[0] == 0
-    saved = read_settings(tmp_path / "run" / "checkpoints" / "last" / "config.yaml")
-    assert saved.model.weights == tmp_path / "start.pth", "it is still known what the run began with"
-
-
-def test_a_run_that_was_copied_without_links_and_lost_a_row_goes_on(trained, tmp_path, capsys):
-    copied = shutil.copytree(trained, tmp_path / "copied")
-    file = copied / "metrics.jsonl"
-    before = rows(copied)
-    file.write_bytes(file.read_bytes()[:-20])
-    assert run(["--output", str(copied), "--resume", "--optim.epochs", "3"], capsys)[0] == 0
-    assert rows(copied)[:-1] == before
-    assert evaluate.main(["--checkpoint", str(copied)]) is None
-
-
 def test_runs_without_a_folder_do_not_share_one(tmp_path, monkeypatch):
     class Stopped:
         @staticmethod
@@ -309,27 +241,6 @@ def test_a_relative_root_is_found_from_another_folder(options, market, tmp_path,
     evaluate.main(["--checkpoint", str(tmp_path / "run")])
 
 
-def test_a_full_disk_is_one_line_that_names_what_there_is(trained, capsys, monkeypatch):
-    def full(path, content):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-    monkeypatch.setattr("cge_fast.files.write", full)
-    monkeypatch.setattr("cge_fast.files.replace", lambda path, content: None)
-    status, _, err = run(["--output", str(trained), "--resume", "--optim.epochs", "3"], capsys)
-    assert status == 2
-    message = err.strip().splitlines()[-1]
-    assert message.startswith("cge_fast.train: error: ")
-    assert f"No space left on device; the last checkpoint is {trained}/checkpoints/last, of epoch 2" in message
-    assert {path.name for path in (trained / "checkpoints").iterdir()} == {"last", "best"}
-
-
-def test_a_changed_setting_counts_when_a_run_goes_on(trained, tmp_path, capsys):
-    run(["--output", str(tmp_path / "run"), "--resume", "--optim.epochs", "3", "--optim.weight_decay", "0.25"], capsys)
-    state = checkpoint.load_training(tmp_path / "run" / "checkpoints" / "last")
-    assert state["epoch"] == 3
-    assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.25
-
-
 def test_an_evaluation_that_fails_keeps_the_epoch_and_can_be_repeated(options, market, tmp_path, capsys):
     query = next((market / "query").iterdir())
     content = query.read_bytes()
@@ -342,24 +253,6 @@ def test_an_evaluation_that_fails_keeps_the_epoch_and_can_be_repeated(options, m
     status, out, _ = run(["--output", str(tmp_path / "run"), "--resume"], capsys)
     assert status == 0
     assert out.startswith("mAP")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("metrics.jsonl", b"garbage\n", "metrics.jsonl, line 1: must be an object with the number of an epoch"),
-        ("metrics.jsonl", b"[1]\n", "metrics.jsonl, line 1"),
-        ("checkpoints/last/training.pt", b"", "training.pt is damaged"),
-        ("checkpoints/last/model.safetensors", b"x", "model.safetensors is damaged"),
-        ("checkpoints/last/loss.safetensors", b"x", "loss.safetensors is damaged"),
-        ("checkpoints/last/config.yaml", b"\xff", "config"),
-    ],
-)
-def test_a_damaged_run_is_not_resumed(trained, tmp_path, capsys, name, content, message):
-    (tmp_path / "run" / name).write_bytes(content)
-    status, _, err = run(["--output", str(tmp_path / "run"), "--resume", "--optim.epochs", "3"], capsys)
-    assert status == 2
-    assert message in err.strip().splitlines()[-1]
 
 
 def test_the_untrained_network_is_the_floor(options, tmp_path, capsys):
