@@ -66,7 +66,12 @@ def all_distances(query, gallery, *arguments):
 
 def assert_dense(query, gallery, *arguments):
     expected = torch.from_numpy(dense(query.numpy(), gallery.numpy(), *arguments)).float()
-    torch.testing.assert_close(all_distances(query, gallery, *arguments), expected, rtol=0, atol=1e-6)
+    # A float32 distance between unit features is off by units of 2^-24, and is divided by the image's largest.
+    images = torch.cat([query, gallery]).double()
+    images = torch.nn.functional.normalize(images) if arguments[0] == "cosine" else images / images.norm(dim=1).max()
+    largest = torch.cdist(images, images).square().amax(dim=1).clamp(min=1e-3).min().item()
+    tolerance = 1e-6 + 4 * 2**-24 / largest
+    torch.testing.assert_close(all_distances(query, gallery, *arguments), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
