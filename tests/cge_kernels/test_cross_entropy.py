@@ -92,6 +92,13 @@ def test_chunks_of_any_size_on_the_cpu(monkeypatch, chunk):
     check(draw(6) | {"labels": torch.tensor([0, 6, 7, 13, 14, 18], device=KERNEL_DEVICE)}, "cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+@pytest.mark.parametrize("chunk", [7, 19])
+def test_labels_of_small_dtypes_on_the_cpu(monkeypatch, chunk, dtype):
+    monkeypatch.setattr(cpu, "CHUNK", chunk)
+    check(draw(3) | {"labels": torch.tensor([0, 7, 18], dtype=dtype, device=KERNEL_DEVICE)}, "cpu")
+
+
 @pytest.mark.usefixtures("scratch")
 @pytest.mark.parametrize("local_gradient", [True, False])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cge_kernels.common.dispatch import is_traced
+
 
 def require_tensor(name: str, value: Any, shape: str, dtypes: str = "a floating") -> Tensor:
     """Returns `value` if it is a tensor of as many dimensions as `shape` (as in "(B, n, C)") has letters.
@@ -37,18 +39,30 @@ def require_same_device(**tensors: Tensor) -> None:
         )
 
 
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raises ValueError if a label on the CPU is outside [0, classes). On a GPU looking would synchronise."""
+    if is_traced(labels):
+        valid_labels(labels, classes)
+    else:
+        look_at_labels(labels, classes)
+
+
+def look_at_labels(labels: Tensor, classes: int) -> None:
+    """`check_labels`, out of a tracer's sight."""
+    wrong = [label for label in labels.tolist() if not 0 <= label < classes] if labels.is_cpu else []
+    if wrong:
+        raise ValueError(f"labels must lie in [0, {classes}), got {wrong[0]}")
+
+
 @torch.library.custom_op("cge_kernels::valid_labels", mutates_args=())
 def valid_labels(labels: Tensor, classes: int) -> Tensor:
     """(B,) bool: which labels lie in [0, classes).
 
-    On the CPU a label outside is a ValueError. On a GPU looking would synchronise with the host, so there the caller
-    masks the sample. Opaque, since torch.compile could not trace the look.
+    On the CPU a label outside is a ValueError; on a GPU the caller masks the sample. Opaque, since torch.compile could
+    not trace the look.
     """
-    valid = (labels >= 0) & (labels < classes)
-    if labels.device.type == "cpu" and not valid.all():
-        wrong = labels[~valid][0].item()
-        raise ValueError(f"labels must lie in [0, {classes}), got {wrong}")
-    return valid
+    look_at_labels(labels, classes)
+    return (labels >= 0) & (labels < classes)
 
 
 @valid_labels.register_fake

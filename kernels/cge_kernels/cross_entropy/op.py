@@ -32,7 +32,7 @@ def cross_entropy_op(
     label_smoothing: float, local_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if host_may_look(labels):
-        checks.valid_labels(labels, memory.shape[1])
+        checks.check_labels(labels, memory.shape[1])
     inputs = features, weight, local_features, memory, labels, bias, label_smoothing, local_gradient
     return run("revised_cross_entropy", launch_forward, cpu.revised_cross_entropy, *inputs)
 
@@ -140,14 +140,14 @@ def revised_cross_entropy(
     if runs_on_reference():
         import cge_reference
 
-        checks.valid_labels(labels, memory.shape[1])
+        checks.check_labels(labels, memory.shape[1])
         return cge_reference.revised_cross_entropy(*arguments[:5], label_smoothing, local_gradient, bias)
     if call is None:
         results = cross_entropy_op(*arguments)
     else:
         call.is_checked = True
         if host_may_look(labels):  # on a GPU the loss of a wrong one is NaN
-            checks.valid_labels(labels, memory.shape[1])
+            checks.check_labels(labels, memory.shape[1])
         results = eager_cross_entropy(*arguments, call)
     loss, _, correct, stripe_correct, _, _ = results
     return loss, correct, stripe_correct

@@ -12,6 +12,7 @@ GeM   x^p = exp2(p log2 x), much faster than pow.
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -29,11 +30,13 @@ def rows_of_stripes(height: int, stripes: int) -> list[tuple[int, int]]:
     return [(i * height // stripes, cdiv((i + 1) * height, stripes)) for i in range(stripes)]
 
 
+@cache
 def edges_of_bands(height: int, stripes: int) -> list[int]:
     """The rows at which a stripe begins or ends, in order."""
     return sorted({edge for rows in rows_of_stripes(height, stripes) for edge in rows})
 
 
+@cache
 def parts(height: int, stripes: int) -> list[tuple[slice, int]]:
     """Which bands the whole map and then each stripe consist of, and their number of rows."""
     edges = edges_of_bands(height, stripes)
@@ -103,8 +106,12 @@ def stripe_pool(feature_map: Tensor, stripes: int, p: Tensor | None, eps: float)
         for bands, rows in by_bands(x, stripes):
             torch.sum(rows, dim=(3, 4), out=sums[block][:, :, bands])
     sums = sums.transpose(1, 2).contiguous()
-    means = [sums[:, bands].sum(dim=1).div_(rows * width) for bands, rows in parts(height, stripes)]
-    global_feature, local_features = means[0], torch.stack(means[1:], dim=1)
+    global_feature = sums.sum(dim=1).div_(height * width)
+    if sums.shape[1] == stripes:  # each is a band of its own
+        local_features = sums.div_(height // stripes * width)
+    else:
+        _, *own = parts(height, stripes)
+        local_features = torch.stack([sums[:, bands].sum(dim=1).div_(rows * width) for bands, rows in own], dim=1)
     if p is not None:
         for feature in (global_feature, local_features):
             feature.clamp_(min=torch.finfo(dtype).tiny).log2_().div_(p).exp2_()
@@ -134,7 +141,7 @@ def average_backward(features: list[tuple], feature_map: Tensor, local_features:
     stripes = local_features.shape[1]
     share = empty_by_bands(feature_map, stripes).zero_()
     for bands, count, grad, _ in features:
-        share[:, :, bands] += (grad / count).unsqueeze(2)
+        share[:, :, bands].add_((grad / count).unsqueeze(2))
     grad_map = recycled_empty_like(feature_map)
     for bands, rows in by_bands(grad_map, stripes):
         rows.copy_(share[:, :, bands, None, None])
@@ -150,7 +157,7 @@ def gem_backward(
     nearest = torch.minimum if p >= 1 else torch.maximum
     log_reference = empty_by_bands(feature_map, stripes).fill_(math.copysign(math.inf, p - 1))
     for (bands, *_), log_feature in zip(features, log_features, strict=True):
-        log_reference[:, :, bands] = nearest(log_reference[:, :, bands], log_feature.unsqueeze(2))
+        nearest(own := log_reference[:, :, bands], log_feature.unsqueeze(2), out=own)
     factor = empty_by_bands(feature_map, stripes).zero_()
     sum_of_logs = factor.new_zeros((), dtype=torch.float64)
     # Below this the forward clamped the mean of x^p, so no gradient passes.
@@ -158,7 +165,7 @@ def gem_backward(
     for (bands, count, grad, feature), log_feature in zip(features, log_features, strict=True):
         grad = grad.masked_fill(p * log_feature <= log_clamped, 0)
         relative = log_feature.unsqueeze(2) - log_reference[:, :, bands]
-        factor[:, :, bands] += (grad / count).unsqueeze(2) * relative.mul_(1 - p).exp2_()
+        factor[:, :, bands].add_((grad / count).unsqueeze(2) * relative.mul_(1 - p).exp2_())
         sum_of_logs -= (grad * feature).mul_(log_feature).sum()
     offset = log_reference.mul_(1 - p)
 

@@ -10,11 +10,11 @@ from torch.autograd.graph import increment_version
 from torch.nn.functional import normalize
 
 from cge_kernels.common.checks import (
+    check_labels,
     require_memory,
     require_same_device,
     require_shape,
     require_tensor,
-    valid_labels,
 )
 from cge_kernels.common.dispatch import is_traced, runs_on_reference
 from cge_kernels.common.launch import host_may_look
@@ -31,19 +31,19 @@ def write_on_cpu(
     memory: Tensor, local_features: Tensor, labels: Tensor, momentum: Tensor, low_precision_memory: Tensor | None
 ) -> None:
     """launch_write in plain PyTorch."""
-    labels = labels.long()
-    valid = (labels >= 0) & (labels < memory.shape[1])
-    identities, instance_of = labels[valid].unique(return_inverse=True)
-    features = local_features[valid].to(memory.dtype)
+    labels, features = labels.long(), local_features.to(memory.dtype)
+    if not host_may_look(labels):  # else all are in range
+        valid = (labels >= 0) & (labels < memory.shape[1])
+        labels, features = labels[valid], features[valid]
+    identities, instance_of, counts = labels.unique(return_inverse=True, return_counts=True)
     sums = features.new_zeros(len(identities), *features.shape[1:]).index_add_(0, instance_of, features)
-    counts = instance_of.bincount(minlength=len(identities)).to(features.dtype)
-    means = (sums / counts[:, None, None]).transpose(0, 1)
+    means = (sums / counts.to(features.dtype)[:, None, None]).transpose(0, 1)
     norms = means.norm(dim=2, keepdim=True)
     update = means / norms.clamp(min=NORM_EPS)
     old = memory[:, identities]
-    blended = normalize(momentum * old + (1 - momentum) * update, dim=2, eps=NORM_EPS)
-    never_seen = (old == 0).all(dim=2, keepdim=True)
-    rows = torch.where(norms < NORM_EPS, old, torch.where(never_seen, update, blended))
+    blended = normalize((momentum * old).add_((1 - momentum) * update), dim=2, eps=NORM_EPS)
+    rows = torch.where(old.any(dim=2, keepdim=True), blended, update)  # a row of zeros was never written
+    rows = torch.where(norms < NORM_EPS, old, rows)
     memory[:, identities] = rows
     if low_precision_memory is not None:
         low_precision_memory[:, identities] = rows.to(low_precision_memory.dtype)
@@ -54,7 +54,7 @@ def write(
     low_precision_memory: Tensor | None,
 ) -> None:  # fmt: skip
     if host_may_look(labels):  # elsewhere the kernel masks wrong ones
-        valid_labels(labels, memory.shape[1])
+        check_labels(labels, memory.shape[1])
     if host_may_look(momentum) and not 0 <= momentum.item() <= 1:
         raise ValueError(f"momentum must lie in [0, 1], got {momentum.item()}")
     arguments = memory, local_features, labels, momentum.to(memory.device, memory.dtype), low_precision_memory
@@ -173,7 +173,7 @@ def of_own_classes(local_features: Tensor, labels: Tensor, shard: ClassShard) ->
     local_features, labels = gather_equal(local_features, shard.group), gather_equal(labels, shard.group)
     may_look = host_may_look(labels)
     if may_look:
-        valid_labels(labels, shard.classes)
+        check_labels(labels, shard.classes)
     labels = labels.long() - shard.first
     is_own = (labels >= 0) & (labels < shard.count)
     if may_look:
