@@ -32,7 +32,7 @@ SUMMARY = {  # README's table: bench, setting, subject and quantity by what they
     "extra memory of the loss": (
         *("loss, extra memory", "B 256, C 512, n 3, float32, scratch 256 MiB", "N 200,000", "extra memory"),
     ),
-    "kernels launched, GeM (counted)": ("launches", "msmt17, bfloat16", "head, gem", "all kernels"),
+    "kernels launched on a GPU, GeM (counted)": ("launches", "msmt17, bfloat16, sm_90", "head, gem", "all kernels"),
     "bytes moved on a GPU, GeM (counted)": ("traffic", "msmt17, bfloat16, sm_90", "head, gem, step", "moved"),
 }
 
