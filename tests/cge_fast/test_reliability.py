@@ -117,7 +117,7 @@ def disturb(kind: str, number: int, tmp_path: Path, market: Path, whole: Path) -
     process = start(arguments, folder / "printed.txt")
     while process.is_alive() and not (output / files.LOCK).exists():
         time.sleep(0.01)
-    time.sleep(chance.uniform(0, 1.5))
+    time.sleep(chance.uniform(0, 1))
     kill(kind, process, folder, market, chance)
     resuming = ["--resume"] if files.located(output / "checkpoints" / "last").exists() else []
     status, line = ended(start([*options_of(market, output), *resuming], folder / "again.txt"), folder / "again.txt")
@@ -140,7 +140,7 @@ FEW, MANY = {"run": 6, "signal": 6, "worker": 4, "writer": 4}, {"run": 60, "sign
 )
 def test_disturbed_trainings_end_with_the_weights_of_an_undisturbed_one(kind, kills, tmp_path, shared_market, whole):
     disturbed = [disturb(kind, number, tmp_path, shared_market, whole) for number in range(kills)]
-    assert sum(disturbed) > kills / 2, "the others came to their end before"
+    assert sum(disturbed) > kills / 4, "the others came to their end before"
 
 
 def on_two_ranks(arguments: list[str]) -> subprocess.Popen:
