@@ -168,8 +168,9 @@ def chosen_backend(name: Backend) -> AbstractContextManager:
 
 
 def check_backend(name: Backend, device: torch.device) -> None:
-    """Raises UserError, before any work, if CGE_BACKEND is no backend or the device cannot run what is chosen."""
+    """Raises UserError, before any work, if CGE_BACKEND or CGE_SCRATCH_MB is wrong or the device cannot run it."""
     try:
+        cge_kernels.scratch_bytes()
         with chosen_backend(name):
             runs_on_triton(torch.empty(0, device=device))
     except (ValueError, RuntimeError) as error:

@@ -7,7 +7,10 @@ import sys
 
 import pytest
 import torch
+from support import KERNEL_DEVICE
+from torch.utils.checkpoint import checkpoint
 
+import cge_kernels
 from cge_fast import CGEHead
 
 CHANNELS, CLASSES = 8, 5
@@ -131,3 +134,35 @@ def test_a_network_goes_to_onnx_by_either_exporter(dynamo, gem, tmp_path):
     torch.onnx.export(network, (images[:2],), file, input_names=["images"], dynamo=dynamo, **batch)
     (found,) = onnxruntime.InferenceSession(file).run(None, {"images": images.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), network(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["triton", "cpu", "reference"])
+def test_activation_checkpointing_gives_the_gradients_of_a_plain_step(name):
+    torch.manual_seed(0)
+    head = CGEHead(6, 5, stripes=2).to(KERNEL_DEVICE)
+    labels = torch.arange(4, device=KERNEL_DEVICE)
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(1)
+        feature_map = torch.rand(4, 6, 5, 2, device=KERNEL_DEVICE, requires_grad=True)
+        arguments = feature_map, labels
+        with cge_kernels.backend(name):
+            out = checkpoint(head, *arguments, use_reentrant=False) if checkpointed else head(*arguments)
+            gradients.append(torch.autograd.grad(out.loss, [feature_map, head.loss.weight, head.pool.p]))
+    assert all(a.equal(b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("name", ["triton", "cpu", "reference"])
+def test_what_is_saved_is_unpacked_once(name):
+    head, unpacked = CGEHead(6, 5, stripes=2).to(KERNEL_DEVICE), []
+
+    def unpack(packed):
+        tensor = packed.pop()  # a second time there is none
+        unpacked.append(tensor)
+        return tensor
+
+    with cge_kernels.backend(name):
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: [tensor], unpack):
+            out = head(torch.rand(4, 6, 5, 2, device=KERNEL_DEVICE), torch.arange(4, device=KERNEL_DEVICE))
+        out.loss.backward()
+    assert unpacked

@@ -83,11 +83,21 @@ def test_a_cuda_graph_is_for_one_process_and_one_micro_batch(monkeypatch):
     check_cuda_graph(config, gpu)
 
 
-def test_a_wrong_backend_is_one_line_and_leaves_nothing_behind(options, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("CGE_BACKEND", "cuda")
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("CGE_BACKEND", "cuda", "CGE_BACKEND must be one of auto, triton, cpu, reference, got 'cuda'"),
+        ("CGE_SCRATCH_MB", "1e3", "CGE_SCRATCH_MB must be a whole number of mebibytes, got '1e3'"),
+        ("CGE_SCRATCH_MB", "9" * 40, f"CGE_SCRATCH_MB must be a whole number of mebibytes, got '{'9' * 40}'"),
+    ],
+)
+def test_a_wrong_variable_is_one_line_and_leaves_nothing_behind(
+    variable, value, message, options, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv(variable, value)
     status, _, err = run(options, capsys)
     assert status == 2
-    assert err == "cge_fast.train: error: CGE_BACKEND must be one of auto, triton, cpu, reference, got 'cuda'\n"
+    assert err == f"cge_fast.train: error: {message}\n"
     assert not (tmp_path / "run").exists()
 
 

@@ -198,3 +198,40 @@ def test_exponent_and_momentum_may_be_numbers_or_tensors(any_backend):
     memory, labels = sample.memory, sample.labels
     first = cge_kernels.write_memory_(memory.clone(), as_number, labels, 0.25)
     assert torch.equal(cge_kernels.write_memory_(memory.clone(), as_number, labels, torch.tensor(0.25)), first)
+
+
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_labels_of_any_integer_dtype_mean_the_same(dtype, any_backend):
+    sample = draw_sample(4, 2, 300, 6)  # more classes than 8 bits can count
+    labels = torch.tensor([1, 100, 5, 7], device=KERNEL_DEVICE)
+    tensors = sample.features, sample.weight, sample.local_features, sample.memory
+    of_int64 = cge_kernels.revised_cross_entropy(*tensors, labels)
+    of_dtype = cge_kernels.revised_cross_entropy(*tensors, labels.to(dtype))
+    assert all(a.equal(b) for a, b in zip(of_dtype, of_int64, strict=True))
+    correct = cge_kernels.stripe_correct(sample.local_features, sample.memory, labels.to(dtype))
+    assert correct.equal(cge_kernels.stripe_correct(sample.local_features, sample.memory, labels))
+    written = [sample.memory.clone() for _ in range(2)]
+    for memory, given in zip(written, (labels, labels.to(dtype)), strict=True):
+        cge_kernels.write_memory_(memory, sample.local_features, given, 0.5)
+    assert written[0].equal(written[1])
+
+
+def test_an_empty_batch_gives_empty_results_and_gradients_of_zero(any_backend):
+    features, local = (torch.rand(0, *shape, device=KERNEL_DEVICE, requires_grad=True) for shape in ((6,), (2, 6)))
+    weight, memory = (
+        torch.rand(5, 6, device=KERNEL_DEVICE, requires_grad=True),
+        torch.rand(2, 5, 6, device=KERNEL_DEVICE),
+    )
+    labels = torch.zeros(0, dtype=torch.int64, device=KERNEL_DEVICE)
+    loss, correct, stripe_correct = cge_kernels.revised_cross_entropy(features, weight, local, memory, labels)
+    loss.sum().backward()
+    assert (loss.shape, correct.shape, stripe_correct.shape) == ((0,), (0,), (0, 2))
+    assert weight.grad.count_nonzero() == 0
+    assert cge_kernels.revise_logits(torch.rand(0, 5, device=KERNEL_DEVICE), local, memory).shape == (0, 5)
+    assert cge_kernels.stripe_correct(local, memory, labels).shape == (0, 2)
+    assert cge_kernels.stripe_pool(torch.rand(0, 3, 4, 2, device=KERNEL_DEVICE), 2)[1].shape == (0, 2, 3)
+    before = memory.clone()
+    assert cge_kernels.write_memory_(memory, local, labels, 0.5).equal(before)

@@ -16,14 +16,14 @@ SCORE_ROW = 16  # rows of scores are padded to a multiple of this: each starts o
 def scratch_bytes() -> int:
     """The scratch budget of one operator call, bytes: CGE_SCRATCH_MB (mebibytes) if set, else 256 MiB."""
     text = os.environ.get("CGE_SCRATCH_MB", str(SCRATCH_MB))
-    if not text.isdecimal():
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
         raise ValueError(f"CGE_SCRATCH_MB must be a whole number of mebibytes, got {text!r}")
     return int(text) << 20
 
 
 def score_row(length: int) -> int:
-    """Length of a row in memory for so many scores: rounded up to a multiple of 16."""
-    return cdiv(length, SCORE_ROW) * SCORE_ROW
+    """Length of a row in memory for so many scores: rounded up to a multiple of 16, at least that."""
+    return cdiv(max(1, length), SCORE_ROW) * SCORE_ROW
 
 
 def empty_scores(batch: int, memory: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def empty_scores(batch: int, memory: Tensor, dtype: torch.dtype) -> tuple[Tensor
 
 def chunk_of_classes(batch: int, stripes: int, classes: int) -> int:
     """How many classes a backward without kept scores takes at a time: those whose scores fit in the budget."""
-    fitting = scratch_bytes() // (batch * stripes * 4 * SCORE_ROW) * SCORE_ROW
+    fitting = scratch_bytes() // (max(1, batch) * stripes * 4 * SCORE_ROW) * SCORE_ROW
     return min(score_row(classes), max(SCORE_ROW, fitting))
 
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from cge_kernels.common.dispatch import is_traced
 
+INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64}
+
 
 def require_tensor(name: str, value: Any, shape: str, dtypes: str = "a floating") -> Tensor:
     """Returns `value` if it is a tensor of as many dimensions as `shape` (as in "(B, n, C)") has letters.
@@ -28,6 +30,12 @@ def require_shape(name: str, value: Tensor, wanted: tuple[int, ...], because: st
     """Raises ValueError unless `value` has the shape `wanted`, which follows from `because`."""
     if tuple(value.shape) != wanted:
         raise ValueError(f"{name} must have shape {wanted} to fit {because}, got {tuple(value.shape)}")
+
+
+def as_int64(labels: Any) -> Any:
+    """Labels of any integer dtype as int64, in which no class is out of range; anything else as it came."""
+    is_integer = isinstance(labels, Tensor) and labels.dtype in INTEGERS
+    return labels.long() if is_integer else labels
 
 
 def require_same_device(**tensors: Tensor) -> None:

@@ -114,7 +114,7 @@ def parts_of_channels(target: Target, dtype: torch.dtype, batch: int, stripes: i
     widest tiles fills the machine. The parts are as few as give each multiprocessor a program.
     """
     widest = matmul_tiles(SCORES, target, dtype).widths[0]
-    if cdiv(batch, block_of_samples(batch)) * cdiv(classes, widest) >= target.multiprocessors:
+    if not 0 < cdiv(batch, block_of_samples(batch)) * cdiv(classes, widest) < target.multiprocessors:
         return 0
     tiles = products_tiles(target, dtype, batch)
     programs = cdiv(batch, tiles["BLOCK_B"]) * cdiv(classes, tiles["BLOCK_N"]) * (stripes + 1)

@@ -131,7 +131,7 @@ def revised_cross_entropy(
             outside [0, N), or the ranks have different numbers of samples; on a GPU, where looking would synchronise,
             the loss of such a label is NaN, and nothing about it is correct.
     """
-    label_smoothing = float(label_smoothing)
+    label_smoothing, labels = float(label_smoothing), checks.as_int64(labels)
     arguments = features, weight, local_features, memory, labels, bias, label_smoothing, local_gradient
     call = None if is_traced(*arguments[:6]) else Call.of("revised_cross_entropy", *arguments)
     if call is None or not call.is_checked:

@@ -29,13 +29,14 @@ def stripe_correct(local_features: Tensor, memory: Tensor, labels: Tensor) -> Te
     checks.require_tensor("labels", labels, "(B,)", "an integer")
     checks.require_shape("labels", labels, (len(local_features),), f"local_features {tuple(local_features.shape)}")
     checks.require_same_device(memory=memory, labels=labels)
+    labels = checks.as_int64(labels)
     stripes, classes, _ = memory.shape
     batch = len(labels)
     dtype = checks.accumulation_dtype(local_features, memory)
     local = local_features.to(memory.dtype).to(dtype).transpose(0, 1)
     best = local.new_full((stripes, batch), -torch.inf)
     argmax = labels.new_zeros((stripes, batch), dtype=torch.int64)
-    chunk = max(1, scratch_bytes() // (stripes * batch * 4))
+    chunk = max(1, scratch_bytes() // (stripes * max(1, batch) * 4))
     for start in range(0, classes, chunk):
         rows = memory[:, start : start + chunk].to(dtype)
         with torch.autocast(rows.device.type, enabled=False):

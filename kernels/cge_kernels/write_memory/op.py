@@ -10,6 +10,7 @@ from torch.autograd.graph import increment_version
 from torch.nn.functional import normalize
 
 from cge_kernels.common.checks import (
+    as_int64,
     check_labels,
     require_memory,
     require_same_device,
@@ -133,7 +134,8 @@ def write_memory_(
             CPU) is outside [0, 1], or (on the CPU) a label is outside [0, N), or the ranks have different numbers of
             samples; on a GPU a sample of such a label writes nothing.
     """
-    tensors = memory, local_features, labels, low_precision_memory
+    tensors = memory, local_features, as_int64(labels), low_precision_memory
+    labels = tensors[2]
     given = momentum if isinstance(momentum, Tensor) else None
     call = None if is_traced(*tensors, given) else Call.of("write_memory_", *tensors, given)
     if call is None or not call.is_checked:
