@@ -68,6 +68,15 @@ def test_names_with_escape_codes_do_not_reach_the_terminal(capsys):
     )
 
 
+@pytest.fixture
+def heard(number):
+    """A program that is started by nohup, say, inherits that it ignores a signal."""
+    inherited = signal.signal(number, signal.SIG_DFL)
+    yield
+    signal.signal(number, inherited)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_one_line_and_its_status_whatever_it_raises_on_the_way(number, capsys):
     def main():
