@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cge_kernels.common.dispatch import is_traced
 
-INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64}
+INTEGERS = torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64
 
 
 def require_tensor(name: str, value: Any, shape: str, dtypes: str = "a floating") -> Tensor:

@@ -88,7 +88,9 @@ def is_traced(*tensors: Tensor | None) -> bool:
     Then an operator is called as a custom operator, which these know, else as an autograd function, which takes the
     host half of the time.
     """
+    if torch.compiler.is_compiling():  # first: older versions of torch.compile cannot trace the rest
+        return True
     for tensor in tensors:
         if tensor.__class__ not in PLAIN:
             return True
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+    return torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
