@@ -46,12 +46,12 @@ def chunks(
         yield rows, part, scores
 
 
-def weights_of(scores: Tensor, scratch: Tensor) -> Tensor:
-    """w (classes, B) of the stripes' scores (n, classes, B), in scratch of their shape: exp of the mean log sigmoid."""
-    first, *others = torch.neg(scores, out=scratch).exp_().log1p_()
-    for other in others:
-        first += other
-    return first.div_(-len(scores)).exp_()
+def log_weights(scores: Tensor) -> Tensor:
+    """log w (classes, B) of the stripes' scores (n, classes, B): the mean of log sigmoid."""
+    total = torch.exp(-scores[0]).log1p_()
+    for score in scores[1:]:
+        total += torch.exp(-score).log1p_()
+    return total.div_(-len(scores))
 
 
 def labels_here(part: Inputs) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ def revised_statistics(inputs: Inputs) -> tuple[Statistics, Tensor, Tensor]:
     sums, label_logit = inv_norm.new_zeros(2, batch), inv_norm.new_zeros(batch)
     sum_exp, total = sums
     for _, part, scores in chunks(inputs, inv_norm, saved_logits, is_filled=False):
-        revised = weights_of(scores[1:], torch.empty_like(scores[1:])).mul_(scores[0])
+        revised = log_weights(scores[1:]).exp_().mul_(scores[0])
         # In place of argmax, which takes twice as long as max with its index.
         torch.max(revised, dim=0, out=(most[0], place[0]))
         torch.max(scores[1:], dim=1, out=(most[1:], place[1:]))
@@ -123,52 +123,38 @@ def revised_cross_entropy_backward(
     """
     lse, saved_logits, inv_norm = saved
     features, weight, local_features, labels = inputs.features, inputs.weight, inputs.local_features, inputs.labels
-    dtype = inv_norm.dtype
-    inputs = inputs._replace(features=features.to(inputs.memory.dtype).to(dtype))
+    (_, stripes, _), memory_dtype, dtype = inputs.sizes, inputs.memory.dtype, inv_norm.dtype
     grad = torch.where((labels >= 0) & (labels < inputs.all_classes), grad, 0).to(dtype)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad_bias = weight.new_empty(0) if inputs.bias is None else torch.empty_like(inputs.bias)
     grad_features = features.new_zeros(features.shape, dtype=dtype)
-    grad_local = local_features.new_zeros(local_features.shape, dtype=dtype) if local_gradient else None
+    grad_local = local_features.new_zeros(local_features.shape if local_gradient else 0, dtype=dtype)
+    features_cast = features.to(memory_dtype).to(dtype)
     for rows, part, scores in chunks(inputs, inv_norm, saved_logits, is_filled=saved_logits.shape[1] > 0):
-        own = grad_weight[rows], grad_bias[rows]
-        gradients_of_rows(part, scores, lse, grad, label_smoothing, *own, grad_features, grad_local)
-    if grad_local is None:
-        return grad_features.to(features.dtype), grad_weight, local_features.new_empty(0), grad_bias
-    normalize_backward_(grad_local, local_features.to(dtype), inv_norm)
+        weights = log_weights(scores[1:]).exp_()
+        revised = weights * scores[0]
+        grad_revised = (revised - lse).exp_()
+        if label_smoothing:
+            grad_revised -= label_smoothing / inputs.all_classes
+        here, row = labels_here(part)
+        grad_revised[row, here] -= 1 - label_smoothing
+        grad_revised *= grad
+        grad_logits = weights.mul_(grad_revised)
+        if grad_weight.dtype == dtype:
+            torch.mm(grad_logits, features_cast, out=grad_weight[rows])
+        else:
+            grad_weight[rows] = grad_logits @ features_cast
+        grad_features.addmm_(grad_logits.T, part.weight.to(memory_dtype).to(dtype))
+        if inputs.bias is not None:
+            grad_bias[rows] = grad_logits.sum(dim=1)
+        if local_gradient:
+            common = grad_revised.mul_(revised).div_(stripes)
+            for i in range(stripes):
+                grad_scores = torch.exp(scores[i + 1], out=revised).add_(1).reciprocal_().mul_(common)
+                grad_local[:, i].addmm_(grad_scores.T, part.memory[i].to(dtype))
+    if local_gradient:
+        normalize_backward_(grad_local, local_features.to(dtype), inv_norm)
     return grad_features.to(features.dtype), grad_weight, grad_local.to(local_features.dtype), grad_bias
-
-
-def gradients_of_rows(
-    part: Inputs, scores: Tensor, lse: Tensor, grad: Tensor, label_smoothing: float, grad_weight: Tensor,
-    grad_bias: Tensor, grad_features: Tensor, grad_local: Tensor | None,
-) -> None:  # fmt: skip
-    """Writes gradients of the part's weight and bias, and adds to those of the features and normalised local features.
-
-    scores: logits and scores (n+1, rows, B). The part's features are as the product takes them.
-    """
-    dtype, scratch = scores.dtype, torch.empty_like(scores[1:])
-    weights = weights_of(scores[1:], scratch)
-    revised = weights * scores[0]
-    grad_revised = (revised - lse).exp_()
-    if label_smoothing:
-        grad_revised -= label_smoothing / part.all_classes
-    here, row = labels_here(part)
-    grad_revised[row, here] -= 1 - label_smoothing
-    grad_revised *= grad
-    grad_logits = weights.mul_(grad_revised)
-    if grad_weight.dtype == dtype:
-        torch.mm(grad_logits, part.features, out=grad_weight)
-    else:
-        grad_weight.copy_(grad_logits @ part.features)
-    grad_features.addmm_(grad_logits.T, part.weight.to(part.memory.dtype).to(dtype))
-    if part.bias is not None:
-        grad_bias.copy_(grad_logits.sum(dim=1))
-    if grad_local is not None:
-        common = grad_revised.mul_(revised).div_(len(scratch))
-        grad_scores = torch.exp(scores[1:], out=scratch).add_(1).reciprocal_().mul_(common)
-        for i, memory in enumerate(part.memory):
-            grad_local[:, i].addmm_(grad_scores[i].T, memory.to(dtype))
 
 
 def normalize_backward_(grad_local: Tensor, local_features: Tensor, inv_norm: Tensor) -> None:
