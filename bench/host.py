@@ -8,7 +8,6 @@ those of a training with tensor cores.
 
 import cProfile
 import pstats
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -19,7 +18,7 @@ from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
 from bench.cases import CASES, OURS, contenders
-from bench.measure import Contender, default_device, take_turns
+from bench.measure import default_device, host_seconds, take_turns
 from bench.null_driver import null_driver
 from bench.results import Figure
 from bench.shapes import SHAPES
@@ -53,22 +52,13 @@ def measure(rounds: int) -> Iterator[Figure]:
         with null_driver() if without_gpu else nullcontext():
             for case in tqdm(CASES, unit=" case"):
                 compared = contenders(case, SHAPES["tiny"], torch.float32, device, with_compiled=False)
-                runs = {name: partial(host_seconds, contender) for name, contender in compared.items()}
+                runs = {name: partial(host_seconds, contender.step, device) for name, contender in compared.items()}
                 for name, laps in take_turns(runs, rounds, warmup=20).items():
                     yield Figure.median("host", setting, str(case), name, "step", "s", samples=laps["host"])
             for place, share in shares(compared[OURS].step).items():  # the last case is the head with GeM
                 yield Figure("where the host's time goes", setting, str(case), OURS, place, "", share)
     finally:
         torch.set_float32_matmul_precision(precision)
-
-
-def host_seconds(contender: Contender) -> dict[str, float]:
-    """Until a step's calls have returned, on a GPU that had nothing to do before."""
-    if contender.device.type == "cuda":
-        torch.cuda.synchronize(contender.device)
-    start = time.perf_counter()
-    contender.step()
-    return {"host": time.perf_counter() - start}
 
 
 def shares(step: Callable[[], object]) -> dict[str, float]:

@@ -76,6 +76,15 @@ class Contender:
         return {"forward": between - start, "backward": end - between, "step": end - start}
 
 
+def host_seconds(step: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    """Seconds until a step's calls have returned, as "host", on a GPU that had nothing to do before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step()
+    return {"host": time.perf_counter() - start}
+
+
 def take_turns(
     runs: Mapping[str, Callable[[], dict[str, float]]], rounds: int, seconds: float = math.inf, warmup: int = WARMUP
 ) -> dict[str, dict[str, list[float]]]:

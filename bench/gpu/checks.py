@@ -1,7 +1,6 @@
 """What is checked on a GPU: parity, and of the head's step equal bits, CUDA graphs, synchronisation and host time."""
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 import cge_kernels
 from bench import cases
 from bench.cases import MOMENTUM, OURS, POOLINGS, Case
-from bench.measure import CPU, take_turns
+from bench.measure import CPU, host_seconds, take_turns
 from bench.results import Figure
 from bench.shapes import SHAPES, Shape
 from cge_fast.errors import one_line
@@ -209,20 +208,13 @@ def steps(at: Place) -> Iterator[Item]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    def host_seconds(step: Step) -> dict[str, float]:
-        if not at.is_dry:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        step.run()
-        return {"host": time.perf_counter() - start}
-
     for pooling in POOLINGS:
         one = bits(pooling, "eager")
         yield Expectation.runs(f"the same bits from run to run, {pooling}", compare, one, pooling, "eager")
         step = Step(at, OURS, pooling)
         yield Expectation.runs(f"no synchronisation in a step, {pooling}", run_without_synchronising, step)
         yield Expectation.runs(f"the same bits as a CUDA graph, {pooling}", compare, one, pooling, "graph")
-    found = take_turns({name: partial(host_seconds, Step(at, name)) for name in BACKENDS}, at.rounds)
+    found = take_turns({name: partial(host_seconds, Step(at, name).run, at.device) for name in BACKENDS}, at.rounds)
     for name, laps in found.items():
         yield Figure.median("host time", at.setting, "head, gem", name, "step", "s", samples=laps["host"])
     ours, reference = (median(found[name]["host"]) for name in BACKENDS)

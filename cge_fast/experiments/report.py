@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 
+from cge_fast import files
 from cge_fast.analyze.written import write_csv
 from cge_fast.cli import RECIPES, flat, read_settings
 from cge_fast.errors import UserError
@@ -131,7 +132,7 @@ def write(
     text += [*(f"Failed: {row}, seed {seed}: {message}" for (row, seed), message in failures.items()), ""]
     place.output.mkdir(parents=True, exist_ok=True)
     write_csv(place.output / f"{name}.csv", csv_lines)
-    (place.output / f"{name}.md").write_text("\n".join(text))
+    files.replace(place.output / f"{name}.md", "\n".join(text).encode())
     return "\n".join(text)
 
 
@@ -157,4 +158,4 @@ def put(file: Path, texts: Sequence[str]) -> None:
     text, found = MARKED.subn(lambda marks: f"{marks[1]}\n\n{tables}\n{marks[2]}", file.read_text())
     if not found:
         raise UserError(f"into: {file} must have <!-- measured --> and <!-- end of measured --> around the tables")
-    file.write_text(text)
+    files.replace(file, text.encode())

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cge_fast import checkpoint, train
+from cge_fast import checkpoint, files, train
 from cge_fast.analyze.stripes import train_stripe_correct
 from cge_fast.analyze.trained import open_checkpoint
 from cge_fast.cli import read_settings
@@ -59,7 +59,7 @@ def precision(folder: Path) -> list[float]:
     file = folder / PRECISION
     if not file.exists():
         correct = train_stripe_correct(open_checkpoint(folder / "checkpoints" / "last"))
-        file.write_text(json.dumps(correct.double().mean(dim=0).tolist()))
+        files.replace(file, json.dumps(correct.double().mean(dim=0).tolist()).encode())
     return json.loads(file.read_text())
 
 
@@ -91,7 +91,7 @@ def run(folder: Path, arguments: Sequence[str]) -> None:
     with (folder / PRINTED).open("w") as printed, redirect_stdout(printed), redirect_stderr(printed):
         variants.main(command)
     finished = {"seconds": before + time.perf_counter() - start, "arguments": list(arguments)}
-    (folder / FINISHED).write_text(json.dumps(finished))
+    files.replace(folder / FINISHED, json.dumps(finished).encode())
 
 
 def run_rows(

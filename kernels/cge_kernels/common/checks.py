@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cge_kernels.common.dispatch import is_traced
+from cge_kernels.common.launch import host_may_look
 
 INTEGERS = torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64
 
@@ -48,7 +49,7 @@ def require_same_device(**tensors: Tensor) -> None:
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
-    """Raises ValueError if a label on the CPU is outside [0, classes). On a GPU looking would synchronise."""
+    """Raises ValueError if a label is outside [0, classes), where `host_may_look` at it."""
     if is_traced(labels):
         valid_labels(labels, classes)
     else:
@@ -57,7 +58,7 @@ def check_labels(labels: Tensor, classes: int) -> None:
 
 def look_at_labels(labels: Tensor, classes: int) -> None:
     """`check_labels`, out of a tracer's sight."""
-    wrong = [label for label in labels.tolist() if not 0 <= label < classes] if labels.is_cpu else []
+    wrong = [label for label in labels.tolist() if not 0 <= label < classes] if host_may_look(labels) else []
     if wrong:
         raise ValueError(f"labels must lie in [0, {classes}), got {wrong[0]}")
 

@@ -36,7 +36,7 @@ class Call:
     def __init__(self, tensors: list[Tensor]):
         self.device = max(tensor.get_device() for tensor in tensors)
         self.is_checked = False  # whether the operator has found its arguments right
-        self.on_triton: bool | None = None  # None until `decide`
+        self.on_triton: bool | None = None  # None until `runs_on_triton` is asked
         self.prepared: list[Any] | None = None  # what a plan has gathered
 
     @classmethod
@@ -45,16 +45,19 @@ class Call:
         key = [operator, dispatch.current_backend(), launch.current_state(), os.environ.get("CGE_SCRATCH_MB")]
         tensors: list[Tensor] = []
         describe(values, key, tensors)
-        found = _calls.get(tuple(key))
+        alike = tuple(key)
+        found = _calls.get(alike)
         if found is None:
             if len(_calls) >= MAX_CALLS:
                 _calls.clear()
-            found = _calls[tuple(key)] = cls(tensors)
+            found = _calls[alike] = cls(tensors)
         return found
 
-    def decide(self, inputs: Iterable[Any]) -> bool:
-        """Whether kernels run: see `dispatch.runs_on_triton`."""
-        self.on_triton = dispatch.runs_on_triton(*[value for value in flat(inputs) if isinstance(value, Tensor)])
+    def runs_on_triton(self, inputs: Iterable[Any]) -> bool:
+        """What `dispatch.runs_on_triton` says of the tensors among the operator's inputs; asked once."""
+        if self.on_triton is None:
+            tensors = [value for value in flat(inputs) if isinstance(value, Tensor)]
+            self.on_triton = dispatch.runs_on_triton(*tensors)
         return self.on_triton
 
     def autocast_off(self) -> AbstractContextManager:
@@ -211,7 +214,7 @@ class Layout:
 def run(operator: str, on_triton: Callable, on_cpu: Callable, *inputs: Any) -> Any:
     """on_triton(plan, *inputs) or on_cpu(*inputs), as the backend in force has it."""
     call = Call.of(operator, *inputs)
-    if call.decide(inputs) if call.on_triton is None else call.on_triton:
+    if call.runs_on_triton(inputs):
         with Plan(call) as plan:
             return on_triton(plan, *inputs)
     with call.autocast_off():
@@ -239,7 +242,7 @@ def autograd_function(
         @staticmethod
         def forward(ctx, *inputs_and_call):
             *inputs, call = inputs_and_call
-            if call.decide(inputs) if call.on_triton is None else call.on_triton:
+            if call.runs_on_triton(inputs):
                 with Plan(call) as plan:
                     output = on_triton(plan, *inputs)
             else:

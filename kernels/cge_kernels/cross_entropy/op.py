@@ -17,7 +17,6 @@ from torch import Tensor
 from cge_kernels.common import checks
 from cge_kernels.common.budget import empty_saved
 from cge_kernels.common.dispatch import is_traced, runs_on_reference
-from cge_kernels.common.launch import host_may_look
 from cge_kernels.common.plan import Call, autograd_function, run
 from cge_kernels.common.sharding import ClassShard, has_all_classes
 from cge_kernels.cross_entropy import cpu
@@ -32,8 +31,7 @@ def cross_entropy_op(
     features: Tensor, weight: Tensor, local_features: Tensor, memory: Tensor, labels: Tensor, bias: Tensor | None,
     label_smoothing: float, local_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    if host_may_look(labels):
-        checks.check_labels(labels, memory.shape[1])
+    checks.check_labels(labels, memory.shape[1])
     inputs = features, weight, local_features, memory, labels, bias, label_smoothing, local_gradient
     return run("revised_cross_entropy", launch_forward, cpu.revised_cross_entropy, *inputs)
 
@@ -147,8 +145,7 @@ def revised_cross_entropy(
         results = cross_entropy_op(*arguments)
     else:
         call.is_checked = True
-        if host_may_look(labels):  # on a GPU the loss of a wrong one is NaN
-            checks.check_labels(labels, memory.shape[1])
+        checks.check_labels(labels, memory.shape[1])  # where nobody looks, the loss of a wrong one is NaN
         results = eager_cross_entropy(*arguments, call)
     loss, _, correct, stripe_correct, _, _ = results
     return loss, correct, stripe_correct

@@ -15,7 +15,6 @@ from torch import Tensor
 from cge_kernels.common.budget import empty_saved
 from cge_kernels.common.checks import accumulation_dtype, check_labels
 from cge_kernels.common.dispatch import is_traced
-from cge_kernels.common.launch import host_may_look
 from cge_kernels.common.plan import run
 from cge_kernels.common.sharding import ClassShard, gather_equal, reduce_to_own
 from cge_kernels.cross_entropy import cpu
@@ -63,8 +62,7 @@ class ShardedCrossEntropy(torch.autograd.Function):
         ctx, features, weight, local_features, memory, labels, bias, label_smoothing, local_gradient, shard: ClassShard
     ):
         features, local_features, labels = (gather_equal(x, shard.group) for x in (features, local_features, labels))
-        if host_may_look(labels):
-            check_labels(labels, shard.classes)
+        check_labels(labels, shard.classes)
         arguments = features, weight, local_features, memory, labels, bias, shard.first, shard.classes
         traced = is_traced(*arguments[:6])
         *own, saved_logits, inv_norm = (revised_statistics_op if traced else revised_statistics)(*arguments)

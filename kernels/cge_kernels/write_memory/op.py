@@ -54,8 +54,7 @@ def write(
     call: Call, memory: Tensor, local_features: Tensor, labels: Tensor, momentum: Tensor,
     low_precision_memory: Tensor | None,
 ) -> None:  # fmt: skip
-    if host_may_look(labels):  # elsewhere the kernel masks wrong ones
-        check_labels(labels, memory.shape[1])
+    check_labels(labels, memory.shape[1])  # where nobody looks, the kernel masks wrong ones
     if host_may_look(momentum) and not 0 <= momentum.item() <= 1:
         raise ValueError(f"momentum must lie in [0, 1], got {momentum.item()}")
     arguments = memory, local_features, labels, momentum.to(memory.device, memory.dtype), low_precision_memory
@@ -63,7 +62,7 @@ def write(
         import cge_reference
 
         cge_reference.write_memory_(*arguments)
-    elif call.decide(arguments) if call.on_triton is None else call.on_triton:
+    elif call.runs_on_triton(arguments):
         with Plan(call) as plan:
             launch_write(plan, *arguments)
     else:
@@ -173,11 +172,9 @@ def constant(shape: tuple[()], number: float, dtype: torch.dtype, device: torch.
 def of_own_classes(local_features: Tensor, labels: Tensor, shard: ClassShard) -> tuple[Tensor, Tensor]:
     """Local features and labels of all ranks, of which only samples of this rank's classes have a label in range."""
     local_features, labels = gather_equal(local_features, shard.group), gather_equal(labels, shard.group)
-    may_look = host_may_look(labels)
-    if may_look:
-        check_labels(labels, shard.classes)
+    check_labels(labels, shard.classes)
     labels = labels.long() - shard.first
     is_own = (labels >= 0) & (labels < shard.count)
-    if may_look:
+    if host_may_look(labels):
         return local_features[is_own], labels[is_own]
     return local_features, torch.where(is_own, labels, -1)  # choosing would synchronise with the host
