@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     more, root_of = arguments[split + 1 :], dict(zip(needing_root(options), options.root, strict=True))
     data = options.data if options.names != [OF_RECIPES] else []
     places = [place_of(options.preset, name, root_of.get(name), options.output, more) for name in data]
+    for key in (key for key in TABLES if key.startswith("figure") and key.startswith(tuple(options.names))):
+        figures.require_fit(key, places)
     texts, failures = [], {}
     for name in options.names:
         tables = {key: table for key, table in TABLES.items() if key.startswith(name)}
@@ -43,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             failed |= failed_here
         print("\n".join(written))
         for key in [key for key in tables if key.startswith("figure") and not failed]:
-            for group in [places] if key == figures.ACROSS_SETS else [[place] for place in places]:
+            that_fit = [place for place in places if figures.fits(key, place)]
+            for group in [that_fit] if key == figures.ACROSS_SETS else [[place] for place in that_fit]:
                 where = group[0].output if len(group) == 1 else options.output
                 print(figures.draw(key, group, where / key))
         texts += written

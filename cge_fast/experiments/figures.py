@@ -8,7 +8,7 @@ from cge_fast.analyze.saliency import saliency
 from cge_fast.analyze.stripes import levels
 from cge_fast.analyze.trained import open_checkpoint
 from cge_fast.analyze.written import COLOURS, Written, plot, write
-from cge_fast.errors import UserError
+from cge_fast.errors import UserError, notice
 from cge_fast.experiments.presets import Place
 from cge_fast.experiments.runs import folder_of, last_row
 from cge_fast.experiments.tables import TABLES
@@ -20,20 +20,29 @@ PAPERS = {"figure4": " (the paper: easiest 82.1% on Market-1501, 72.0% on MSMT17
 ACROSS_SETS = "figure4"  # one picture of all sets; the others are of one
 
 
-def draw(key: str, places: Sequence[Place], output: Path) -> str:
-    """Writes the figure's PNG and CSV to a folder; returns what they show in a line, and where they are.
+def fits(key: str, place: Place) -> bool:
+    """Whether the feature maps there have rows enough for one of the figure's trainings."""
+    return any(row.stripes <= place.preset.rows for row in place.fitted(TABLES[key].rows))
 
-    Raises:
-        UserError: the feature maps have too few rows.
-    """
+
+def require_fit(key: str, places: Sequence[Place]) -> None:
+    """Says which sets a figure leaves out; UserError if it would leave out all."""
+    lacking = [place for place in places if not fits(key, place)]
+    what = ", ".join(f"{place.data}'s have {place.preset.rows}" for place in lacking)
+    if lacking and len(lacking) == len(places):
+        raise UserError(f"{key}: needs feature maps of more rows, {what}")
+    if lacking:
+        notice(f"{key}: left out where feature maps have too few rows, {what}")
+
+
+def draw(key: str, places: Sequence[Place], output: Path) -> str:
+    """Writes the figure's PNG and CSV to a folder; returns what they show in a line, and where they are."""
     runs = {
         place.data if key == ACROSS_SETS else row.name: folder_of(place.output, row, seed=0)
         for place in places
         for row in place.fitted(TABLES[key].rows)
         if row.stripes <= place.preset.rows
     }
-    if not runs:
-        raise UserError(f"{key}: the feature maps of this preset have {places[0].preset.rows} rows, which is too few")
     if key in ANALYSES:
         opened = [open_checkpoint(run / "checkpoints" / "last", label) for label, run in runs.items()]
         written = ANALYSES[key](opened, output)

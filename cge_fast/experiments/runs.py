@@ -3,6 +3,7 @@
 import json
 import os
 import statistics
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -165,5 +166,11 @@ def executor(jobs: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
         yield map
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    with get_context("spawn").Pool(jobs, torch.set_num_threads, (threads,)) as pool:  # leaving ends the processes
+    with get_context("spawn").Pool(jobs, prepare_worker, (threads,)) as pool:  # leaving ends the processes
         yield pool.imap_unordered
+
+
+def prepare_worker(threads: int) -> None:
+    """Sets a process's threads. Its bars get a lock of its own: a killed process would leave tqdm's behind."""
+    torch.set_num_threads(threads)
+    tqdm.set_lock(threading.RLock())

@@ -2,13 +2,15 @@
 
 import json
 import shlex
+import subprocess
+import sys
 
 import pytest
 
 from cge_fast import errors, loop
-from cge_fast.experiments import presets
+from cge_fast.experiments import figures, presets
 from cge_fast.experiments.__main__ import PROGRAM, main
-from cge_fast.experiments.presets import Preset
+from cge_fast.experiments.presets import Preset, place_of
 from cge_fast.experiments.runs import FINISHED, folder_of, mean_weight, run_rows
 from cge_fast.experiments.tables import comparison
 from cge_fast.log import read_rows
@@ -186,11 +188,32 @@ def test_rows_start_from_the_presets_first_training(tiny, market, tmp_path, monk
 
 
 @pytest.mark.slow
-def test_a_figure_that_needs_more_rows_says_so(tiny, market, tmp_path):
-    with pytest.raises(
-        errors.UserError, match=r"^figure6: the feature maps of this preset have 3 rows, which is too few$"
-    ):
+def test_a_figure_leaves_out_sets_whose_maps_have_too_few_rows(tiny, market, tmp_path, monkeypatch, capsys):
+    with pytest.raises(errors.UserError, match=r"^figure6: needs feature maps of more rows, omniglot's have 3$"):
         main(arguments("figure6", market, tmp_path))
+    monkeypatch.setitem(presets.PRESETS["small"], "pedestrians", Preset(shlex.join(tiny), rows=12))
+    figures.require_fit("figure6", [place_of("small", data, market, tmp_path) for data in ("pedestrians", "omniglot")])
+    assert "figure6: left out where feature maps have too few rows, omniglot's have 3" in capsys.readouterr().err
+
+
+PROGRESS_IN_PROCESSES = """
+from cge_fast.data import ReidSet
+from cge_fast.data.images import without_corrupt
+from cge_fast.experiments.runs import executor
+
+if __name__ == "__main__":
+    with executor(2) as map_unordered:
+        print(list(map_unordered(without_corrupt, [ReidSet([], [], [])])))
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_show_progress_leave_nothing_behind(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRESS_IN_PROCESSES)
+    printed = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=100, check=True)
+    assert printed.stdout == "[(ReidSet(train=[], query=[], gallery=[]), [])]\n"
+    assert "leaked" not in printed.stderr
 
 
 @pytest.mark.parametrize(
