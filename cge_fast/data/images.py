@@ -1,5 +1,7 @@
 """What a re-identification data set is, and how one of its images is read: one way for every reader."""
 
+import ctypes
+import logging
 import warnings
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -19,6 +21,12 @@ from cge_fast.errors import UserError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # Pillow has more, some of which start other programs
 WHITES = {"I": (255, 65_535), "F": (1, 255, 65_535)}  # what white can be in 32 bits; in 16 it is 65,535
 FEWEST_GREYS = 32
+
+# What there is to say of a damaged picture is in the error, in one line; Pillow and its libtiff print more.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+with suppress(OSError, AttributeError):  # a Pillow that was built in another way
+    for handler in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        ctypes.CDLL(PIL.Image.core.__file__)[handler](None)
 
 Split = Literal["train", "query", "gallery"]
 SPLITS: tuple[Split, ...] = ("train", "query", "gallery")

@@ -158,6 +158,20 @@ def test_an_image_that_claims_a_huge_size_is_named_before_it_is_read(tmp_path, s
         open_rgb(path)
 
 
+@pytest.mark.parametrize("compression", ["tiff_lzw", "jpeg", "packbits", "tiff_adobe_deflate"])
+def test_libtiff_and_pillow_print_nothing_of_a_damaged_picture(tmp_path, compression, capfd):
+    PIL.Image.fromarray(scene()).save(tmp_path / "whole.tif", compression=compression)
+    whole, refused = (tmp_path / "whole.tif").read_bytes(), 0
+    for place in range(0, len(whole), 3):
+        (tmp_path / "a.tif").write_bytes(whole[:place] + b"\xff" + whole[place + 1 :])
+        try:
+            open_rgb(tmp_path / "a.tif")
+        except UserError:
+            refused += 1
+    assert refused > 0
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("entry", ["pipe", "folder", "gone", "missing"])
 def test_what_is_no_file_is_named_and_waited_for_by_nobody(tmp_path, entry):
     path = tmp_path / "a.jpg"
