@@ -11,6 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from cge_fast.errors import UserError
+from cge_fast.files import at_home
 from cge_fast.options import TrainConfig
 
 Settings = TypeVar("Settings")
@@ -86,6 +87,8 @@ def parse_settings(parser: ArgumentParser, arguments: Sequence[str]) -> Namespac
             refuse_old_name(option[2:], value)
         if option[2:] in SECTIONS or CLASS_PATH in option:
             raise UserError(f"{option[2:]}: give settings one by one, like --optim.lr 1e-3")
+        if option[2:] in NULLABLE and not value:
+            raise UserError(f"{option[2:]}: must be a path, got nothing")
         if option == "--config":
             for name, setting in flat(load_yaml(Path(value))):
                 refuse_old_name(name, setting, f"{value}: ")
@@ -149,8 +152,8 @@ def load_yaml(file: Path) -> dict[str, Any]:
         if not isinstance(values[name], dict):
             raise UserError(f"config: {file}: {name} must be a section of settings, got {type(values[name]).__name__}")
     for name, value in flat(values):
-        if value is None and name not in NULLABLE:
-            raise UserError(f"config: {file}: {name} must have a value, got null")
+        if value == "" if name in NULLABLE else value is None:
+            raise UserError(f"config: {file}: {name} must have a value, got {'nothing' if value == '' else 'null'}")
     return values
 
 
@@ -209,7 +212,12 @@ def as_dataclass(parser: ArgumentParser, parsed: Namespace, kind: type[Settings]
 
 
 def plain(value: Any) -> Any:
-    """Settings with ordinary numbers in place of the range-checked ones, which neither YAML nor torch.load knows."""
+    """Settings with ordinary numbers in place of the range-checked ones, which neither YAML nor torch.load knows.
+
+    A path's leading ~ is the home folder.
+    """
+    if isinstance(value, Path):
+        return at_home(value)
     if is_dataclass(value):
         return replace(value, **{settings.name: plain(getattr(value, settings.name)) for settings in fields(value)})
     if isinstance(value, list):

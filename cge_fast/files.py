@@ -25,6 +25,13 @@ LOCK = ".lock"  # in a folder that is in use: host and process
 COUNT = ".files"  # in a folder that was written once: how many files its folders were written with
 
 
+def at_home(path: Path) -> Path:
+    """The path with the home folder in the place of a leading ~, which a shell leaves in --option=~/x, and YAML has."""
+    with suppress(RuntimeError):  # nobody is called so
+        return path.expanduser()
+    return path
+
+
 def write(path: Path, content: bytes) -> None:
     """Writes a file that must not be there yet, down to the disk; an OSError names it."""
     try:
@@ -183,7 +190,7 @@ def locked(folder: Path) -> Iterator[None]:
         UserError: another process has the lock.
     """
     path, boot = folder / LOCK, Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    with path.open("a+") as file:
+    with path.open("a+", errors="replace") as file:
         file.seek(0)
         host, process, other_boot = (file.read().split() + [""] * 3)[:3]
         try:

@@ -18,7 +18,6 @@ NORMALISATIONS = {
 SMALLEST_ERASED_AREA = 0.02  # the paper's parameters of random erasing
 ERASED_ASPECT = (0.3, 1 / 0.3)
 ERASING_TRIES = 100
-START = "fork"  # of processes that load images: cge_fast.errors then says how they take signals, and they start at once
 
 
 def to_size(config: DataConfig) -> list[v2.Transform]:
@@ -115,14 +114,10 @@ def train_loader(images: Sequence[Image], sampler: Sampler, config: DataConfig, 
         batch_sampler=sampler,
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
-        multiprocessing_context=START if config.workers else None,
         pin_memory=pin_memory,
     )
 
 
 def test_loader(images: Sequence[Image], batch: int, config: DataConfig) -> DataLoader:
     """Batches (B, 3, H, W) float32 in the order of `images`."""
-    start = START if config.workers else None
-    return DataLoader(
-        TestImages(images, config), batch_size=batch, num_workers=config.workers, multiprocessing_context=start
-    )
+    return DataLoader(TestImages(images, config), batch_size=batch, num_workers=config.workers)
