@@ -100,7 +100,7 @@ def open_rgb(path: Path) -> PIL.Image.Image:
             warnings.simplefilter("ignore")  # those of damaged metadata
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
             with PIL.Image.open(path, formats=FORMATS) as image:
-                level = LEVELS.get(image.tile[0][3]) if image.format == "PNG" and image.tile else None
+                level = LEVELS.get(str(image.tile[0][3])) if image.format == "PNG" and image.tile else None
                 image.load()
                 if level and "transparency" in image.info:
                     image.info["transparency"] *= level  # Pillow scales the pixels alone
@@ -121,7 +121,9 @@ def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:
             values = (65_535 if image.mode.startswith("I;16") else 0) - values
         greys = eight_bits(values, image.mode)
-        image = PIL.Image.fromarray(np.where(values == image.info.get("transparency", np.nan), 0, greys).astype(np.uint8))
+        image = PIL.Image.fromarray(
+            np.where(values == image.info.get("transparency", np.nan), 0, greys).astype(np.uint8)
+        )
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "black"), image)

@@ -339,6 +339,8 @@ def test_a_stale_lock_of_this_computer_is_taken_and_that_of_another_is_named(opt
     status, _, err = run(options, capsys)
     assert status == 2
     assert f"is in use by process 7 on elsewhere; if that has ended, remove {lock}" in err
+    lock.write_bytes(b"\xff\xfe garbage\n")
+    assert run(options, capsys)[0] == 2
     lock.write_text(f"{socket.gethostname()} 7 0\n")
     assert run(options, capsys)[0] == 0
     assert not lock.exists()

@@ -105,7 +105,9 @@ def test_another_networks_file_matches_nothing_and_changes_nothing(tensors):
     backbone = network()
     before = backbone[0].weight.clone()
     with pytest.raises(UserError, match=r"matches 0 of the backbone's 5 tensors, the first that is missing is 0\.weig"):
-        start_from(backbone, {name.replace("weight", "kernel"): torch.ones(1) for name in ("a.weight", "b.weight")}, "w.pth")
+        start_from(
+            backbone, {name.replace("weight", "kernel"): torch.ones(1) for name in ("a.weight", "b.weight")}, "w.pth"
+        )
     assert torch.equal(backbone[0].weight, before)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from cge_fast.data.images import open_rgb
+from cge_fast.data.images import PHOTOMETRIC, WHITE_IS_ZERO, open_rgb
 from cge_fast.errors import UserError
 
 TURNS = PIL.Image.Transpose
@@ -121,6 +121,35 @@ def test_what_is_transparent_is_black_whatever_colour_it_hides(tmp_path, mode):
     pixels = opened(tmp_path / "a.png")
     assert (pixels[0, 0] == 200).all()
     assert pixels.sum() == 600
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_grey_that_is_transparent_is_black_at_any_depth(tmp_path, bits):
+    """Written by hand: Pillow writes eight bits, and 16 without transparency."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    greys, most = 2 ** min(bits, 8), 2**bits - 1
+    values = [grey * most // (greys - 1) for grey in range(greys)] * (8 if bits == 1 else 2 if bits == 2 else 1)
+    row = int("".join(format(value, f"0{bits}b") for value in values), 2).to_bytes(len(values) * bits // 8, "big")
+    header = struct.pack(">IIBBBBB", len(values), 1, bits, 0, 0, 0, 0)
+    clear = chunk(b"tRNS", struct.pack(">H", values[1]))
+    data = chunk(b"IHDR", header) + clear + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    wanted = [0 if value == values[1] else value * 255 // most for value in values]
+    assert opened(tmp_path / "a.png")[0].tolist() == [[grey] * 3 for grey in wanted]
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_whose_white_is_zero_is_no_negative(tmp_path, bits):
+    values = (255 - GREY).astype(np.uint8) if bits == 8 else (255 - GREY.astype(np.uint16)) * 257
+    PIL.Image.fromarray(values).save(tmp_path / "a.tif")
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    place = content.index(struct.pack("<HHI", PHOTOMETRIC, 3, 1)) + 8
+    content[place] = WHITE_IS_ZERO
+    (tmp_path / "a.tif").write_bytes(content)
+    assert (opened(tmp_path / "a.tif") == GREY[..., None]).all()
 
 
 def test_other_modes_become_rgb(tmp_path):
