@@ -1,11 +1,13 @@
 """Folders that are written once, whole, and files that are replaced."""
 
+import errno
 import subprocess
 import sys
 import threading
 
 import pytest
 
+from cge_fast import files
 from cge_fast.errors import UserError
 from cge_fast.files import new_folder, once
 
@@ -110,3 +112,16 @@ def test_processes_wait_for_each_other_and_do_not_remove_what_is_being_written(t
         (unfinished / "x").touch()
     thread.join(10)
     assert ended == ["first", "second"]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
+    files.replace(tmp_path / "a.csv", b"old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*a\.csv"):
+        files.replace(tmp_path / "a.csv", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+    assert (tmp_path / "a.csv").read_bytes() == b"old"
