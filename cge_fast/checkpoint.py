@@ -116,7 +116,7 @@ def opened(checkpoint: Path | str) -> Path:
     Raises:
         UserError: there is no checkpoint.
     """
-    folder = Path(checkpoint)
+    folder = files.at_home(Path(checkpoint))
     if folder.is_file():
         folder = folder.parent
     elif (of_run := files.located(folder / "checkpoints" / "last")).is_dir():
@@ -277,7 +277,7 @@ def fit(module: nn.Module, tensors: dict[str, Tensor], checkpoint: Path) -> None
     module.load_state_dict(tensors)
 
 
-def require_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
+def require_finite(tensors: Mapping[str, Tensor], file: Path | str) -> None:
     """Raises UserError, which names the file and the tensor, if a number is infinite or none."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():

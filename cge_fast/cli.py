@@ -11,6 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from cge_fast.errors import UserError
+from cge_fast.files import at_home
 from cge_fast.options import TrainConfig
 
 Settings = TypeVar("Settings")
@@ -44,8 +45,9 @@ GONE = {
 
 SECTIONS = {section.name for section in fields(TrainConfig) if is_dataclass(section.type)}
 NULLABLE = {"data.root", "model.weights", "output"}  # the settings that may be without a value
+CONFIG = "config"  # the option that reads a file
 CLASS_PATH = "class_path"  # jsonargparse would import what it names
-LARGEST, DEEPEST = 100_000, 8  # bytes and levels of a file of settings
+LARGEST, DEEPEST, MOST = 100_000, 8, 500  # bytes, levels, and keys and values of a file of settings
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -86,6 +88,8 @@ def parse_settings(parser: ArgumentParser, arguments: Sequence[str]) -> Namespac
             refuse_old_name(option[2:], value)
         if option[2:] in SECTIONS or CLASS_PATH in option:
             raise UserError(f"{option[2:]}: give settings one by one, like --optim.lr 1e-3")
+        if option[2:] in NULLABLE and not value:
+            raise UserError(f"{option[2:]}: must be a path, got nothing")
         if option == "--config":
             for name, setting in flat(load_yaml(Path(value))):
                 refuse_old_name(name, setting, f"{value}: ")
@@ -105,15 +109,15 @@ def one_line_of_jsonargparse() -> Iterator[None]:
 class SettingsLoader(yaml.SafeLoader):
     """YAML of settings: no aliases, by which a few lines become endless, no key twice, and no class to import."""
 
-    depth = 0
+    depth = count = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """The next node, unless it is an alias or lies too deep."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: aliases are not allowed")
-        self.depth += 1
-        if self.depth > DEEPEST:
-            raise yaml.YAMLError(f"more than {DEEPEST} levels")
+        self.depth, self.count = self.depth + 1, self.count + 1
+        if self.depth > DEEPEST or self.count > MOST:
+            raise yaml.YAMLError(f"more than {DEEPEST} levels, or {MOST} keys and values")
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -148,9 +152,14 @@ def load_yaml(file: Path) -> dict[str, Any]:
     for name in SECTIONS & values.keys():
         if not isinstance(values[name], dict):
             raise UserError(f"config: {file}: {name} must be a section of settings, got {type(values[name]).__name__}")
+    if CONFIG in values:  # which would be read without these checks
+        raise UserError(f"config: {file} must hold settings, not the name of another file of them ({CONFIG})")
+    names = [name for name, _ in flat(values)]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"config: {file}: {min(twice)} is there more than once")
     for name, value in flat(values):
-        if value is None and name not in NULLABLE:
-            raise UserError(f"config: {file}: {name} must have a value, got null")
+        if value == "" if name in NULLABLE else value is None:
+            raise UserError(f"config: {file}: {name} must have a value, got {'nothing' if value == '' else 'null'}")
     return values
 
 
@@ -209,7 +218,12 @@ def as_dataclass(parser: ArgumentParser, parsed: Namespace, kind: type[Settings]
 
 
 def plain(value: Any) -> Any:
-    """Settings with ordinary numbers in place of the range-checked ones, which neither YAML nor torch.load knows."""
+    """Settings with ordinary numbers in place of the range-checked ones, which neither YAML nor torch.load knows.
+
+    A path's leading ~ is the home folder.
+    """
+    if isinstance(value, Path):
+        return at_home(value)
     if is_dataclass(value):
         return replace(value, **{settings.name: plain(getattr(value, settings.name)) for settings in fields(value)})
     if isinstance(value, list):

@@ -38,7 +38,7 @@ def printable(text: str) -> str:
 
 def notice(line: str) -> None:
     """Says on stderr, in one line, what the person at the keyboard should know; of several ranks the first alone."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
         print(printable(line), file=sys.stderr)
 
 
@@ -155,6 +155,7 @@ def signals_raise() -> Iterator[None]:
     os.set_blocking(written, False)
     wakeup, unraisable = signal.set_wakeup_fd(written, warn_on_full_buffer=False), sys.unraisablehook
     over, main_thread = threading.Event(), threading.get_ident()
+    start_method = multiprocessing.get_start_method(allow_none=True)
 
     def watch() -> None:
         """A computation may take long, and an exception in a destructor is lost: the signal is repeated."""
@@ -177,9 +178,11 @@ def signals_raise() -> Iterator[None]:
         for number in chosen:
             signal.signal(number, _receive)
         sys.unraisablehook = swallow
+        multiprocessing.set_start_method("fork", force=True)  # _in_child is for processes that are forked from this one
         yield
     finally:
         over.set()
+        multiprocessing.set_start_method(start_method, force=True)
         sys.unraisablehook = unraisable
         signal.set_wakeup_fd(wakeup)
         for number in chosen:

@@ -6,13 +6,14 @@ under another name, where `located` finds it and `mend` takes it from.
 
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import secrets
 import shutil
 import socket
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,6 +22,14 @@ from cge_fast.errors import UserError
 UNFINISHED, PREVIOUS = ".unfinished-", ".previous-"  # prefixes of what is being written, and of what it replaces
 LARGE = 100_000  # bytes; a file of settings has fewer
 LOCK = ".lock"  # in a folder that is in use: host and process
+COUNT = ".files"  # in a folder that was written once: how many files its folders were written with
+
+
+def at_home(path: Path) -> Path:
+    """The path with the home folder in the place of a leading ~, which a shell leaves in --option=~/x, and YAML has."""
+    with suppress(RuntimeError):  # nobody is called so
+        return path.expanduser()
+    return path
 
 
 def write(path: Path, content: bytes) -> None:
@@ -36,7 +45,7 @@ def write(path: Path, content: bytes) -> None:
 
 def replace(path: Path, content: bytes) -> None:
     """Writes a file, in the place of the one that may be there, whole or not at all."""
-    unfinished = path.with_name(f"{UNFINISHED}{secrets.token_hex(4)}-{path.name}")
+    unfinished = beside(path)
     try:
         write(unfinished, content)
         unfinished.replace(path)
@@ -45,6 +54,61 @@ def replace(path: Path, content: bytes) -> None:
     finally:
         unfinished.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def beside(path: Path, token: str = "") -> Path:
+    """A name in the same folder for what is being written; `token` tells it from what others write."""
+    return path.with_name(f"{UNFINISHED}{token or secrets.token_hex(4)}-{path.name}")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write to, which becomes `folder` at the end; after an exception nothing is left.
+
+    Processes that write to the same place wait for each other, and remove what one that was killed has left.
+
+    UserError if `folder` exists and is not an empty folder.
+    """
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = beside(folder)
+    descriptor = os.open(folder.parent, os.O_RDONLY)
+    try:
+        left: list[Path] = []
+        with suppress(OSError):  # a disk without locks, where another process may be writing
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            left = [*folder.parent.glob(beside(Path(glob.escape(folder.name)), "[0-9a-f]" * 8).name)]
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise UserError(f"{folder} exists already and is not an empty folder")
+        for path in left:
+            remove(path)
+        unfinished.mkdir()
+        yield unfinished
+        write(unfinished / COUNT, str(len([*unfinished.glob("*/*")])).encode())
+        os.sync()  # all at once; to wait for each of thousands of files takes minutes
+        unfinished.rename(folder)
+        sync(folder.parent)
+    finally:
+        remove(unfinished)
+        os.close(descriptor)
+
+
+def once(folder: Path, make: Callable[[Path], None]) -> None:
+    """Calls `make(folder)`, which makes a `new_folder`, unless it is there or another process makes it meanwhile.
+
+    UserError if the folder has fewer files than it was written with.
+    """
+    try:
+        if not folder.is_dir():
+            make(folder)
+    except (OSError, UserError):
+        if not folder.is_dir():
+            raise
+    written = folder / COUNT
+    if written.is_file():  # not so in a folder of an earlier version
+        found, wanted = len([*folder.glob("*/*")]), written.read_text()
+        if not wanted.isdecimal() or found < int(wanted):
+            raise UserError(f"{folder} holds {found} of its {wanted} files: remove it, and it is made anew")
 
 
 def replace_folder(folder: Path, unfinished: Path) -> None:
@@ -126,7 +190,7 @@ def locked(folder: Path) -> Iterator[None]:
         UserError: another process has the lock.
     """
     path, boot = folder / LOCK, Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    with path.open("a+") as file:
+    with path.open("a+", errors="replace") as file:
         file.seek(0)
         host, process, other_boot = (file.read().split() + [""] * 3)[:3]
         try:

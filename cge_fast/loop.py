@@ -12,9 +12,11 @@ from tqdm import tqdm
 from cge_fast import checkpoint, files
 from cge_fast.build import Run
 from cge_fast.cli import to_yaml
+from cge_fast.data.batches import train_labels
+from cge_fast.data.images import Image
 from cge_fast.data.sets import nothing_to_find
 from cge_fast.distributed import any_rank, collect_rows, copy_from_first_rank, rank
-from cge_fast.errors import UserError
+from cge_fast.errors import UserError, notice
 from cge_fast.evaluation.features import evaluate
 from cge_fast.log import Log
 from cge_fast.metrics import EpochMetrics
@@ -172,7 +174,7 @@ def save(run: Run, is_best: bool) -> None:
         "untrained": run.untrained,
         "result": run.result,
         "row": run.row,
-        "images": images_digest(run),
+        **images_digests(run),
     }
     contents = checkpoint.Contents(run.num_classes, run.model.state_dict(), loss, training, digests)
     checkpoint.save(run.checkpoints, contents, to_yaml(run.config), run.epochs_done, is_best)
@@ -198,11 +200,17 @@ def resume(run: Run) -> None:
         run.untrained, run.result, run.row = training["untrained"], training["result"], training.get("row")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"checkpoint {last} holds the training state of another program ({error})") from error
-    if training.get("images", images_digest(run)) != images_digest(run):
+    changed = {part for part, digest in images_digests(run).items() if training.get(part, digest) != digest}
+    if "train_images" in changed:
         raise UserError(
             f"data: the images or their identities are not those that {last} was trained on; restore them, or begin "
             "another run from its model.safetensors with --model.weights"
         )
+    if "test_images" in changed:
+        notice(
+            "data: queries or gallery have changed: figures, and the choice of `best`, are of the new ones from now on"
+        )
+        run.best_map, run.untrained, run.result = -math.inf, None, None
     if run.config.optim.epochs < run.epochs_done:
         raise UserError(f"optim.epochs: {run.config.optim.epochs}, but the run has done {run.epochs_done}")
     for group in run.optimizer.param_groups:
@@ -215,14 +223,24 @@ def classifier_number(run: Run) -> int:
     return len([*run.model.parameters()]) + names.index(checkpoint.CLASSIFIER)
 
 
-def images_digest(run: Run) -> str:
-    """SHA-256 of the set's images, by folder and name, with their identities and cameras, in order."""
-    digest = hashlib.sha256()
-    for images in vars(run.reid_set).values():
-        for image in images:
-            digest.update(f"{image.path.parent.name}/{image.path.name} {image.identity} {image.camera}\n".encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
+def images_digests(run: Run) -> dict[str, str]:
+    """SHA-256 of the images to train on, by folder and name, with their labels, and of those to test on, with all."""
+    reid_set = run.reid_set
+    labels = train_labels(reid_set.train)  # these stay when other people in the test change the identities' numbers
+    said = {
+        "train_images": [f"{name(image)} {label}" for image, label in zip(reid_set.train, labels, strict=True)],
+        "test_images": [
+            f"{split} {name(image)} {image.identity} {image.camera}"
+            for split in ("query", "gallery")
+            for image in getattr(reid_set, split)
+        ],
+    }
+    return {part: hashlib.sha256("\n".join(lines).encode()).hexdigest() for part, lines in said.items()}
+
+
+def name(image: Image) -> str:
+    """Folder and name, also of a file whose name is no text."""
+    return ascii(f"{image.path.parent.name}/{image.path.name}")
 
 
 def holds_run(output: Path) -> bool:

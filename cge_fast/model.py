@@ -89,7 +89,15 @@ class BNNeck(AtLeastFloat32, nn.BatchNorm1d):
         self.not_yet_tracked = 0
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """(B, C) of pooled features (B, C)."""
+        """(B, C) of pooled features (B, C).
+
+        Raises:
+            ValueError: one sample alone in training, which has no variance.
+        """
+        if self.training and pooled.shape[0] == 1:
+            raise ValueError(
+                "BNNeck: needs 2 samples or more in training, got 1; drop_last=True leaves out such a batch"
+            )
         if self.training and not torch.compiler.is_compiling():
             self.__dict__["not_yet_tracked"] += 1  # a module's own assignment takes the host as long as a launch
         statistics = self.running_mean, self.running_var

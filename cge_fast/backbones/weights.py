@@ -1,7 +1,8 @@
 """Weights that a backbone starts from: torchvision's for ImageNet, or those of a file."""
 
 import zipfile
-from itertools import takewhile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,8 @@ from cge_fast import checkpoint, files
 from cge_fast.errors import UserError, notice
 
 IBN_A = "https://github.com/XingangPan/IBN-Net/releases/download/v1.0/resnet50_ibn_a-d9d0bb7b.pth"
-CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "network")  # the weights may lie beneath
-# What a backbone may be wrapped in, several times: DataParallel, torch.compile, Lightning, MoCo (on several GPUs in
-# DataParallel), FastReID and our own checkpoints, BagTricks.
-WRAPPERS = {"module", "_orig_mod", "model", "net", "network", "encoder_q", "backbone", "base"}
+# Where a file has two such networks: parts of the names of the one to leave, like MoCo's, DINO's and averages.
+SECOND = {"encoder_k", "momentum_encoder", "student", "ema", "ema_state_dict", "model_ema", "params_ema"}
 OTHER_PARTS = ("fc", "classifier", "queue", "queue_ptr")
 MOST_SHOWN = 5  # names in a message
 
@@ -57,7 +56,7 @@ class _Skipped:
 
 
 def file_tensors(file: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of a file of weights by name: safetensors, or what torch.save wrote.
+    """The tensors of a file of weights by name, dots between the keys: safetensors, or what torch.save wrote.
 
     Args:
         file: ends in .safetensors if it is that.
@@ -72,18 +71,22 @@ def file_tensors(file: Path, name: str) -> dict[str, Tensor]:
     if (file.parent / checkpoint.MANIFEST).exists() and file.name == checkpoint.MODEL:
         checkpoint.verified(file.parent, file.name)
     try:
-        content = safetensors.torch.load_file(file) if file.suffix == ".safetensors" else _load(file)
+        tensors = dict(_named(safetensors.torch.load_file(file) if file.suffix == ".safetensors" else _load(file)))
     except Exception as error:  # torch.load has no common base for what a damaged file raises
         kind, reason = type(error).__name__, str(error).partition(". ")[0]
         raise UserError(f"model.weights: {file} cannot be read as tensors ({kind}: {reason})") from error
-    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
-        content = next((content[key] for key in CONTAINERS if isinstance(content.get(key), dict)), None)
-    named = content.items() if isinstance(content, dict) else ()
-    tensors = {str(key): value for key, value in named if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"model.weights: {file} holds no tensors by name, as a network's state_dict() has them")
-    checkpoint.require_finite(tensors, file)
     return tensors
+
+
+def _named(content: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of dicts in dicts, by the keys that lead to them, with dots between."""
+    for key, value in content.items() if isinstance(content, dict) else ():
+        if isinstance(value, dict):
+            yield from _named(value, f"{prefix}{key}.")
+        elif isinstance(value, Tensor) and not (value.is_sparse or value.is_meta or value.is_quantized):
+            yield f"{prefix}{key}", value
 
 
 def _load(file: Path) -> Any:
@@ -97,17 +100,19 @@ def _load(file: Path) -> Any:
 def start_from(backbone: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Loads tensors into a backbone that they must match wholly, counters of batches excepted.
 
-    The tensors' names may lie below WRAPPERS. What does not lie below the same ones belongs to another part of the
-    checkpoint, like MoCo's momentum encoder, and is left out, as are classifiers and queues; one line on stderr names
-    what was left out.
+    All of them may lie below a prefix, whatever it is: a key of the file, DataParallel, Lightning. What does not lie
+    below it belongs to another part of the checkpoint, like MoCo's momentum encoder, and is left out, as are
+    classifiers and queues; one line on stderr names what was left out.
 
     Raises:
         UserError: a tensor of the backbone is missing or has another shape, or one is left over; begins with `source`.
     """
     wanted = {name: tensor for name, tensor in backbone.state_dict().items() if not _counts_batches(name)}
-    wrapped = (list(takewhile(WRAPPERS.__contains__, name.split("."))) for name in tensors)
-    known = {"".join(f"{part}." for part in parts[:depth]) for parts in wrapped for depth in range(len(parts) + 1)}
-    prefix = max(sorted({"", *known}, key=len), key=lambda prefix: sum(prefix + name in tensors for name in wanted))
+    parts = [name.split(".") for name in tensors]
+    splits = ((".".join(way[:depth]), ".".join(way[depth:])) for way in parts for depth in range(1, len(way)))
+    matches = Counter(f"{prefix}." for prefix, name in splits if name in wanted)
+    matches[""] = len(wanted.keys() & tensors.keys())
+    prefix = max(sorted(matches, key=len), key=lambda prefix: (matches[prefix], not SECOND & {*prefix.split(".")}))
     below = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     found = {
         name: tensor
@@ -125,6 +130,7 @@ def start_from(backbone: nn.Module, tensors: dict[str, Tensor], source: str) -> 
             raise UserError(f"{count}, the first that is missing is {first}; in the file is {next(iter(tensors))}")
         shapes = f"{tuple(found[first].shape)}, must have {tuple(wanted[first].shape)}"
         raise UserError(f"{count}, the first that does not fit is {first}: it has the shape {shapes}")
+    checkpoint.require_finite(found, source)
     backbone.load_state_dict(backbone.state_dict() | found)
     unread = [name for name in tensors if name.removeprefix(prefix) not in found and not _counts_batches(name)]
     if unread:

@@ -14,6 +14,7 @@ from cge_fast.data.market1501 import read_market1501
 from cge_fast.data.omniglot import export_omniglot
 from cge_fast.data.pedestrians import draw
 from cge_fast.data.sets import SETS, read
+from cge_fast.files import at_home
 from cge_fast.options import DataConfig
 
 PROGRAM = "cge_fast.data"
@@ -51,17 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sheet = Path(f"{name}_{CONTACT_SHEET}")
         command.add_argument("--sheet", type=Path, default=sheet, help="file of the contact sheet, a PNG")
     parsed = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
-    options = parsed[parsed.subcommand]
+    paths = {name: at_home(path) for name, path in parsed[parsed.subcommand].as_dict().items()}
     if parsed.subcommand in SETS:
-        show(parsed.subcommand, options.root, options.sheet)
+        show(parsed.subcommand, paths["root"], paths["sheet"])
         return
     if parsed.subcommand == "omniglot":
-        export_omniglot(options.source, options.export)
+        export_omniglot(paths["source"], paths["export"])
     else:
-        draw(options.export, trap=parsed.subcommand == "pedestrians-trap")
-    sheet = options.export / CONTACT_SHEET
-    contact_sheet(read_market1501(options.export), sheet)
-    print(f"{options.export} written; a look at it: {sheet}")
+        draw(paths["export"], trap=parsed.subcommand == "pedestrians-trap")
+    sheet = paths["export"] / CONTACT_SHEET
+    contact_sheet(read_market1501(paths["export"]), sheet)
+    print(f"{paths['export']} written; a look at it: {sheet}")
 
 
 def show(name: str, root: Path, sheet: Path) -> None:

@@ -1,5 +1,6 @@
 """A picture of a data set: a row of images for each of some identities."""
 
+import io
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import PIL.Image
 from PIL import ImageDraw
 
+from cge_fast import files
 from cge_fast.data.images import Image, ReidSet, open_rgb
 from cge_fast.errors import UserError
 
@@ -35,7 +37,9 @@ def contact_sheet(reid_set: ReidSet, file: Path, identities: int = 12) -> None:
             left = LABEL_WIDTH + column * CELL_WIDTH
             sheet.paste(pictures[image], (left + 1, top + 1))
             ink.text((left + 4, top + 2), f"c{image.camera}", "white", stroke_width=1, stroke_fill="black")
-    sheet.save(file, format="PNG")
+    content = io.BytesIO()
+    sheet.save(content, format="PNG")
+    files.replace(file, content.getvalue())
 
 
 def fitted(picture: PIL.Image.Image) -> PIL.Image.Image:

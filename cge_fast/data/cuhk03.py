@@ -17,8 +17,8 @@ from tqdm import tqdm
 from cge_fast.data.images import SPLITS, Image, Split
 from cge_fast.data.market1501 import FOLDERS, market1501
 from cge_fast.data.walk import file_at
-from cge_fast.data.whole_folder import once, whole_folder
 from cge_fast.errors import UserError
+from cge_fast.files import new_folder, once
 
 Entry = tuple[str, int, int]  # name, identity and camera of an image
 
@@ -54,7 +54,7 @@ def extract(root: Path, boxes: str, classic: bool, folder: Path) -> None:
         except Exception as error:  # what loadmat raises for a damaged file has no common base
             raise UserError(f"{protocol} does not hold the protocol of CUHK03 ({error!r})") from error
         progress = tqdm(desc=f"extracting {boxes} boxes", total=sum(map(len, entries_of.values())), unit=" image")
-        with whole_folder(folder) as unfinished, progress:
+        with new_folder(folder) as unfinished, progress:
             for split, entries in entries_of.items():
                 (unfinished / FOLDERS[split]).mkdir()
                 for name, identity, camera in entries:

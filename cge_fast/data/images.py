@@ -1,5 +1,7 @@
 """What a re-identification data set is, and how one of its images is read: one way for every reader."""
 
+import ctypes
+import logging
 import warnings
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -19,6 +21,14 @@ from cge_fast.errors import UserError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # Pillow has more, some of which start other programs
 WHITES = {"I": (255, 65_535), "F": (1, 255, 65_535)}  # what white can be in 32 bits; in 16 it is 65,535
 FEWEST_GREYS = 32
+LEVELS = {"L;2": 85, "L;4": 17}  # steps between the greys of a PNG of 2 or 4 bits
+WHITE_IS_ZERO, PHOTOMETRIC = 0, 262  # value, and number, of a tag of TIFF; Pillow heeds it up to 8 bits
+
+# What there is to say of a damaged picture is in the error, in one line; Pillow and its libtiff print more.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+with suppress(OSError, AttributeError):  # a Pillow that was built in another way
+    for handler in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        ctypes.CDLL(PIL.Image.core.__file__)[handler](None)
 
 Split = Literal["train", "query", "gallery"]
 SPLITS: tuple[Split, ...] = ("train", "query", "gallery")
@@ -90,7 +100,10 @@ def open_rgb(path: Path) -> PIL.Image.Image:
             warnings.simplefilter("ignore")  # those of damaged metadata
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
             with PIL.Image.open(path, formats=FORMATS) as image:
+                level = LEVELS.get(str(image.tile[0][3])) if image.format == "PNG" and image.tile else None
                 image.load()
+                if level and "transparency" in image.info:
+                    image.info["transparency"] *= level  # Pillow scales the pixels alone
                 with suppress(Exception):  # a damaged EXIF block leaves the pixels whole
                     ImageOps.exif_transpose(image, in_place=True)
                 return as_rgb(image)
@@ -104,7 +117,13 @@ def open_rgb(path: Path) -> PIL.Image.Image:
 def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """RGB of any mode: greyscale of 16 or 32 bits is scaled to 8, what is transparent becomes black."""
     if image.mode == "F" or image.mode.startswith("I"):
-        image = PIL.Image.fromarray(eight_bits(np.asarray(image, dtype=np.float64), image.mode))
+        values = np.asarray(image, dtype=np.float64)
+        if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:
+            values = (65_535 if image.mode.startswith("I;16") else 0) - values
+        greys = eight_bits(values, image.mode)
+        image = PIL.Image.fromarray(
+            np.where(values == image.info.get("transparency", np.nan), 0, greys).astype(np.uint8)
+        )
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "black"), image)

@@ -75,7 +75,7 @@ def read_list(file: Path, folder: Path, form: Form, known: Mapping[str, str] | N
 
 def lines_of(file: Path) -> list[str]:
     """The lines of a file, without empty ones; AbsentError if there is no such file."""
-    text = file_at(file).read_text(encoding="utf-8", errors="replace")
+    text = file_at(file).read_text(encoding="utf-8-sig", errors="replace")
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

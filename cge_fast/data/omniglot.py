@@ -12,8 +12,8 @@ from tqdm import tqdm
 from cge_fast.data.images import open_rgb
 from cge_fast.data.market1501 import FOLDERS
 from cge_fast.data.walk import image_files
-from cge_fast.data.whole_folder import whole_folder
 from cge_fast.errors import UserError
+from cge_fast.files import new_folder
 
 ARCHIVES = ("images_background_small1", "images_background_small2")
 SIZE = 64  # pixels; the drawings have 105
@@ -36,7 +36,7 @@ def export_omniglot(source: Path, folder: Path) -> None:
         UserError: an archive is missing, a file is not named like 0394_01.png, or `folder` holds something.
     """
     train, test = (sorted({path.parent for path in image_files(source / archive, "source")}) for archive in ARCHIVES)
-    with whole_folder(folder) as unfinished:
+    with new_folder(folder) as unfinished:
         for split in FOLDERS.values():
             (unfinished / split).mkdir()
         characters = tqdm([*train, *test], desc="writing characters", unit=" character")

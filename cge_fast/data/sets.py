@@ -14,8 +14,8 @@ from cge_fast.data.images import SPLITS, Reader, ReidSet, Split, reader, without
 from cge_fast.data.market1501 import DISTRACTOR, read_market1501
 from cge_fast.data.pedestrians import draw
 from cge_fast.data.walk import AbsentError, first_few
-from cge_fast.data.whole_folder import once
 from cge_fast.errors import UserError, notice
+from cge_fast.files import once
 from cge_fast.options import DataConfig
 
 DRAWING = 1  # number of the embedded sets' present drawing: a change of the pixels takes the next

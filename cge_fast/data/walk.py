@@ -87,5 +87,6 @@ def walk(top: Path, option: str) -> Iterator[Path]:
                 elif entry.is_file():
                     yield Path(entry.path)
                 else:
-                    kind = "a link whose target is gone" if entry.is_symlink() else "neither a file nor a folder"
+                    gone = not os.path.exists(entry.path)  # noqa: PTH110 - entries of scandir are text
+                    kind = "a link whose target is gone" if gone else "neither a file nor a folder"
                     raise UserError(f"{option}: {entry.path} is {kind}; mend or remove it")

@@ -1,5 +1,6 @@
 """How programs end."""
 
+import multiprocessing
 import signal
 import time
 from pathlib import Path
@@ -139,5 +140,20 @@ def test_names_of_files_cannot_steer_the_terminal(capsys):
 
 def test_of_several_ranks_the_first_speaks(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     notice("seen by nobody")
     assert capsys.readouterr().err == ""
+    monkeypatch.delenv("WORLD_SIZE")
+    notice("this process is alone, whatever else set its RANK")
+    assert "alone" in capsys.readouterr().err
+
+
+def test_inside_processes_are_forked_and_outside_as_before(capsys):
+    """Those that load images get their handlers of signals so; Python 3.14 starts them in another way by itself."""
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        run(lambda: print(multiprocessing.get_start_method()), "program")
+        assert capsys.readouterr().out == "fork\n"
+        assert multiprocessing.get_start_method() == "forkserver"
+    finally:
+        multiprocessing.set_start_method(None, force=True)

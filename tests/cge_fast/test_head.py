@@ -166,3 +166,14 @@ def test_what_is_saved_is_unpacked_once(name):
             out = head(torch.rand(4, 6, 5, 2, device=KERNEL_DEVICE), torch.arange(4, device=KERNEL_DEVICE))
         out.loss.backward()
     assert unpacked
+
+
+def test_one_sample_alone_is_refused_in_training_and_none_leaves_the_statistics_alone():
+    head, labels = CGEHead(4, 3, stripes=2), torch.zeros(1, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"BNNeck: needs 2 samples or more in training, got 1; drop_last=True"):
+        head(torch.rand(1, 4, 4, 2), labels)
+    assert len(head.eval()(torch.rand(1, 4, 4, 2), labels).embedding) == 1
+    head.train()(torch.rand(0, 4, 4, 2), labels[:0]).loss.backward()
+    assert head.neck.running_mean.isfinite().all()
+    assert head.neck.running_var.isfinite().all()
+    assert head.loss.weight.grad.equal(torch.zeros(3, 4))

@@ -30,7 +30,6 @@ FORKED = multiprocessing.get_context("forkserver")  # which has imported the pac
 def program(arguments: list[str], printed: Path) -> None:
     """The training program in a process of its own; what it prints goes to a file."""
     os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # of loaders, as in a program that was started by hand
     torch.set_num_threads(1)
     file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1), os.dup2(file, 2)
@@ -113,7 +112,8 @@ def disturb(kind: str, number: int, tmp_path: Path, market: Path, whole: Path) -
     chance = random.Random(f"{kind} {number}")
     folder, output = tmp_path / f"{kind}{number}", tmp_path / f"{kind}{number}" / "run"
     folder.mkdir()
-    arguments = [*options_of(market, output), "--data.workers", "2" if kind == "worker" else "0"]
+    has_workers = kind == "worker" or (kind == "signal" and number % 2)
+    arguments = [*options_of(market, output), "--data.workers", "2" if has_workers else "0"]
     process = start(arguments, folder / "printed.txt")
     while process.is_alive() and not (output / files.LOCK).exists():
         time.sleep(0.01)
@@ -339,6 +339,8 @@ def test_a_stale_lock_of_this_computer_is_taken_and_that_of_another_is_named(opt
     status, _, err = run(options, capsys)
     assert status == 2
     assert f"is in use by process 7 on elsewhere; if that has ended, remove {lock}" in err
+    lock.write_bytes(b"\xff\xfe garbage\n")
+    assert run(options, capsys)[0] == 2
     lock.write_text(f"{socket.gethostname()} 7 0\n")
     assert run(options, capsys)[0] == 0
     assert not lock.exists()

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import small_options
 from runs import rows, run
 
 from cge_fast import backbones, checkpoint, errors, evaluate, train
@@ -25,6 +26,47 @@ def test_images_of_other_people_are_not_gone_on_with(trained, market, capsys):
     status, _, err = run(["--output", str(trained), "--resume", "--optim.epochs", "3"], capsys)
     assert status == 2
     assert "data: the images or their identities are not those that" in err
+
+
+def test_images_of_the_test_may_change(trained, market, capsys):
+    """Their figures count anew; training goes on as if nothing had been."""
+    for path in sorted((market / "query").glob("0005_*")):
+        path.unlink()
+    best = checkpoint.read_manifest(trained / "checkpoints" / "best")["epoch"]
+    status, out, err = run(["--output", str(trained), "--resume"], capsys)
+    assert status == 0
+    assert "data: queries or gallery have changed: figures, and the choice of `best`, are of the new ones" in err
+    assert out.startswith("mAP"), "the last epoch is evaluated again"
+    assert "untrained" not in out, "whose figures were of the others"
+    assert best == 2, "from here on"
+    more = ["--output", str(trained), "--resume", "--optim.epochs", "3"]
+    status, _, err = run(more, capsys)
+    assert status == 0
+    assert checkpoint.read_manifest(trained / "checkpoints" / "best")["epoch"] == 3, "whatever the old ones' mAP was"
+    assert run(more, capsys)[2].count("have changed") == 0
+
+
+def test_other_people_and_cameras_in_the_test_leave_the_training_what_it_was(market, tmp_path, capsys):
+    """Though they change the numbers of all identities and cameras."""
+    root = tmp_path / "own"
+    for path in market.glob("*/*.png"):
+        person, camera, _ = path.name.split("_", 2)
+        split = (
+            "train"
+            if path.parent.name == "bounding_box_train"
+            else path.parent.name.replace("bounding_box_test", "gallery")
+        )
+        (root / split / person).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, root / split / person / f"{camera[:2]}_{path.name.split('_')[2]}.png")
+    options = [*small_options(root, tmp_path / "run"), "--data.name", "folder"]
+    assert run(options, capsys)[0] == 0
+    for split in ("query", "gallery"):
+        (root / split / "0000").mkdir()
+    shutil.copy(path, root / "query" / "0000" / "a_1.png")
+    shutil.copy(path, root / "gallery" / "0000" / "b_1.png")
+    status, _, err = run(["--output", str(tmp_path / "run"), "--resume", "--optim.epochs", "3"], capsys)
+    assert status == 0, err
+    assert "have changed" in err
 
 
 def test_fewer_epochs_than_are_done_are_refused(trained, capsys):

@@ -51,6 +51,8 @@ from cge_fast.options import TrainConfig
         (["--model.cge", "null"], 'Parser key "model.cge"'),
         (["--optim", "/etc/passwd"], "optim: give settings one by one, like --optim.lr 1e-3"),
         (["--model.class_path=os.system"], "model.class_path: give settings one by one"),
+        (["--data.root="], "data.root: must be a path, got nothing"),
+        (["--output", ""], "output: must be a path, got nothing"),
     ],
 )
 def test_wrong_settings_are_one_line_and_leave_nothing_behind(options, tmp_path, capsys, change, message):
@@ -117,6 +119,10 @@ def test_a_wrong_variable_is_one_line_and_leaves_nothing_behind(
         (b"#" * 200_000, "more than 100000 bytes"),
         (b"optim: {lr: .inf}\n", 'Parser key "optim.lr"'),
         (b"seed: " + 5000 * b"9", "config"),
+        (b"optim: {milestones: [" + 5000 * b"0.5, " + b"1]}", "or 500 keys and values"),
+        (b"optim.lr: 1\noptim: {lr: 2}\n", "optim.lr is there more than once"),
+        (b"config: /etc/passwd\n", "must hold settings, not the name of another file of them (config)"),
+        (b"data: {root: ''}\n", "data.root must have a value, got nothing"),
     ],
 )
 def test_a_wrong_settings_file_is_one_line(options, tmp_path, capsys, content, message):
@@ -141,6 +147,16 @@ def test_settings_are_data_and_import_nothing(options, trained, tmp_path, capsys
         status, _, err = run(arguments, capsys)
         assert status == 2
         assert "settings are data, no class_path is imported" in err
+
+
+def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """A shell leaves it in --option=~/x, and so does YAML."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "settings.yaml").write_text("data: {root: ~/people, name: folder}\nmodel: {weights: ~nobody.here/w}\n")
+    config, _, _ = train.parse(["--output=~/run", "--config", str(tmp_path / "settings.yaml")])
+    assert config.output == tmp_path / "run"
+    assert config.data.root == tmp_path / "people"
+    assert str(config.model.weights) == "~nobody.here/w"
 
 
 def test_every_setting_but_three_must_have_a_value(tmp_path):

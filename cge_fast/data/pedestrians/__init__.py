@@ -21,7 +21,7 @@ from cge_fast.data.pedestrians.identities import (
     people,
 )
 from cge_fast.data.pedestrians.scene import photograph, random_camera
-from cge_fast.data.whole_folder import whole_folder
+from cge_fast.files import new_folder
 
 
 def draw(
@@ -43,7 +43,7 @@ def draw(
     if images_per_identity < 2 * CAMERAS_OF_AN_IDENTITY[0] or train_identities + test_identities > 9999:
         raise ValueError("at least 6 images per identity and at most 9999 identities can be drawn")
     persons = people(seed, trap, train_identities, test_identities, images_per_identity)
-    with whole_folder(folder) as unfinished:
+    with new_folder(folder) as unfinished:
         write_images(unfinished, seed, persons, train_identities)
 
 

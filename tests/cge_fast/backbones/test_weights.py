@@ -38,10 +38,11 @@ def below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     "prefix",
     [
         *("", "module.", "model.", "_orig_mod.", "_orig_mod.model.", "backbone.", "base.", "encoder_q."),
-        *("module.base.", "module.backbone.", "model.backbone."),
+        *("module.base.", "module.backbone.", "model.backbone.", "module._orig_mod.", "_orig_mod._orig_mod."),
+        *("image_encoder.", "state_dict.net.0.", "student.module.backbone."),
     ],
 )
-def test_known_prefixes_are_stripped_and_classifiers_dropped(tensors, prefix):
+def test_prefixes_are_stripped_and_classifiers_dropped(tensors, prefix):
     assert_loads(
         below(prefix, tensors | {"fc.weight": torch.ones(7, 2), "classifier.weight": torch.ones(7, 2)}), tensors
     )
@@ -52,6 +53,23 @@ def test_of_a_moco_checkpoint_the_query_encoder_is_taken(tensors):
     checkpoint = below("module.encoder_k.", momentum) | below("module.encoder_q.", tensors)
     checkpoint |= {"module.encoder_q.fc.0.weight": torch.ones(2, 2), "module.queue": torch.ones(2, 8)}
     assert_loads(checkpoint | {"module.queue_ptr": torch.zeros(1)}, tensors)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("module.base_encoder.", "module.momentum_encoder."),
+        ("teacher.module.backbone.", "student.module.backbone."),
+        ("model.", "ema."),
+        ("params.", "params_ema."),
+        ("state_dict.model.", "state_dict.model_ema."),
+    ],
+)
+def test_of_two_such_networks_one_is_taken_and_the_other_named(tensors, one, other, capsys):
+    second = below(other, {name: tensor + 1 for name, tensor in tensors.items()})
+    for checkpoint in (below(one, tensors) | second, second | below(one, tensors)):
+        assert_loads(checkpoint, tensors)
+        assert f"5 tensors read, 5 of other parts not: {other}0.weight" in capsys.readouterr().err
 
 
 def test_beside_our_backbone_our_head_is_left_out(tensors):
@@ -87,17 +105,29 @@ def test_another_networks_file_matches_nothing_and_changes_nothing(tensors):
     backbone = network()
     before = backbone[0].weight.clone()
     with pytest.raises(UserError, match=r"matches 0 of the backbone's 5 tensors, the first that is missing is 0\.weig"):
-        start_from(backbone, below("teacher.", tensors), "w.pth")
+        start_from(
+            backbone, {name.replace("weight", "kernel"): torch.ones(1) for name in ("a.weight", "b.weight")}, "w.pth"
+        )
     assert torch.equal(backbone[0].weight, before)
 
 
-@pytest.mark.parametrize("container", [None, "state_dict", "model", "model_state_dict"])
+@pytest.mark.parametrize("container", [None, "state_dict", "model", "model_state_dict", "net", "params", "student"])
 def test_torch_files_are_read_flat_or_as_checkpoints(tensors, tmp_path, container):
-    checkpoint = {container: tensors, "epoch": 200, "arch": "resnet50"} if container else tensors
+    checkpoint = {container: tensors, "epoch": 200, "step": torch.tensor(7)} if container else tensors
     torch.save(checkpoint, tmp_path / "w.pth")
-    read = file_tensors(tmp_path / "w.pth", "compact")
-    assert read.keys() == tensors.keys()
-    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    assert_loads(file_tensors(tmp_path / "w.pth", "compact"), tensors)
+
+
+@pytest.mark.parametrize("odd", ["sparse", "meta", "a dict that holds itself"])
+def test_what_no_network_can_load_is_named(tensors, tmp_path, odd):
+    content = dict(tensors)
+    if odd == "a dict that holds itself":
+        content["0.weight"] = content
+    else:
+        content["0.weight"] = tensors["0.weight"].to_sparse() if odd == "sparse" else tensors["0.weight"].to("meta")
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"w\.pth (cannot be read as tensors|matches 4 of the backbone's 5)"):
+        start_from(network(), file_tensors(tmp_path / "w.pth", "compact"), str(tmp_path / "w.pth"))
 
 
 def test_safetensors_are_read(tensors, tmp_path):
@@ -116,7 +146,7 @@ def test_a_damaged_file_is_named(tmp_path, name):
 @pytest.mark.parametrize("beside", [np.float32(0.9), np.int64(3), argparse.Namespace(lr=1e-3), {"deep": [Path("x")]}])
 def test_what_lies_beside_the_tensors_is_skipped(tensors, tmp_path, beside):
     torch.save({"state_dict": tensors, "beside": beside}, tmp_path / "w.pth")
-    assert file_tensors(tmp_path / "w.pth", "compact").keys() == tensors.keys()
+    assert_loads(file_tensors(tmp_path / "w.pth", "compact"), tensors)
 
 
 def test_what_is_not_read_is_said(tensors, capsys):
@@ -136,9 +166,12 @@ def test_a_flipped_bit_is_noticed_by_the_checksums_of_torch_save(tensors, tmp_pa
 
 def test_numbers_that_are_not_finite_are_named(tensors, tmp_path):
     tensors["1.bias"][0] = torch.nan
-    torch.save(tensors, tmp_path / "w.pth")
     with pytest.raises(UserError, match=r"w\.pth: 1\.bias is not finite"):
-        file_tensors(tmp_path / "w.pth", "compact")
+        start_from(network(), tensors, "w.pth")
+
+
+def test_numbers_of_other_parts_may_be_infinite(tensors):
+    assert_loads(below("model.", tensors) | {"best_loss": torch.tensor(torch.inf)}, tensors)
 
 
 class Harmful:

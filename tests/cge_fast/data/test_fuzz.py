@@ -74,7 +74,7 @@ def damaged(content: bytes, chance: random.Random) -> bytes:
     return bytes(data)
 
 
-@seeded(80, 8000)
+@seeded(200, 8000)
 def test_a_damaged_image_is_read_or_named(tmp_path, numbers):
     path, kinds = tmp_path / "damaged.jpg", seeds()
     for number in numbers:

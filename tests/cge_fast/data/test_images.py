@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from cge_fast.data.images import open_rgb
+from cge_fast.data.images import PHOTOMETRIC, WHITE_IS_ZERO, open_rgb
 from cge_fast.errors import UserError
 
 TURNS = PIL.Image.Transpose
@@ -123,6 +123,35 @@ def test_what_is_transparent_is_black_whatever_colour_it_hides(tmp_path, mode):
     assert pixels.sum() == 600
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_grey_that_is_transparent_is_black_at_any_depth(tmp_path, bits):
+    """Written by hand: Pillow writes eight bits, and 16 without transparency."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    greys, most = 2 ** min(bits, 8), 2**bits - 1
+    values = [grey * most // (greys - 1) for grey in range(greys)] * (8 if bits == 1 else 2 if bits == 2 else 1)
+    row = int("".join(format(value, f"0{bits}b") for value in values), 2).to_bytes(len(values) * bits // 8, "big")
+    header = struct.pack(">IIBBBBB", len(values), 1, bits, 0, 0, 0, 0)
+    clear = chunk(b"tRNS", struct.pack(">H", values[1]))
+    data = chunk(b"IHDR", header) + clear + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    wanted = [0 if value == values[1] else value * 255 // most for value in values]
+    assert opened(tmp_path / "a.png")[0].tolist() == [[grey] * 3 for grey in wanted]
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_whose_white_is_zero_is_no_negative(tmp_path, bits):
+    values = (255 - GREY).astype(np.uint8) if bits == 8 else (255 - GREY.astype(np.uint16)) * 257
+    PIL.Image.fromarray(values).save(tmp_path / "a.tif")
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    place = content.index(struct.pack("<HHI", PHOTOMETRIC, 3, 1)) + 8
+    content[place] = WHITE_IS_ZERO
+    (tmp_path / "a.tif").write_bytes(content)
+    assert (opened(tmp_path / "a.tif") == GREY[..., None]).all()
+
+
 def test_other_modes_become_rgb(tmp_path):
     for mode, kind in (("L", "png"), ("P", "png"), ("1", "png"), ("CMYK", "jpg"), ("RGB", "bmp"), ("YCbCr", "jpg")):
         PIL.Image.new(mode, (4, 4)).save(tmp_path / f"{mode}.{kind}")
@@ -156,6 +185,20 @@ def test_an_image_that_claims_a_huge_size_is_named_before_it_is_read(tmp_path, s
     monkeypatch.setattr(PIL.Image.Image, "load", lambda image: pytest.fail("it is read"))
     with pytest.raises(UserError, match=r"image .*bomb.png cannot be read \(Image size \(\d+ pixels\) exceeds"):
         open_rgb(path)
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "jpeg", "packbits", "tiff_adobe_deflate"])
+def test_libtiff_and_pillow_print_nothing_of_a_damaged_picture(tmp_path, compression, capfd):
+    PIL.Image.fromarray(scene()).save(tmp_path / "whole.tif", compression=compression)
+    whole, refused = (tmp_path / "whole.tif").read_bytes(), 0
+    for place in range(0, len(whole), 3):
+        (tmp_path / "a.tif").write_bytes(whole[:place] + b"\xff" + whole[place + 1 :])
+        try:
+            open_rgb(tmp_path / "a.tif")
+        except UserError:
+            refused += 1
+    assert refused > 0
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("entry", ["pipe", "folder", "gone", "missing"])

@@ -154,6 +154,13 @@ def test_veri_wilds_cameras_stand_in_vehicle_info(veri_wild):
         read_set("veri-wild-10000", veri_wild)
 
 
+def test_an_editors_byte_order_mark_and_line_ends_are_understood(veri776):
+    found = read_set("veri776", veri776)
+    for file in veri776.glob("name_*.txt"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
+    assert read_set("veri776", veri776) == found
+
+
 @pytest.mark.parametrize(
     ("name", "lists", "line", "like"),
     [

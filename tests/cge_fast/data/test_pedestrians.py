@@ -12,6 +12,7 @@ from PIL import Image
 from cge_fast.data import pedestrians
 from cge_fast.data.pedestrians import figure, identities, scene
 from cge_fast.errors import UserError
+from cge_fast.files import COUNT
 
 SMALL = {"train_identities": 4, "test_identities": 4, "images_per_identity": 6}
 FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
@@ -35,7 +36,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_names_and_layout(folder):
-    assert sorted(path.name for path in folder.iterdir()) == sorted(FOLDERS)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([COUNT, *FOLDERS])
     paths = [path for name in FOLDERS for path in (folder / name).iterdir()]
     assert all(NAME.fullmatch(path.name) for path in paths)
     assert sorted(int(NAME.fullmatch(path.name)[3]) for path in paths) == list(range(1, 8 * 6 + 1))

@@ -1,17 +1,19 @@
-"""Folders that are written once, whole."""
+"""Folders that are written once, whole, and files that are replaced."""
 
+import errno
 import subprocess
 import sys
 import threading
 
 import pytest
 
-from cge_fast.data.whole_folder import once, whole_folder
+from cge_fast import files
 from cge_fast.errors import UserError
+from cge_fast.files import new_folder, once
 
 
 def write(folder):
-    with whole_folder(folder) as unfinished:
+    with new_folder(folder) as unfinished:
         (unfinished / "split").mkdir()
         for name in "abc":
             (unfinished / "split" / name).touch()
@@ -57,19 +59,40 @@ def test_a_folder_of_an_earlier_version_does_not_say_how_many_files_it_had(tmp_p
 
 KILLED = """
 import os, pathlib, signal, sys
-from cge_fast.data.whole_folder import whole_folder
-with whole_folder(pathlib.Path(sys.argv[1])) as unfinished:
+from cge_fast.files import new_folder
+with new_folder(pathlib.Path(sys.argv[1])) as unfinished:
     (unfinished / "half").touch()
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
-    (tmp_path / ".set-backup").mkdir()
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "set")], check=False)
-    assert len(list(tmp_path.iterdir())) == 2
+    for name in ("set", "my-set"):
+        subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / name)], check=False)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert len(left) == 2
     write(tmp_path / "set")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".set-backup", "set"]
+    of_the_other = [name for name in left if name.endswith("-my-set")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*of_the_other, "set"]
+
+
+def test_the_count_of_files_is_there_as_soon_as_the_folder_is(tmp_path, monkeypatch):
+    """Else one that a kill left without it would never be checked."""
+    monkeypatch.setattr("cge_fast.files.sync", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "set")
+    assert (tmp_path / "set" / ".files").read_text() == "3"
+
+
+def test_after_an_error_nothing_is_left(tmp_path):
+    def fails():
+        with new_folder(tmp_path / "set") as unfinished:
+            (unfinished / "half").touch()
+            raise UserError("the archive is damaged")
+
+    with pytest.raises(UserError):
+        fails()
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_processes_wait_for_each_other_and_do_not_remove_what_is_being_written(tmp_path):
@@ -80,7 +103,7 @@ def test_processes_wait_for_each_other_and_do_not_remove_what_is_being_written(t
             write(tmp_path / "set")
         ended.append("second")
 
-    with whole_folder(tmp_path / "set") as unfinished:
+    with new_folder(tmp_path / "set") as unfinished:
         thread = threading.Thread(target=second)
         thread.start()
         thread.join(0.2)
@@ -89,3 +112,16 @@ def test_processes_wait_for_each_other_and_do_not_remove_what_is_being_written(t
         (unfinished / "x").touch()
     thread.join(10)
     assert ended == ["first", "second"]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
+    files.replace(tmp_path / "a.csv", b"old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*a\.csv"):
+        files.replace(tmp_path / "a.csv", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+    assert (tmp_path / "a.csv").read_bytes() == b"old"
