@@ -3,7 +3,9 @@
 import os
 from collections import defaultdict
 from collections.abc import Collection
+from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 from cge_fast.data import lists
@@ -18,6 +20,7 @@ from cge_fast.data.whole_folder import once
 from cge_fast.errors import UserError, notice
 from cge_fast.options import DataConfig
 
+DRAWN = ("pedestrians", "pedestrians-trap")
 DRAWING = 1  # number of the embedded sets' present drawing: a change of the pixels takes the next
 
 
@@ -65,6 +68,31 @@ for number, test in ((3000, 41_861), (5000, 69_389), (10000, 138_517)):
     )
 
 
+def each_set(config: DataConfig) -> list[DataConfig]:
+    """The settings of each of the data sets that `config` names, like a+b; of one set, themselves.
+
+    data.root is one folder for all, or one for each, like A+B. What is drawn has none.
+
+    Raises:
+        UserError: a name is unknown, or there are other numbers of names and roots.
+    """
+    names = config.name.split("+")
+    if len(names) == 1:
+        return [config]
+    roots = [] if config.root is None else str(config.root).split("+")
+    if len(roots) == 1:
+        roots *= len(names)
+    for name in names:
+        if name not in (*DRAWN, *SETS):
+            raise UserError(f"data.name: there is no data set {name}, but {', '.join((*DRAWN, *SETS))}")
+    if roots and len(roots) != len(names):
+        raise UserError(f"data.root: must be one folder for all, or {len(names)} like A+B, got {len(roots)}")
+    return [
+        replace(config, name=name, root=None if name in DRAWN or not root else Path(root))
+        for name, root in zip_longest(names, roots)
+    ]
+
+
 def read(config: DataConfig, needed: Collection[Split] = SPLITS, optional: Collection[Split] = ()) -> ReidSet:
     """The images of the data set that `config` names: the splits that are needed, and the optional ones if there.
 
@@ -72,10 +100,12 @@ def read(config: DataConfig, needed: Collection[Split] = SPLITS, optional: Colle
         UserError: the root is missing or does not hold such a set, a needed split has no image, people of a published
             set's training are in its test, or query and gallery are needed and have nothing to find.
     """
-    if config.name in ("pedestrians", "pedestrians-trap"):
+    if config.name in DRAWN:
         if config.root:
             raise UserError(f"data.root: {config.root} is not read, {config.name} is drawn; give data.name too")
         reid_set = read_market1501(pedestrians(trap=config.name == "pedestrians-trap"), needed, optional)
+    elif "+" in config.name:
+        raise UserError(f"data.name: must be one data set here, got {config.name}")
     elif config.root is None:
         raise UserError(f"data.root: the data set {config.name} needs the folder where it lies")
     else:
