@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cge_fast import checkpoint, data, errors
-from cge_fast.build import check_backend, chosen_backend, load_model
+from cge_fast.api import load
+from cge_fast.build import check_backend, chosen_backend
 from cge_fast.cli import as_dataclass, parse_settings, program_parser, read_settings, set_defaults
 from cge_fast.distributed import rank
 from cge_fast.evaluation.features import evaluate
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = start_ranks()
     with chosen_backend(config.backend):
         check_backend(config.backend, device)
-        model = load_model(folder, trained, config.data, device)
+        model = load(folder, device, config.data, config.evaluation).model
         result = evaluate(model, data.read(config.data, ["query", "gallery"]), config.data, config.evaluation)
     ranks = ", ".join(f"rank-{k} {result.rank(k):.1%}" for k in SHOWN_RANKS)
     counted = f"{result.queries} queries, {result.skipped} more without a match left out"

@@ -101,6 +101,23 @@ def open_rgb(path: Path) -> PIL.Image.Image:
         ) from error
 
 
+def opened(picture: Image | Path | str | PIL.Image.Image | np.ndarray) -> PIL.Image.Image:
+    """RGB of a file, which `open_rgb` reads, or of what is in memory: Pillow's image, or an array (H, W, 3) uint8.
+
+    Raises:
+        UserError: a file cannot be read.
+        TypeError: it is something else.
+    """
+    if isinstance(picture, Image | Path | str):
+        return open_rgb(picture.path if isinstance(picture, Image) else Path(picture))
+    if isinstance(picture, PIL.Image.Image):
+        return as_rgb(picture)
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3:
+        return PIL.Image.fromarray(picture)
+    got = f"{picture.shape} {picture.dtype}" if isinstance(picture, np.ndarray) else type(picture).__name__
+    raise TypeError(f"an image must be a path, Pillow's, or an array (H, W, 3) uint8, got {got}")
+
+
 def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """RGB of any mode: greyscale of 16 or 32 bits is scaled to 8, what is transparent becomes black."""
     if image.mode == "F" or image.mode.startswith("I"):

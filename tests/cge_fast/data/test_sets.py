@@ -142,7 +142,7 @@ def test_several_sets_have_settings_of_their_own(name, root, expected):
 def test_several_sets_that_do_not_fit_their_roots_are_named(name, root, message):
     with pytest.raises(UserError, match=re.escape(message)):
         each_set(DataConfig(name=name, root=Path(root)))
-    with pytest.raises(UserError, match="data.name: must be one data set here, got folder"):
+    with pytest.raises(UserError, match=r"data.name: must be one data set here, got folder"):
         read(DataConfig(name=name, root=Path(root)))
 
 
