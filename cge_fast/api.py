@@ -32,6 +32,11 @@ class TrainedModel:
         """Where the network computes."""
         return self.model.neck.weight.device
 
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """Of the training's `identities`, in the order of the classes, and `cameras`; empty of a set without names."""
+        return checkpoint.names(self.folder)
+
     def embed(
         self,
         images: Sequence[str | Path | PIL.Image.Image | np.ndarray] | np.ndarray | Tensor,

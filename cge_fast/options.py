@@ -26,6 +26,7 @@ DataSet = Literal[
     "veri-wild-5000",
     "veri-wild-10000",
     "folder",
+    "market",
 ]
 SeveralSets = restricted_string_type("SeveralSets", r"[a-z0-9-]+(\+[a-z0-9-]+)+")
 Backbone = Literal["compact", "resnet18", "resnet34", "resnet50", "resnet101", "resnet50_ibn_a"]
@@ -57,6 +58,9 @@ class DataConfig:
     """Data set; the pedestrians are drawn on first use, the others are read from data.root. Several: like a+b."""
     root: Path | None = None
     """Folder of a data set that is not drawn; of several sets that of all, or one for each, like A+B."""
+    held_out: ClosedUnitInterval = 0.0
+    """Share of the identities of several cameras that becomes query and gallery, in a folder or market set that has
+    only images to train on; which they are depends on the identities alone."""
     height: Size = 96
     """Image height after resizing, pixels."""
     width: Size = 48

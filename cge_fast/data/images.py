@@ -1,7 +1,7 @@
 """What a re-identification data set is, and how one of its images is read: one way for every reader."""
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,14 @@ class Image:
     path: Path
     identity: int
     camera: int
+    identity_name: str | None = None  # of a set that names them; of its distractors ""
+    camera_name: str | None = None
+
+    @property
+    def labels(self) -> tuple[int | str, int | str]:
+        """Identity and camera as the set calls them: their names if it names them, else their numbers."""
+        names = self.identity_name, self.camera_name
+        return self.identity if names[0] is None else names[0], self.camera if names[1] is None else names[1]
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,16 @@ class ReidSet:
     train: list[Image]
     query: list[Image]
     gallery: list[Image]
+
+
+def names(images: Sequence[Image]) -> dict[str, list[str]]:
+    """Names of `identities` and `cameras`, each in the order of their numbers, once; empty if none has a name."""
+    if all(image.identity_name is None for image in images):
+        return {}
+    identities = {image.identity: str(image.labels[0]) for image in images}
+    cameras = {image.camera: str(image.labels[1]) for image in images}
+    called = {"identities": identities, "cameras": cameras}
+    return {kind: [name for _, name in sorted(of_number.items())] for kind, of_number in called.items()}
 
 
 # Its arguments: the folder of a set, the splits that are needed, and those that are read too if they are there.

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from itertools import zip_longest
 from pathlib import Path
 
@@ -44,6 +45,7 @@ SETS: dict[str, tuple[Reader, SetCounts | None]] = {
     ),
     "veri776": (reader(lists.veri776), counts((576, 37_778, 20), (200, 1_678, 19), (200, 11_579, 19))),
     "folder": (read_folder, None),
+    "market": (read_market1501, None),
 }
 for boxes, train, gallery in (("detected", 7_365, 5_332), ("labeled", 7_368, 5_328)):
     SETS |= {
@@ -109,7 +111,10 @@ def read(config: DataConfig, needed: Collection[Split] = SPLITS, optional: Colle
     elif config.root is None:
         raise UserError(f"data.root: the data set {config.name} needs the folder where it lies")
     else:
-        reid_set = SETS[config.name][0](Path(config.root), needed, optional)
+        read_set, published = SETS[config.name]
+        if config.held_out and published is None:
+            read_set = partial(with_held_out, read_set, config.held_out)
+        reid_set = read_set(Path(config.root), needed, optional)
     if config.skip_corrupt:
         reid_set, corrupt = without_corrupt(reid_set)
         notice(f"left out {len(corrupt)} corrupt images" + (f": {first_few(corrupt)}" if corrupt else ""))
@@ -123,14 +128,53 @@ def read(config: DataConfig, needed: Collection[Split] = SPLITS, optional: Colle
     return reid_set
 
 
+def with_held_out(
+    read_set: Reader, share: float, root: Path, needed: Collection[Split] = SPLITS, optional: Collection[Split] = ()
+) -> ReidSet:
+    """The set as its Reader gives it; one of training images alone with a share of the identities as query and gallery.
+
+    Only identities of two cameras or more are held out: those whose names have the least SHA-256, at least one, so that
+    a set which grows keeps most of them. All their images are the gallery, and the first of each camera is a query,
+    which the protocol does not match with its own camera.
+    """
+    found = read_set(root, (), SPLITS)
+    if found.query or found.gallery or not found.train:
+        return read_set(root, needed, optional)
+    cameras_of = defaultdict(set)
+    for image in found.train:
+        if image.identity != DISTRACTOR:
+            cameras_of[image.labels[0]].add(image.camera)
+    several = sorted((name for name in cameras_of if len(cameras_of[name]) > 1), key=digest)
+    held_out = {*several[: max(1, round(share * len(several)))]}
+    gallery = [image for image in found.train if image.labels[0] in held_out]
+    train = [image for image in found.train if image.labels[0] not in held_out]
+    query = list({(image.identity, image.camera): image for image in reversed(gallery)}.values())[::-1]
+    notice(
+        f"data.held_out: {root} has images to train on alone; {len(held_out)} of its {len(cameras_of)} identities "
+        f"({len(gallery)} of {len(found.train)} images) are held out as query and gallery"
+    )
+    split_set = ReidSet(train, query, gallery)
+    for split in needed:
+        if not getattr(split_set, split):
+            raise AbsentError(
+                f"data.held_out: {share} of {len(several)} identities of several cameras leaves no {split}"
+            )
+    return split_set
+
+
+def digest(name: int | str) -> str:
+    """The SHA-256 of an identity's name."""
+    return sha256(str(name).encode()).hexdigest()
+
+
 def check_people(name: str, reid_set: ReidSet) -> None:
     """Says how many people are both in training and in the test; UserError if it is a published set, which has none."""
     train, query, gallery = ({image.identity for image in part} for part in vars(reid_set).values())
     both = len(train & (query | gallery) - {DISTRACTOR})
     if both:
         said = f"data.root: {both} people are both in training and in the test"
-        if name != "folder":
-            raise UserError(f"{said}, which {name} separates: the archive is mixed up (own sets: --data.name folder)")
+        if name not in SETS or SETS[name][1]:
+            raise UserError(f"{said}, which {name} separates: the archive is mixed up (own sets: --data.name market)")
         notice(f"{said}: the figures of the evaluation will be too good")
 
 

@@ -1,6 +1,6 @@
 """Features of a set's images, and the figures of their ranking."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -58,6 +58,15 @@ def evaluate(model: ReidModel, reid_set: ReidSet, data: DataConfig, evaluation: 
         identities = torch.tensor([image.identity for image in images], device=compared.device)
         cameras = torch.tensor([image.camera for image in images], device=compared.device)
         arguments += [compared, identities, cameras]
+    return retrieval(arguments, evaluation)
+
+
+def retrieval(arguments: Sequence[Tensor], evaluation: EvaluationConfig) -> Retrieval:
+    """mAP, mINP and CMC of features, identities and cameras of query and gallery, as `evaluate_ranking` takes them.
+
+    Raises:
+        UserError: a feature is not finite, or no query has a match.
+    """
     evaluated: Callable[..., Retrieval] = evaluate_reranking if evaluation.rerank else evaluate_ranking
     try:
         return evaluated(*arguments, metric=evaluation.metric, progress=rank() == 0)
