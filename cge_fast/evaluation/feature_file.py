@@ -60,7 +60,7 @@ def write(file: Path, content: FeatureFile) -> None:
     arrays |= {name: labels for name, labels in content._asdict().items() if isinstance(labels, np.ndarray)}
     made_by, buffer = json.dumps(content.made_by), io.BytesIO()
     if file.suffix == ".npz":
-        np.savez(buffer, **arrays, **{MADE_BY: np.array(made_by)})
+        np.savez(buffer, **arrays, made_by=np.array(made_by))
     else:
         import pyarrow
 

@@ -9,8 +9,6 @@ import PIL.Image
 import pytest
 
 from cge_fast.data import read
-from cge_fast.data.batches import train_labels
-from cge_fast.data.images import names as image_names
 from cge_fast.data.pedestrians import draw
 from cge_fast.data.sets import SETS, each_set, pedestrians
 from cge_fast.errors import UserError
@@ -252,100 +250,6 @@ def test_market1501s_format_without_published_counts_may_mix_people_up(market, c
     touch(market / "bounding_box_train" / "0009_c1s1_000451_03.jpg")
     assert who(read(DataConfig(name="market", root=market)).query) == [(9, 2)]
     assert "1 people are both in training and in the test" in capsys.readouterr().err
-
-
-CAMERAS = {"anna": "ns", "bert": "nss", "carl": "n", "dora": "nsw", "emil": "nnss", "fritz": "ww", "gerd": "sw"}
-
-
-@pytest.fixture
-def only_train(tmp_path):
-    """Five identities of several cameras and two of one, beside a distractor."""
-    for identity, cameras in CAMERAS.items():
-        for number, camera in enumerate(cameras):
-            touch(tmp_path / "own" / "train" / identity / f"{camera}_{number}.jpg")
-    touch(tmp_path / "own" / "train" / "0000" / "0000_c1s1_000451_03.jpg")
-    return tmp_path / "own"
-
-
-def own(root, *splits, held_out=0.4, name="folder"):
-    return read(DataConfig(name=name, root=root, held_out=held_out), *splits)
-
-
-def names(images):
-    return sorted({image.identity_name for image in images})
-
-
-def test_identities_of_several_cameras_are_held_out_where_there_is_only_train(only_train, capsys):
-    found = own(only_train, ["train"], ["query", "gallery"])
-    held_out = names(found.gallery)
-    assert len(held_out) == 2
-    assert not {*held_out} & {"carl", "fritz", ""}
-    assert names(found.train) == sorted({*CAMERAS, ""} - {*held_out})
-    assert len(found.train) + len(found.gallery) == sum(map(len, CAMERAS.values())) + 1
-    for identity in held_out:
-        queries = [image.camera_name for image in found.query if image.identity_name == identity]
-        assert queries == sorted({*CAMERAS[identity]}), "one of each camera"
-    assert {*found.query} <= {*found.gallery}
-    images = len(found.gallery)
-    line = f"has images to train on alone; 2 of its 7 identities ({images} of 18 images) are held out as query and"
-    assert line in capsys.readouterr().err
-
-
-def test_evaluation_and_training_hold_out_the_same_and_a_set_that_grows_most_of_them(only_train):
-    found, again = own(only_train, ["train"], ["query", "gallery"]), own(only_train, ["query", "gallery"])
-    assert (found.query, found.gallery) == (again.query, again.gallery)
-    for camera in "ns":
-        touch(only_train / "train" / "aaron" / f"{camera}_1.jpg")
-    grown = names(own(only_train).gallery)
-    assert len({*grown} - {*names(found.gallery)}) <= 1
-    assert names(own(only_train, ["query", "gallery"], held_out=1.0).gallery) == sorted(
-        {*CAMERAS, "aaron"} - {"carl", "fritz"}
-    )
-
-
-def test_nothing_is_held_out_unasked_or_beside_query_and_gallery(only_train, market):
-    assert read(DataConfig(name="folder", root=only_train), ["train"], ["query", "gallery"]).gallery == []
-    for name in ("market1501", "market"):
-        plain = read(DataConfig(name=name, root=market))
-        assert own(market, name=name) == plain
-    touch(only_train / "query" / "hans" / "n_1.jpg")
-    assert len(own(only_train, ["train"], ["query", "gallery"]).train) == 18
-    with pytest.raises(UserError, match=r"there is no folder .*gallery"):
-        own(only_train)
-
-
-def test_market1501s_format_holds_out_by_number(market):
-    for folder in ("query", "bounding_box_test"):
-        shutil.rmtree(market / folder)
-    touch(market / "bounding_box_train" / "0007_c1s3_000001_00.jpg")
-    touch(market / "bounding_box_train" / "0000_c1s3_000001_00.jpg")
-    touch(market / "bounding_box_train" / "0000_c2s3_000001_00.jpg")
-    found = own(market, name="market")
-    assert who(found.query) == who(found.gallery) == [(7, 1), (7, 12)]
-    assert who(found.train) == [(0, 1), (0, 2), (2, 1)]
-    shutil.rmtree(market / "bounding_box_train")
-    with pytest.raises(UserError, match="there is no folder"):
-        own(market, name="market")
-
-
-def test_identities_of_one_camera_cannot_be_held_out(tmp_path):
-    touch(tmp_path / "train" / "anna" / "north_1.jpg")
-    assert len(own(tmp_path, ["train"], ["query", "gallery"]).train) == 1
-    with pytest.raises(UserError, match=r"data.held_out: 0.4 of 0 identities of several cameras leaves no query"):
-        own(tmp_path)
-    touch(tmp_path / "train" / "anna" / "south_1.jpg")
-    with pytest.raises(UserError, match=r"data.held_out: 0.4 of 1 identities of several cameras leaves no train"):
-        own(tmp_path)
-
-
-def test_a_set_of_names_keeps_them_in_the_order_of_the_labels(only_train, market):
-    images = read(DataConfig(name="folder", root=only_train), ["train"]).train
-    found = image_names(images)
-    labels = train_labels(images)
-    assert [found["identities"][label] for label in labels] == [image.identity_name for image in images]
-    assert found["cameras"] == ["1", "n", "s", "w"]
-    assert image_names(market1501(market).train) == {}
-    assert {image.labels for image in market1501(market).train} == {(2, 1), (7, 12)}
 
 
 def test_distractors_are_nobody(market):
