@@ -78,6 +78,7 @@ def load(folder: Path | str) -> tuple[Embedding, TrainConfig, dict[str, str]]:
     metadata = {
         "height": str(trained.data.height),
         "width": str(trained.data.width),
+        "interpolation": trained.data.interpolation,
         "input": "uint8 RGB, 0 to 255, (batch, 3, height, width), resized by the caller",
         "normalisation": f"inside the model: mean {list(mean)}, std {list(std)} of values 0 to 1",
         "l2_normalised": "false",

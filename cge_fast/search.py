@@ -22,9 +22,9 @@ from cge_fast.evaluation import feature_file
 from cge_fast.evaluation.feature_file import FeatureFile
 from cge_fast.evaluation.nearest import nearest
 from cge_fast.options import Backend, DataConfig, EvaluationConfig
-from cge_fast.ranks import start_ranks
 
 PROGRAM = "cge_fast.search"
+MOST_DRAWN = 50  # queries, and images of each: PNG has its bounds
 Row = dict[str, Any]
 
 
@@ -41,7 +41,7 @@ class SearchConfig:
     top: PositiveInt = 10
     """How many images to show for each."""
     output: Path = Path("nearest.png")
-    """Picture to write, a PNG."""
+    """Picture to write, a PNG; it has at most 50 queries, and 50 images of each."""
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     backend: Backend = "auto"
@@ -57,15 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     read = None if config.gallery.is_dir() else feature_file.read(config.gallery, "gallery", ["paths"])
     paths = image_files(config.gallery, "gallery") if read is None else []
 
-    device = start_ranks()
     with chosen_backend(config.backend):
-        check_backend(config.backend, device)
-        opened = load(config.checkpoint, device, config.data, config.evaluation)
+        opened = load(config.checkpoint, None, config.data, config.evaluation)
+        check_backend(config.backend, opened.device)
         query = FeatureFile(opened.embed(config.query), made_by=made_by(opened))
         gallery = read or FeatureFile(opened.embed(paths, progress=True), np.array([str(path) for path in paths]))
     feature_file.require_alike(query, gallery)
+    if not len(gallery.features):
+        raise UserError(f"gallery: {config.gallery} has no features")
     try:
-        found = nearest(query.features, gallery.features.to(device), config.evaluation.metric, config.top)
+        found = nearest(query.features, gallery.features.to(opened.device), config.evaluation.metric, config.top)
     except ValueError as error:
         raise UserError(f"checkpoint {opened.folder}: {error}") from error
     lists = [
@@ -116,13 +117,14 @@ def draw(config: SearchConfig, lists: Sequence[tuple[Path, Sequence[Row]]]) -> N
     from cge_fast.analyze.written import write_picture
 
     drawn = []
-    for query, rows in lists:
-        images = [Shown(query, "query")]
-        for rank, score, *labels in (row.values() for row in rows):
-            images.append(Shown(Path(labels[-1]), " ".join([f"{rank}", f"{score:.2f}", *map(str, labels[:-1][:1])])))
-        drawn.append((query.name, images))
+    for query, rows in lists[:MOST_DRAWN]:
+        images = [Shown(query, query.name)]
+        for row in rows[:MOST_DRAWN]:
+            score = row.get("similarity", row.get("distance"))
+            images.append(Shown(Path(row["image"]), f"{row['rank']} {score:.2f} {row.get('identity', '')}".strip()))
+        drawn.append(("query", images))
     config.output.parent.mkdir(parents=True, exist_ok=True)
-    write_picture(config.output, rows_of_images(drawn, config.data, f"The nearest of {config.gallery}"))
+    write_picture(config.output, rows_of_images(drawn, config.data, "Nearest images of the gallery"))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from cge_fast.options import DataConfig
 DistancesOf = Callable[[slice], Tensor]
 SHOWN = 10  # gallery images of a query
 WIDTH = 1.0  # inches of an image
-LONGEST = 14  # characters above an image
+LONGEST = 13  # characters above an image
 MARKS = {True: ("✓", "#1a7f37", "-"), False: ("✗", "#d1242f", "--")}  # match or not: sign, frame's colour and line
 
 

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from hashlib import sha256
 from pathlib import Path
 
-from cge_fast.data.images import SPLITS, Reader, ReidSet, Split
+from cge_fast.data.images import SPLITS, Image, Reader, ReidSet, Split
 from cge_fast.data.market1501 import DISTRACTOR
 from cge_fast.data.walk import AbsentError
 from cge_fast.errors import notice
@@ -36,13 +36,13 @@ def with_held_out(
         f"data.held_out: {root} has images to train on alone; {len(held_out)} of its {len(cameras_of)} identities "
         f"({len(gallery)} of {len(found.train)} images) are held out as query and gallery"
     )
-    split_set = ReidSet(train, query, gallery)
+    parts: dict[Split, list[Image]] = {"train": train, "query": query, "gallery": gallery}
     for split in needed:
-        if not getattr(split_set, split):
+        if not parts[split]:
             raise AbsentError(
                 f"data.held_out: {share} of {len(several)} identities of several cameras leaves no {split}"
             )
-    return split_set
+    return ReidSet(**{split: part if split in (*needed, *optional) else [] for split, part in parts.items()})
 
 
 def digest(name: int | str) -> str:

@@ -164,8 +164,8 @@ def eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
 def without_corrupt(reid_set: ReidSet) -> tuple[ReidSet, list[Path]]:
     """The set without the images that cannot be read, and those images' paths. Reads every file."""
     corrupt = []
-    images = [image for part in vars(reid_set).values() for image in part]
-    for image in tqdm(images, desc="checking images", unit=" image"):
+    images = {image.path: image for part in vars(reid_set).values() for image in part}  # one may be in two splits
+    for image in tqdm(images.values(), desc="checking images", unit=" image"):
         try:
             open_rgb(image.path)
         except UserError:

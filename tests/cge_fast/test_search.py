@@ -2,12 +2,15 @@
 
 import sys
 
+import numpy as np
 import PIL.Image
 import pytest
+import torch
 from support import write_crops
 
 import cge_fast
 from cge_fast import embed, errors, search
+from cge_fast.evaluation import feature_file
 from cge_fast.evaluation.nearest import nearest
 
 
@@ -70,6 +73,25 @@ def test_the_picture_has_a_row_for_each_query(searched, crops, tmp_path):
             sizes.append(picture.size)
     assert sizes[0][0] == sizes[1][0]
     assert sizes[1][1] > 2 * sizes[0][1]
+
+
+def test_the_picture_has_its_bounds_but_not_the_table(searched, crops, monkeypatch):
+    monkeypatch.setattr(search, "MOST_DRAWN", 2)
+    queries = sorted((crops / "query").glob("*/*"))
+    drawn = []
+    monkeypatch.setattr("cge_fast.analyze.written.write_picture", lambda file, figure: drawn.append(figure))
+    rows = searched("--gallery", crops / "gallery", "--query", *queries, "--top", 3)
+    assert len(rows) == 4 * 3
+    (figure,) = drawn
+    assert len(figure.axes[0].images) == 2 * (1 + 2)
+
+
+def test_a_file_without_features_is_named(searched, crops, shared_run, tmp_path):
+    query = next((crops / "query").glob("*/*"))
+    file = feature_file.FeatureFile(torch.empty(0, 128), np.array([], dtype=str))
+    feature_file.write(tmp_path / "empty.npz", file)
+    with pytest.raises(errors.UserError, match=r"gallery: .*empty.npz has no features"):
+        searched("--gallery", tmp_path / "empty.npz", "--query", query)
 
 
 def test_an_image_finds_itself_first_however_it_is_called(searched, crops):

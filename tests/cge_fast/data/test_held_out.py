@@ -78,6 +78,14 @@ def test_nothing_is_held_out_unasked_or_beside_query_and_gallery(only_train, sha
         own(only_train)
 
 
+def test_a_corrupt_image_that_is_query_and_gallery_is_counted_once(only_train, capsys):
+    for path in (only_train / "train").glob("*/n_0.jpg"):
+        path.write_bytes(b"")
+    found = read(DataConfig(name="folder", root=only_train, held_out=1.0, skip_corrupt=True), ["query", "gallery"])
+    assert len(found.gallery) == 10
+    assert "left out 4 corrupt images" in capsys.readouterr().err
+
+
 def test_market1501s_format_holds_out_by_number(tmp_path):
     for name in ("0002_c1s1_1", "0007_c12s3_1", "0007_c1s3_1", "0000_c1s3_1", "0000_c2s3_1", "-1_c1s1_1"):
         touch(tmp_path / "bounding_box_train" / f"{name}.jpg")
