@@ -88,36 +88,38 @@ def read(file: Path, option: str, needed: Sequence[str] = ()) -> FeatureFile:
     package = parquet(option) if file.suffix == ".parquet" else None
     try:
         arrays = of_parquet(package, file) if package else dict(np.load(file, allow_pickle=False))
-        made_by = json.loads(str(arrays.pop(MADE_BY, "{}")))
+        made_by = dict(json.loads(str(arrays.pop(MADE_BY, "{}"))))
     except Exception as error:  # what NumPy and pyarrow raise for damaged files has no common base
         raise UserError(f"{option}: {file} cannot be read ({error})") from error
     for name in ("features", *needed):
         if name not in arrays:
             raise UserError(f"{option}: {file} has no {name}, but {', '.join(arrays) or 'nothing'}")
-    features = arrays["features"]
-    if features.ndim != 2 or features.dtype.kind != "f" or not np.isfinite(features).all():
-        got = f"{features.shape} {features.dtype}"
+    features = given = arrays["features"]
+    if given.dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            features = given.astype(np.float32, copy=not given.flags.writeable)
+    if features.ndim != 2 or features.dtype != np.float32 or not np.isfinite(features).all():
+        got = f"{given.shape} {given.dtype}"
         raise UserError(f"{option}: features of {file} must be (N, C), floating and finite, got {got}")
     known = {name: arrays[name] for name in ("paths", "identities", "cameras") if name in arrays}
     for name, array in known.items():
         if array.shape != (len(features),) or array.dtype.kind not in ("U" if name == "paths" else "iuU"):
             got = f"{array.shape} {array.dtype}"
             raise UserError(f"{option}: {name} of {file} must be ({len(features)},), numbers or text, got {got}")
-    return FeatureFile(
-        torch.from_numpy(features.astype(np.float32, copy=not features.flags.writeable)), **known, made_by=made_by
-    )
+    return FeatureFile(torch.from_numpy(features), **known, made_by=made_by)
 
 
-def of_parquet(package: Any, file: Path) -> dict[str, np.ndarray]:
+def of_parquet(package: Any, file: Path) -> dict[str, Any]:
     """The table's columns as arrays."""
     table = package.read_table(file)
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name in {"features", "paths", "identities", "cameras"} & {*table.column_names}:
-        column = table[name].combine_chunks()
-        values = (column.flatten() if name == "features" else column).to_numpy(zero_copy_only=False)
-        arrays[name] = values.astype(str) if values.dtype.kind == "O" else values
-    if "features" in arrays:
-        arrays["features"] = arrays["features"].reshape(len(table), getattr(table["features"].type, "list_size", -1))
+        values = table[name].to_numpy()
+        if name == "features":
+            channels = getattr(table[name].type, "list_size", 0)
+            arrays[name] = np.stack(values) if len(values) else np.empty((0, channels), np.float32)
+        else:
+            arrays[name] = values.astype(str) if values.dtype.kind == "O" else values
     if made_by := (table.schema.metadata or {}).get(MADE_BY.encode()):
         arrays[MADE_BY] = made_by.decode()
     return arrays

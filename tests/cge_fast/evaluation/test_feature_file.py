@@ -63,12 +63,28 @@ def test_features_of_other_precisions_are_read_as_float32(tmp_path, dtype):
         ({"features": np.eye(2), "paths": np.zeros(2, int)}, "paths of"),
         ({"features": np.eye(2), "identities": np.array(["a", None])}, "cannot be read"),
         ({"features": np.eye(2), "made_by": np.array("{")}, "cannot be read"),
+        ({"features": np.eye(2), "made_by": np.array("[1]")}, "cannot be read"),
+        ({"features": np.full((2, 2), 1e39)}, "finite"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named(tmp_path, arrays, message):
     np.savez(tmp_path / "f.npz", **arrays)
     with pytest.raises(UserError, match=rf"^query: .*{message}"):
         read(tmp_path / "f.npz", "query")
+
+
+def test_other_programs_tables_may_have_lists_of_one_length(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pip install 'cge-fast[search]'")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    file = tmp_path / "f.parquet"
+    for rows in ([[1.0, 2.0], [3.0, 4.0]], []):
+        column = pyarrow.array(rows, pyarrow.list_(pyarrow.float64()))
+        parquet.write_table(pyarrow.table({"features": column, "other": [b"x"] * len(rows)}), file)
+        assert read(file, "query").features.tolist() == rows
+    for rows in ([[1.0], [2.0, 3.0, 4.0]], [[1.0, None], [2.0, 3.0]]):
+        parquet.write_table(pyarrow.table({"features": rows}), file)
+        with pytest.raises(UserError, match=r"^query: "):
+            read(file, "query")
 
 
 def test_a_damaged_file_is_named(file):
