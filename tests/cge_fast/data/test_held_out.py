@@ -1,5 +1,7 @@
 """What is held out where there are only images to train on."""
 
+import hashlib
+
 import PIL.Image
 import pytest
 
@@ -66,6 +68,14 @@ def test_evaluation_and_training_hold_out_the_same_and_a_set_that_grows_most_of_
     assert names(own(only_train, ["query", "gallery"], held_out=1.0).gallery) == sorted(
         {*CAMERAS, "aaron"} - {"carl", "fritz"}
     )
+
+
+def test_those_are_held_out_whose_names_have_the_least_sha256(only_train):
+    several = [identity for identity, cameras in CAMERAS.items() if len({*cameras}) > 1]
+    by_digest = sorted(several, key=lambda identity: hashlib.sha256(identity.encode()).digest())
+    assert by_digest != sorted(several)
+    for share, count in ((0.01, 1), (0.4, 2), (0.8, 4)):
+        assert names(own(only_train, held_out=share).gallery) == sorted(by_digest[:count])
 
 
 def test_nothing_is_held_out_unasked_or_beside_query_and_gallery(only_train, shared_market):

@@ -60,6 +60,14 @@ def test_faiss_finds_the_same(monkeypatch, metric):
     assert torch.equal(found[0], exact[0])
 
 
+def test_whatever_order_they_are_found_in_they_are_given_in_theirs(monkeypatch, without_faiss):
+    query, gallery = few_values(3, 40)
+    expected = nearest(query, gallery, "cosine", 9)
+    monkeypatch.setattr("cge_fast.evaluation.nearest.by_faiss", lambda *_: expected[1].flip(1))
+    found = nearest(query, gallery, "cosine", 9)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_an_image_is_at_no_distance_from_itself(without_faiss):
     features = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)) + 1000
     distance, index = nearest(features, features, "euclidean", 1)
