@@ -23,7 +23,7 @@ LARGE = 100_000  # bytes; a file of settings has fewer
 LOCK = ".lock"  # in a folder that is in use: host and process
 
 
-def write(path: Path, content: bytes | memoryview) -> None:
+def write(path: Path, content: bytes) -> None:
     """Writes a file that must not be there yet, down to the disk; an OSError names it."""
     try:
         with path.open("xb") as file:
@@ -34,7 +34,7 @@ def write(path: Path, content: bytes | memoryview) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def replace(path: Path, content: bytes | memoryview) -> None:
+def replace(path: Path, content: bytes) -> None:
     """Writes a file, in the place of the one that may be there, whole or not at all."""
     unfinished = path.with_name(f"{UNFINISHED}{secrets.token_hex(4)}-{path.name}")
     try:

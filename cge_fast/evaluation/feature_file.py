@@ -69,7 +69,7 @@ def write(file: Path, content: FeatureFile) -> None:
         table = pyarrow.table(columns).replace_schema_metadata({MADE_BY: made_by})
         parquet("output").write_table(table, buffer)
     file.parent.mkdir(parents=True, exist_ok=True)
-    files.replace(file, buffer.getbuffer())
+    files.replace(file, buffer.getvalue())
 
 
 def read(file: Path, option: str, needed: Sequence[str] = ()) -> FeatureFile:
