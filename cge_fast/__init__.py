@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers
+    from cge_fast.api import TrainedModel, load  # noqa: F401
     from cge_fast.head import CGEHead  # noqa: F401
     from cge_fast.losses.cge import CGELoss  # noqa: F401
     from cge_fast.losses.softmax import LossOutput, SoftmaxLoss  # noqa: F401
@@ -19,6 +20,8 @@ MODULES = {
     "LossOutput": "cge_fast.losses.softmax",
     "ReidModel": "cge_fast.model",
     "SoftmaxLoss": "cge_fast.losses.softmax",
+    "TrainedModel": "cge_fast.api",
+    "load": "cge_fast.api",
 }
 __all__ = [*MODULES, "__version__"]
 

@@ -3,6 +3,8 @@
 COMMANDS = {
     "train": ("train a network; without options, on the embedded data set", "--config cge_bot --data.root DIR"),
     "evaluate": ("rank a gallery with a trained network", "--checkpoint runs/NAME/checkpoints/last"),
+    "embed": ("write images' features to a file", "--checkpoint runs/NAME --images DIR --output features.npz"),
+    "search": ("find the images most like others", "--checkpoint runs/NAME --gallery DIR --query a.jpg b.jpg"),
     "export": (
         "write a trained network as ONNX or torch.export",
         "--checkpoint runs/NAME/checkpoints/best --output reid.onnx",

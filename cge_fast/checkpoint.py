@@ -1,10 +1,11 @@
 """Checkpoints that survive a kill at any moment, and that notice when they were damaged.
 
-A checkpoint is a folder with model.safetensors (what is deployed), loss.safetensors, training.pt, config.yaml and,
-written last, manifest.json: the epoch, the SHA-256 of every file but config.yaml, and which settings that has. With
-model.shard_checkpoints the folder `loss` takes the place of loss.safetensors and of Adam's moments of the classifier.
-`last` and `best` are written under another name and then renamed (files.replace_folder). Without a manifest, as in
-version 0.1 and where model.safetensors and config.yaml alone are deployed, a folder is read without these checks.
+A checkpoint is a folder with model.safetensors (what is deployed), loss.safetensors, training.pt, config.yaml,
+names.json if the data set has names, and, written last, manifest.json: the epoch, the SHA-256 of every file but
+config.yaml, and which settings that has. With model.shard_checkpoints the folder `loss` takes the place of
+loss.safetensors and of Adam's moments of the classifier. `last` and `best` are written under another name and then
+renamed (files.replace_folder). Without a manifest, as in version 0.1 and where model.safetensors and config.yaml alone
+are deployed, a folder is read without these checks.
 """
 
 import hashlib
@@ -30,6 +31,7 @@ from cge_kernels import ClassShard
 
 MODEL, LOSS, TRAINING, CONFIG = "model.safetensors", "loss.safetensors", "training.pt", "config.yaml"
 MANIFEST = "manifest.json"
+NAMES = "names.json"  # what the training set calls its identities and cameras, if it does
 LOSS_FOLDER = "loss"
 IDENTITIES = "identities"  # in the metadata of the .safetensors
 CLASSIFIER, MEMORY = "classification.weight", "classification.memory"  # names among the criterion's tensors
@@ -46,6 +48,7 @@ class Contents(NamedTuple):
     loss: dict[str, Tensor] | None  # and of the criterion; None if `stage_rows` wrote them just before
     training: dict[str, Any]  # what else a training needs to go on: tensors and plain values only
     rows: Mapping[str, str] = MappingProxyType({})  # what `stage_rows` gave
+    names: Mapping[str, list[str]] = MappingProxyType({})  # what `data.images.names` gave
 
 
 def save(folder: Path, contents: Contents, config: str, epoch: int, best: bool) -> None:
@@ -81,6 +84,8 @@ def save(folder: Path, contents: Contents, config: str, epoch: int, best: bool) 
             if tensors is not None:
                 on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
                 add(name, safetensors.torch.save(on_cpu, {IDENTITIES: str(contents.identities)}))
+        if contents.names:
+            add(NAMES, json.dumps(contents.names, indent=1).encode())
         files.write(unfinished / CONFIG, config.encode())
         settings = [name for name, _ in flat(yaml.safe_load(config))]
         manifest = {"epoch": epoch, "settings": settings, "sha256": digests}
@@ -222,6 +227,21 @@ def identities(checkpoint: Path) -> int:
         if metadata.get(IDENTITIES, "").isdecimal():
             return int(metadata[IDENTITIES])
         return first_edition.rows_files(checkpoint, checkpoint / MODEL)[-1][1]
+
+
+def names(checkpoint: Path) -> dict[str, list[str]]:
+    """Of the training set: its `identities`, in the order of the classes, and `cameras`; empty if they have no names.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    checkpoint = opened(checkpoint)
+    if not (checkpoint / NAMES).exists() and NAMES not in read_manifest(checkpoint).get("sha256", {}):
+        return {}
+    try:
+        return dict(json.loads(verified(checkpoint, NAMES).read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"checkpoint {checkpoint / NAMES} cannot be read ({error})") from error
 
 
 def load_moments(checkpoint: Path, moments: dict[str, Tensor], shard: ClassShard | None) -> dict[str, Tensor]:

@@ -218,7 +218,7 @@ def as_dataclass(parser: ArgumentParser, parsed: Namespace, kind: type[Settings]
 
 
 def plain(value: Any) -> Any:
-    """Settings with ordinary numbers in place of the range-checked ones, which neither YAML nor torch.load knows.
+    """Settings with ordinary numbers and text in place of the checked ones, which neither YAML nor torch.load knows.
 
     A path's leading ~ is the home folder.
     """
@@ -230,6 +230,8 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, str):
+        return str(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value) if isinstance(value, float) else int(value)
     return value

@@ -1,4 +1,4 @@
-"""The console scripts: `cge-train` is `python -m cge_fast.train`, and so on for evaluate, export, analyze, ..."""
+"""The console scripts: `cge-train` is `python -m cge_fast.train`, and so on for evaluate, embed, search, ..."""
 
 import runpy
 import sys

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torchvision.transforms import v2
 
-from cge_fast import checkpoint, errors, files
-from cge_fast.build import load_model
-from cge_fast.cli import as_dataclass, parse_settings, program_parser, read_settings
+from cge_fast import api, checkpoint, errors, files
+from cge_fast.cli import as_dataclass, parse_settings, program_parser
 from cge_fast.data.batches import mean_and_std, normalised
 from cge_fast.errors import UserError
 from cge_fast.model import ReidModel
@@ -72,21 +71,21 @@ def load(folder: Path | str) -> tuple[Embedding, TrainConfig, dict[str, str]]:
     Raises:
         UserError: the checkpoint cannot be read.
     """
-    folder = checkpoint.opened(folder)
-    trained = read_settings(checkpoint.config_file(folder))
-    model = load_model(folder, trained, trained.data, torch.device("cpu"))
-    embedding = Embedding(model, trained.data, trained.evaluation).eval().requires_grad_(False)
+    opened = api.load(folder, "cpu")
+    trained = opened.config
+    embedding = Embedding(opened.model, trained.data, trained.evaluation).eval().requires_grad_(False)
     mean, std = mean_and_std(trained.data)
     metadata = {
         "height": str(trained.data.height),
         "width": str(trained.data.width),
+        "interpolation": trained.data.interpolation,
         "input": "uint8 RGB, 0 to 255, (batch, 3, height, width), resized by the caller",
         "normalisation": f"inside the model: mean {list(mean)}, std {list(std)} of values 0 to 1",
         "l2_normalised": "false",
         "metric": trained.evaluation.metric,
         "neck": trained.evaluation.neck,
         "flip_test": str(trained.evaluation.flip_test).lower(),
-        "training_identities": str(checkpoint.identities(folder)),
+        "training_identities": str(checkpoint.identities(opened.folder)),
     }
     return embedding, trained, metadata
 

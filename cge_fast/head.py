@@ -48,15 +48,30 @@ class CGEHead(nn.Module):
         Raises:
             ValueError, TypeError: shapes, dtypes or labels do not fit; the message names the argument.
         """
+        if labels is None:
+            return self._embeddings(feature_map, stripes=1).embedding
+        embeddings = self._embeddings(feature_map)
+        out = self.loss(embeddings, labels)
+        pooled, stripes, embedding = embeddings
+        return HeadOutput(out.loss, out.correct, out.stripe_correct, pooled, embedding, stripes.detach())
+
+    def revised_logits(self, feature_map: Tensor) -> tuple[Tensor, Embeddings]:
+        """For a loop that computes its own losses: the revised logits (B, N) float32, and what they were computed of.
+
+        `embeddings.pooled` (B, C) is what metric losses take; `embeddings.stripes` go to `write_memory`.
+
+        Raises:
+            ValueError, TypeError: as `forward`.
+        """
+        embeddings = self._embeddings(feature_map)
+        return self.loss.revised_logits(embeddings), embeddings
+
+    def _embeddings(self, feature_map: Tensor, stripes: int | None = None) -> Embeddings:
         channels = self.neck.num_features
         if feature_map.dim() != 4 or feature_map.shape[1] != channels:
             raise ValueError(f"feature_map must have shape (B, {channels}, H, W), got {tuple(feature_map.shape)}")
-        if labels is None:
-            return self.neck(self.pool(feature_map, stripes=1)[0])
-        pooled, stripes = self.pool(feature_map)
-        embedding = self.neck(pooled)
-        out = self.loss(Embeddings(pooled, stripes, embedding), labels)
-        return HeadOutput(out.loss, out.correct, out.stripe_correct, pooled, embedding, stripes.detach())
+        pooled, of_stripes = self.pool(feature_map, stripes)
+        return Embeddings(pooled, of_stripes, self.neck(pooled))
 
     def write_memory(self, stripes: Tensor, labels: Tensor, momentum: float) -> None:
         """See CGELoss.write_memory; call it after `optimizer.step()`."""

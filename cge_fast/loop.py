@@ -13,7 +13,7 @@ from cge_fast import checkpoint, files
 from cge_fast.build import Run
 from cge_fast.cli import to_yaml
 from cge_fast.data.batches import train_labels
-from cge_fast.data.images import Image
+from cge_fast.data.images import Image, names
 from cge_fast.data.sets import nothing_to_find
 from cge_fast.distributed import any_rank, collect_rows, copy_from_first_rank, rank
 from cge_fast.errors import UserError, notice
@@ -122,9 +122,7 @@ def evaluation(run: Run) -> dict[str, float] | None:
     """mAP, CMC and mINP of the network on the query and gallery of the set; None if it cannot be evaluated on."""
     if nothing_to_find(run.reid_set):
         return None
-    retrieval = evaluate(run.model, run.reid_set, run.config.data, run.config.evaluation)
-    ranks = (retrieval.rank(k) for k in (1, 5, 10))
-    return dict(zip(RETRIEVAL, (retrieval.mAP, *ranks, retrieval.mINP), strict=True))
+    return evaluate(run.model, run.reid_set, run.config.data, run.config.evaluation).row()
 
 
 def show(run: Run, bar: tqdm, loss: float, metrics: EpochMetrics) -> None:
@@ -176,7 +174,8 @@ def save(run: Run, is_best: bool) -> None:
         "row": run.row,
         **images_digests(run),
     }
-    contents = checkpoint.Contents(run.num_classes, run.model.state_dict(), loss, training, digests)
+    model, called = run.model.state_dict(), names(run.reid_set.train)
+    contents = checkpoint.Contents(run.num_classes, model, loss, training, digests, called)
     checkpoint.save(run.checkpoints, contents, to_yaml(run.config), run.epochs_done, is_best)
 
 

@@ -4,8 +4,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse.typing import ClosedUnitInterval, restricted_number_type
+from jsonargparse.typing import ClosedUnitInterval, restricted_number_type, restricted_string_type
 
+DataSet = Literal[
+    "pedestrians",
+    "pedestrians-trap",
+    "market1501",
+    "dukemtmc",
+    "occluded-duke",
+    "msmt17",
+    "msmt17-train-only",
+    "cuhk03-detected",
+    "cuhk03-labeled",
+    "cuhk03-detected-classic",
+    "cuhk03-labeled-classic",
+    "veri776",
+    "vehicleid-800",
+    "vehicleid-1600",
+    "vehicleid-2400",
+    "veri-wild-3000",
+    "veri-wild-5000",
+    "veri-wild-10000",
+    "folder",
+    "market",
+]
+SeveralSets = restricted_string_type("SeveralSets", r"[a-z0-9-]+(\+[a-z0-9-]+)+")
 Backbone = Literal["compact", "resnet18", "resnet34", "resnet50", "resnet101", "resnet50_ibn_a"]
 NonLocal = Literal["none", "one", "half"]
 Stem = Literal["torchvision", "without_relu", "ceil_pool"]
@@ -31,30 +54,13 @@ Workers = restricted_number_type("Workers", int, [(">=", 0), ("<=", 512)])
 class DataConfig:
     """The data set and how its images become batches."""
 
-    name: Literal[
-        "pedestrians",
-        "pedestrians-trap",
-        "market1501",
-        "dukemtmc",
-        "occluded-duke",
-        "msmt17",
-        "msmt17-train-only",
-        "cuhk03-detected",
-        "cuhk03-labeled",
-        "cuhk03-detected-classic",
-        "cuhk03-labeled-classic",
-        "veri776",
-        "vehicleid-800",
-        "vehicleid-1600",
-        "vehicleid-2400",
-        "veri-wild-3000",
-        "veri-wild-5000",
-        "veri-wild-10000",
-        "folder",
-    ] = "pedestrians"
-    """Data set; the pedestrians are drawn on first use, the others are read from data.root."""
+    name: DataSet | SeveralSets = "pedestrians"
+    """Data set; the pedestrians are drawn on first use, the others are read from data.root. Several: like a+b."""
     root: Path | None = None
-    """Folder of a data set that is not drawn."""
+    """Folder of a data set that is not drawn; of several sets that of all, or one for each, like A+B."""
+    held_out: ClosedUnitInterval = 0.0
+    """Share of the identities of several cameras that becomes query and gallery, in a folder or market set that has
+    only images to train on; which they are depends on the identities alone."""
     height: Size = 96
     """Image height after resizing, pixels."""
     width: Size = 48

@@ -4,7 +4,9 @@ import re
 from importlib import import_module
 from pathlib import Path
 
+import PIL.Image
 import pytest
+import torch
 import yaml
 from jsonargparse import ArgumentParser
 
@@ -48,6 +50,37 @@ def test_a_checkpoint_is_analysed_as_the_page_says(shared_run, tmp_path, monkeyp
     assert (tmp_path / "analyses" / "levels.png").exists()
 
 
+@pytest.fixture
+def runs_mine(shared_run, tmp_path, monkeypatch):
+    """The folder that the pages' commands are called in: a run, and two images."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(shared_run)
+    for name in ("a.jpg", "b.jpg"):
+        PIL.Image.effect_mandelbrot((45, 90), (-2, -1, 1, 1), 50).convert("RGB").save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_images_are_embedded_as_the_page_says(runs_mine):
+    (block,) = examples("docs/evaluation.md")
+    scope = {}
+    exec(block, scope)
+    assert scope["features"].shape == (2, 128)
+
+
+@pytest.mark.slow
+def test_an_exported_network_is_given_images_as_the_page_says(runs_mine):
+    pytest.importorskip("onnxruntime")
+    from cge_fast import export
+
+    export.main(["--checkpoint", "runs/mine", "--output", "model.onnx"])
+    (block,) = examples("docs/export.md")
+    scope = {}
+    exec(block, scope)
+    features = cge_fast.load("runs/mine", "cpu").embed(["a.jpg"])
+    torch.testing.assert_close(torch.from_numpy(scope["embeddings"]), features, rtol=1e-3, atol=1e-3)
+
+
 def test_every_recipe_is_named():
     from cge_fast.cli import recipes
 
@@ -57,12 +90,12 @@ def test_every_recipe_is_named():
 
 
 def test_every_data_set_is_named():
-    from typing import get_args, get_type_hints
+    from typing import get_args
 
-    from cge_fast.options import DataConfig
+    from cge_fast.options import DataSet
 
     page = (ROOT / "docs/datasets.md").read_text()
-    for name in get_args(get_type_hints(DataConfig)["name"]):
+    for name in get_args(DataSet):
         assert f"`{name}`" in page
 
 

@@ -19,11 +19,22 @@ from cge_fast.errors import UserError
 from cge_fast.evaluation import ranking
 from cge_fast.evaluation.features import embed
 from cge_fast.evaluation.reranking import reranked_distances
+from cge_fast.options import DataConfig
 
 DistancesOf = Callable[[slice], Tensor]
 SHOWN = 10  # gallery images of a query
 WIDTH = 1.0  # inches of an image
+LONGEST = 13  # characters above an image
 MARKS = {True: ("✓", "#1a7f37", "-"), False: ("✗", "#d1242f", "--")}  # match or not: sign, frame's colour and line
+
+
+class Shown(NamedTuple):
+    """An image of a picture."""
+
+    path: Path
+    text: str  # above it
+    colour: str = "black"  # of text and frame
+    line: str = ""  # of the frame; without it there is none
 
 
 class Features(NamedTuple):
@@ -58,10 +69,11 @@ def ranked(trained: Trained, output: Path | str, queries: int = 8) -> Written:
         of, average_precision = reid_set.query[index], precisions[index].item()
         images = [reid_set.gallery[place] for place in first_images(query, gallery, distances_of, index)]
         lists.append((of, average_precision, images))
-        first = {"query": str(of.path), "query_identity": of.identity, "query_camera": of.camera}
+        first = {"query": str(of.path), "query_identity": of.labels[0], "query_camera": of.labels[1]}
         first["average_precision"] = average_precision
         for rank, image in enumerate(images, start=1):
-            ranked_image = {"rank": rank, "image": str(image.path), "identity": image.identity, "camera": image.camera}
+            identity, camera = image.labels
+            ranked_image = {"rank": rank, "image": str(image.path), "identity": identity, "camera": camera}
             rows.append({**first, **ranked_image, "correct": image.identity == of.identity})
     summary = (
         f"{trained.label}: mAP {retrieval.mAP:.1%} of {retrieval.queries} queries, the worst "
@@ -89,30 +101,40 @@ def first_images(query: Features, gallery: Features, distances_of: DistancesOf, 
     chunk = slice(index, index + 1)
     distance = distances_of(chunk)
     ranking.match_ranks(distance, query.identities[chunk], query.cameras[chunk], *gallery[1:])  # writes NaN for junk
-    row = distance[0]
-    first = ranking.order_keys(row, torch.arange(len(row), device=row.device)).argsort()[:SHOWN]
-    return first[~row[first].isnan()].tolist()
+    first = ranking.nearest_images(distance, SHOWN)[0]
+    return first[~distance[0, first].isnan()].tolist()
 
 
 def drawn(trained: Trained, lists: Sequence[tuple[Image, float, Sequence[Image]]]) -> Figure:
     """A row for each query: the query with its AP, then the gallery images, framed and marked as matches or not."""
-    config = trained.config.data
+    rows = []
+    for query, precision, images in lists:
+        row = [Shown(query.path, f"query {query.identity_name or ''}".strip())]
+        for rank, image in enumerate(images, start=1):
+            mark, *how = MARKS[image.identity == query.identity]
+            row.append(Shown(image.path, f"{rank} {mark} {image.identity_name or ''}".strip(), *how))
+        rows.append((f"AP {precision:.1%}", row))
+    title = f"{trained.label}: queries of least average precision, and the first {SHOWN} of the gallery"
+    return rows_of_images(rows, trained.config.data, title)
+
+
+def rows_of_images(rows: Sequence[tuple[str, Sequence[Shown]]], config: DataConfig, title: str) -> Figure:
+    """A row of images for each text and images, in the size of the network's images."""
     size = width, height = WIDTH, WIDTH * config.height / config.width
-    sheet = Sheet(
-        (SHOWN + 1) * width * 1.08 + 0.5,
-        len(lists) * (height + 0.3) + 0.5,
-        f"{trained.label}: queries of least average precision, and the first {SHOWN} of the gallery",
-    )
-    for number, (query, precision, images) in enumerate(lists):
+    longest = max(len(images) for _, images in rows)
+    sheet = Sheet(longest * width * 1.08 + 0.5, len(rows) * (height + 0.3) + 0.5, title)
+    for number, (text, images) in enumerate(rows):
         top = 0.7 + number * (height + 0.3)
-        sheet.axes.text(0.3, top + height / 2, f"AP {precision:.1%}", rotation=90, ha="right", va="center", fontsize=11)
-        for rank, image in enumerate((query, *images)):
-            left = 0.4 + rank * width * 1.08
-            mark, colour, line = MARKS[image.identity == query.identity]
-            pixels = open_rgb(image.path).resize((config.width, config.height))
+        sheet.axes.text(0.3, top + height / 2, text, rotation=90, ha="right", va="center", fontsize=11)
+        for place, shown in enumerate(images):
+            left = 0.4 + place * width * 1.08
+            pixels = open_rgb(shown.path).resize((config.width, config.height))
             sheet.picture(np.asarray(pixels), left, top, size)
-            if rank:
-                sheet.axes.add_patch(Rectangle((left, top), *size, fill=False, ec=colour, lw=3, linestyle=line))
-            text, colour = (f"{rank} {mark}", colour) if rank else ("query", "black")
-            sheet.axes.text(left + width / 2, top - 0.06, text, ha="center", fontsize=10, color=colour)
+            if shown.line:
+                frame = Rectangle((left, top), *size, fill=False, ec=shown.colour, lw=3, linestyle=shown.line)
+                sheet.axes.add_patch(frame)
+            heading = shown.text if len(shown.text) <= LONGEST else f"{shown.text[: LONGEST - 1]}…"
+            sheet.axes.text(
+                left + width / 2, top - 0.06, heading, ha="center", fontsize=10, color=shown.colour, parse_math=False
+            )
     return sheet.figure

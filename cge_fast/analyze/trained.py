@@ -1,7 +1,7 @@
 """A checkpoint that was opened to be looked into, and its pass over the training images."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -9,35 +9,26 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cge_fast import checkpoint, data
-from cge_fast.build import load_criterion, load_model
-from cge_fast.cli import read_settings
+from cge_fast import data
+from cge_fast.api import TrainedModel, load
+from cge_fast.build import load_criterion
 from cge_fast.data.batches import test_loader, train_labels
 from cge_fast.errors import UserError
 from cge_fast.experiments.variants import VARIANTS
-from cge_fast.model import ReidModel
-from cge_fast.options import DataConfig, EvaluationConfig, TrainConfig
+from cge_fast.options import DataConfig, EvaluationConfig
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A checkpoint's model in evaluation mode, which records no gradients, and its settings."""
+class Trained(TrainedModel):
+    """A checkpoint that was opened to be looked into."""
 
-    folder: Path
     label: str  # what pictures and tables call it
-    model: ReidModel
-    config: TrainConfig  # data and evaluation are those to look with, the rest is what it was trained with
 
     @cached_property
     def loss(self) -> nn.Module:
         """The classification loss, with classifier and memory."""
         criterion = load_criterion(self.folder, self.config, self.device, VARIANTS)
         return criterion.classification.eval().requires_grad_(False)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model computes."""
-        return self.model.neck.weight.device
 
 
 def open_checkpoint(
@@ -53,12 +44,8 @@ def open_checkpoint(
     Raises:
         UserError: the folder is no checkpoint, or does not fit the settings.
     """
-    folder = checkpoint.opened(folder)
-    config = read_settings(checkpoint.config_file(folder))
-    config = replace(config, data=data or config.data, evaluation=evaluation or config.evaluation)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(folder, config, config.data, device, VARIANTS).eval().requires_grad_(False)
-    return Trained(folder, label or run_name(folder), model, config)
+    opened = load(folder, None, data, evaluation, VARIANTS)
+    return Trained(**vars(opened), label=label or run_name(opened.folder))
 
 
 def run_name(folder: Path) -> str:

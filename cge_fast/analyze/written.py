@@ -36,10 +36,15 @@ def write(output: Path | str, name: str, figure: Figure, rows: Sequence[Row], su
     output.mkdir(parents=True, exist_ok=True)
     table, picture = output / f"{name}.csv", output / f"{name}.png"
     write_csv(table, rows)
+    write_picture(picture, figure)
+    return Written(summary, table, picture)
+
+
+def write_picture(file: Path, figure: Figure) -> None:
+    """Writes a figure as PNG."""
     pixels = io.BytesIO()
     figure.savefig(pixels, dpi=130, format="png")
-    files.replace(picture, pixels.getvalue())
-    return Written(summary, table, picture)
+    files.replace(file, pixels.getvalue())
 
 
 def write_csv(file: Path, rows: Sequence[Row]) -> None:

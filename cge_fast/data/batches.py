@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
-from cge_fast.data.images import Image, open_rgb
+from cge_fast.data.images import Image, opened
 from cge_fast.options import DataConfig
 
 NORMALISATIONS = {
@@ -78,14 +78,14 @@ def test_transform(config: DataConfig) -> v2.Compose:
 class TestImages(Dataset):
     """Images as evaluation sees them."""
 
-    def __init__(self, images: Sequence[Image], config: DataConfig):
+    def __init__(self, images: Sequence, config: DataConfig):
         self.images, self.transform = images, test_transform(config)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.transform(open_rgb(self.images[index].path))
+        return self.transform(opened(self.images[index]))
 
 
 class TrainImages(TestImages):
@@ -118,6 +118,6 @@ def train_loader(images: Sequence[Image], sampler: Sampler, config: DataConfig, 
     )
 
 
-def test_loader(images: Sequence[Image], batch: int, config: DataConfig) -> DataLoader:
-    """Batches (B, 3, H, W) float32 in the order of `images`."""
+def test_loader(images: Sequence, batch: int, config: DataConfig) -> DataLoader:
+    """Batches (B, 3, H, W) float32 in the order of `images`, which are what `opened` takes."""
     return DataLoader(TestImages(images, config), batch_size=batch, num_workers=config.workers)

@@ -56,4 +56,4 @@ def rows_of(split: str, images: Sequence[Image], count: int) -> list[tuple[str, 
             images_of[image.identity].append(image)
     chosen = sorted(images_of)[:count]
     by_camera = {identity: sorted(images_of[identity], key=lambda image: image.camera) for identity in chosen}
-    return [(f"{split} {identity}", by_camera[identity][:COLUMNS]) for identity in chosen]
+    return [(f"{split} {by_camera[identity][0].labels[0]}", by_camera[identity][:COLUMNS]) for identity in chosen]

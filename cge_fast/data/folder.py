@@ -37,7 +37,7 @@ def read_folder(root: Path, needed: Collection[Split] = SPLITS, optional: Collec
     cameras = numbers(sorted({crop.camera for crop in every}))
 
     def numbered(crop: Crop) -> Image:
-        return Image(crop.path, identities[crop.identity], cameras[crop.camera])
+        return Image(crop.path, identities[crop.identity], cameras[crop.camera], crop.identity or "", crop.camera)
 
     return ReidSet(**{split: list(map(numbered, part)) for split, part in crops.items()})
 

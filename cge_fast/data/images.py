@@ -3,7 +3,7 @@
 import ctypes
 import logging
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +42,14 @@ class Image:
     path: Path
     identity: int
     camera: int
+    identity_name: str | None = None  # of a set that names them; of its distractors ""
+    camera_name: str | None = None
+
+    @property
+    def labels(self) -> tuple[int | str, int | str]:
+        """Identity and camera as the set calls them: their names if it names them, else their numbers."""
+        names = self.identity_name, self.camera_name
+        return self.identity if names[0] is None else names[0], self.camera if names[1] is None else names[1]
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,16 @@ class ReidSet:
     train: list[Image]
     query: list[Image]
     gallery: list[Image]
+
+
+def names(images: Sequence[Image]) -> dict[str, list[str]]:
+    """Names of `identities` and `cameras`, each in the order of their numbers, once; empty if none has a name."""
+    if all(image.identity_name is None for image in images):
+        return {}
+    identities = {image.identity: str(image.labels[0]) for image in images}
+    cameras = {image.camera: str(image.labels[1]) for image in images}
+    called = {"identities": identities, "cameras": cameras}
+    return {kind: [name for _, name in sorted(of_number.items())] for kind, of_number in called.items()}
 
 
 # Its arguments: the folder of a set, the splits that are needed, and those that are read too if they are there.
@@ -114,6 +132,23 @@ def open_rgb(path: Path) -> PIL.Image.Image:
         ) from error
 
 
+def opened(picture: Image | Path | str | PIL.Image.Image | np.ndarray) -> PIL.Image.Image:
+    """RGB of a file, which `open_rgb` reads, or of what is in memory: Pillow's image, or an array (H, W, 3) uint8.
+
+    Raises:
+        UserError: a file cannot be read.
+        TypeError: it is something else.
+    """
+    if isinstance(picture, Image | Path | str):
+        return open_rgb(picture.path if isinstance(picture, Image) else Path(picture))
+    if isinstance(picture, PIL.Image.Image):
+        return as_rgb(picture)
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3:
+        return PIL.Image.fromarray(picture)
+    got = f"{picture.shape} {picture.dtype}" if isinstance(picture, np.ndarray) else type(picture).__name__
+    raise TypeError(f"an image must be a path, Pillow's, or an array (H, W, 3) uint8, got {got}")
+
+
 def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """RGB of any mode: greyscale of 16 or 32 bits is scaled to 8, what is transparent becomes black."""
     if image.mode == "F" or image.mode.startswith("I"):
@@ -148,8 +183,8 @@ def eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
 def without_corrupt(reid_set: ReidSet) -> tuple[ReidSet, list[Path]]:
     """The set without the images that cannot be read, and those images' paths. Reads every file."""
     corrupt = []
-    images = [image for part in vars(reid_set).values() for image in part]
-    for image in tqdm(images, desc="checking images", unit=" image"):
+    images = {image.path: image for part in vars(reid_set).values() for image in part}  # one may be in two splits
+    for image in tqdm(images.values(), desc="checking images", unit=" image"):
         try:
             open_rgb(image.path)
         except UserError:

@@ -3,13 +3,16 @@
 import os
 from collections import defaultdict
 from collections.abc import Collection
+from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 from cge_fast.data import lists
 from cge_fast.data.counts import Counts, SetCounts
 from cge_fast.data.cuhk03 import cuhk03
 from cge_fast.data.folder import read_folder
+from cge_fast.data.held_out import with_held_out
 from cge_fast.data.images import SPLITS, Reader, ReidSet, Split, reader, without_corrupt
 from cge_fast.data.market1501 import DISTRACTOR, read_market1501
 from cge_fast.data.pedestrians import draw
@@ -18,6 +21,7 @@ from cge_fast.errors import UserError, notice
 from cge_fast.files import once
 from cge_fast.options import DataConfig
 
+DRAWN = ("pedestrians", "pedestrians-trap")
 DRAWING = 1  # number of the embedded sets' present drawing: a change of the pixels takes the next
 
 
@@ -41,6 +45,7 @@ SETS: dict[str, tuple[Reader, SetCounts | None]] = {
     ),
     "veri776": (reader(lists.veri776), counts((576, 37_778, 20), (200, 1_678, 19), (200, 11_579, 19))),
     "folder": (read_folder, None),
+    "market": (read_market1501, None),
 }
 for boxes, train, gallery in (("detected", 7_365, 5_332), ("labeled", 7_368, 5_328)):
     SETS |= {
@@ -65,6 +70,31 @@ for number, test in ((3000, 41_861), (5000, 69_389), (10000, 138_517)):
     )
 
 
+def each_set(config: DataConfig) -> list[DataConfig]:
+    """The settings of each of the data sets that `config` names, like a+b; of one set, themselves.
+
+    data.root is one folder for all, or one for each, like A+B. What is drawn has none.
+
+    Raises:
+        UserError: a name is unknown, or there are other numbers of names and roots.
+    """
+    names = config.name.split("+")
+    if len(names) == 1:
+        return [config]
+    roots = [] if config.root is None else str(config.root).split("+")
+    if len(roots) == 1:
+        roots *= len(names)
+    for name in names:
+        if name not in (*DRAWN, *SETS):
+            raise UserError(f"data.name: there is no data set {name}, but {', '.join((*DRAWN, *SETS))}")
+    if roots and len(roots) != len(names):
+        raise UserError(f"data.root: must be one folder for all, or {len(names)} like A+B, got {len(roots)}")
+    return [
+        replace(config, name=name, root=None if name in DRAWN or not root else Path(root))
+        for name, root in zip_longest(names, roots)
+    ]
+
+
 def read(config: DataConfig, needed: Collection[Split] = SPLITS, optional: Collection[Split] = ()) -> ReidSet:
     """The images of the data set that `config` names: the splits that are needed, and the optional ones if there.
 
@@ -72,14 +102,19 @@ def read(config: DataConfig, needed: Collection[Split] = SPLITS, optional: Colle
         UserError: the root is missing or does not hold such a set, a needed split has no image, people of a published
             set's training are in its test, or query and gallery are needed and have nothing to find.
     """
-    if config.name in ("pedestrians", "pedestrians-trap"):
+    if config.name in DRAWN:
         if config.root:
             raise UserError(f"data.root: {config.root} is not read, {config.name} is drawn; give data.name too")
         reid_set = read_market1501(pedestrians(trap=config.name == "pedestrians-trap"), needed, optional)
+    elif "+" in config.name:
+        raise UserError(f"data.name: must be one data set here, got {config.name}")
     elif config.root is None:
         raise UserError(f"data.root: the data set {config.name} needs the folder where it lies")
     else:
-        reid_set = SETS[config.name][0](Path(config.root), needed, optional)
+        read_set, published = SETS[config.name]
+        if config.held_out and published is None:
+            read_set = partial(with_held_out, read_set, config.held_out)
+        reid_set = read_set(Path(config.root), needed, optional)
     if config.skip_corrupt:
         reid_set, corrupt = without_corrupt(reid_set)
         notice(f"left out {len(corrupt)} corrupt images" + (f": {first_few(corrupt)}" if corrupt else ""))
@@ -99,8 +134,8 @@ def check_people(name: str, reid_set: ReidSet) -> None:
     both = len(train & (query | gallery) - {DISTRACTOR})
     if both:
         said = f"data.root: {both} people are both in training and in the test"
-        if name != "folder":
-            raise UserError(f"{said}, which {name} separates: the archive is mixed up (own sets: --data.name folder)")
+        if name not in SETS or SETS[name][1]:
+            raise UserError(f"{said}, which {name} separates: the archive is mixed up (own sets: --data.name market)")
         notice(f"{said}: the figures of the evaluation will be too good")
 
 

@@ -1,6 +1,6 @@
 """Features of a set's images, and the figures of their ranking."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,26 +17,32 @@ from cge_fast.options import DataConfig, EvaluationConfig
 
 
 @torch.no_grad()
+def features(model: ReidModel, batches: Iterable[Tensor], evaluation: EvaluationConfig) -> Tensor:
+    """What retrieval compares, (images, C) float32 on the model's device, of batches (B, 3, H, W) float32."""
+    device = model.neck.weight.device
+    training = model.training
+    model.eval()
+    after_neck = evaluation.neck == "after"
+    parts = [torch.empty(0, model.neck.num_features, device=device)]  # there may be no image
+    for batch in batches:
+        batch = batch.to(device, non_blocking=True)
+        feature = model.embed(batch, after_neck)
+        if evaluation.flip_test:
+            feature = (feature + model.embed(batch.flip(3), after_neck)) / 2
+        parts.append(feature)
+    model.train(training)
+    return torch.cat(parts)
+
+
 def embed(model: ReidModel, images: list[Image], data: DataConfig, evaluation: EvaluationConfig, name: str) -> Tensor:
     """Features (len(images), C) float32 on the model's device, with a progress bar called `name`.
 
     The ranks share the images and every rank returns all features.
     """
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    after_neck = evaluation.neck == "after"
-    features = [torch.empty(0, model.neck.num_features, device=device)]  # there may be no image
     equal_shares = images + images[-1:] * (-len(images) % world_size())
     loader = test_loader(equal_shares[rank() :: world_size()], evaluation.batch, data)
-    for batch in tqdm(loader, desc=f"features, {name}", unit=" batch", leave=False, disable=rank() > 0):
-        batch = batch.to(device, non_blocking=True)
-        feature = model.embed(batch, after_neck)
-        if evaluation.flip_test:
-            feature = (feature + model.embed(batch.flip(3), after_neck)) / 2
-        features.append(feature)
-    model.train(training)
-    shares = gather(torch.cat(features)).unflatten(0, (world_size(), -1))
+    bar = tqdm(loader, desc=f"features, {name}", unit=" batch", leave=False, disable=rank() > 0)
+    shares = gather(features(model, bar, evaluation)).unflatten(0, (world_size(), -1))
     return shares.transpose(0, 1).flatten(0, 1)[: len(images)]
 
 
@@ -48,10 +54,19 @@ def evaluate(model: ReidModel, reid_set: ReidSet, data: DataConfig, evaluation: 
     """
     arguments = []
     for name, images in (("query", reid_set.query), ("gallery", reid_set.gallery)):
-        features = embed(model, images, data, evaluation, name)
-        identities = torch.tensor([image.identity for image in images], device=features.device)
-        cameras = torch.tensor([image.camera for image in images], device=features.device)
-        arguments += [features, identities, cameras]
+        compared = embed(model, images, data, evaluation, name)
+        identities = torch.tensor([image.identity for image in images], device=compared.device)
+        cameras = torch.tensor([image.camera for image in images], device=compared.device)
+        arguments += [compared, identities, cameras]
+    return retrieval(arguments, evaluation)
+
+
+def retrieval(arguments: Sequence[Tensor], evaluation: EvaluationConfig) -> Retrieval:
+    """mAP, mINP and CMC of features, identities and cameras of query and gallery, as `evaluate_ranking` takes them.
+
+    Raises:
+        UserError: a feature is not finite, or no query has a match.
+    """
     evaluated: Callable[..., Retrieval] = evaluate_reranking if evaluation.rerank else evaluate_ranking
     try:
         return evaluated(*arguments, metric=evaluation.metric, progress=rank() == 0)

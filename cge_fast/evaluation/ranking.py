@@ -30,6 +30,11 @@ class Retrieval:
         """Share of queries with a match among the first k, k = 1..50."""
         return self.cmc[k - 1]
 
+    def row(self) -> dict[str, float]:
+        """The figures that tables have: mAP, rank-1, -5 and -10, mINP."""
+        ranks = {f"rank{k}": self.rank(k) for k in (1, 5, 10)}
+        return {"mAP": self.mAP, **ranks, "mINP": self.mINP}
+
 
 def distances(query: Tensor, gallery: Tensor, metric: Literal["cosine", "euclidean"]) -> Tensor:
     """(Q, G) float32 distances that rank as the metric does: minus the cosine, or half the squared distance.
@@ -55,6 +60,16 @@ def order_keys(distance: Tensor, index: Tensor) -> Tensor:
     bits = (distance + 0.0).view(torch.int32)  # the sum makes -0.0 a 0.0
     bits ^= (bits >> 31) & 0x7FFFFFFF  # a float's bits ascend with it, but those of negative ones descend
     return bits.long().mul_(2**32).add_(index)
+
+
+def nearest_images(distance: Tensor, count: int) -> Tensor:
+    """Indices (Q, min(count, G)) int64 of each row's least distances (Q, G) float32, in order; equal ones by index."""
+    best = torch.empty(len(distance), 0, dtype=torch.int64, device=distance.device)
+    indices = torch.arange(distance.shape[1], device=distance.device)
+    for part, index in zip(distance.split(BLOCK_IMAGES, dim=1), indices.split(BLOCK_IMAGES), strict=True):
+        keys = torch.cat([best, order_keys(part, index)], dim=1)
+        best = keys.topk(min(count, keys.shape[1]), largest=False, sorted=True).values
+    return best & 0xFFFFFFFF  # a key's lower half is the index
 
 
 def match_ranks(

@@ -28,7 +28,7 @@ from cge_fast.evaluation.ranking import (
     chunk_rows,
     distances,
     evaluate_distances,
-    order_keys,
+    nearest_images,
     require_finite,
 )
 
@@ -122,15 +122,10 @@ def neighbours(
 ) -> tuple[Tensor, Tensor]:
     """Indices (N, min(count, N)) int64 of each image's nearest, in order, and half the square (N,) to its farthest."""
     nearest, farthest = [], []
-    indices = torch.arange(len(features), device=features.device)
     with tqdm(total=len(features), desc="neighbours", unit=" image", disable=not progress, leave=False) as bar:
         for images in features.split(chunk_rows(len(features))):
             distance = half_squares(images, features, metric)
-            best = torch.empty(len(images), 0, dtype=torch.int64, device=features.device)
-            for part, index in zip(distance.split(BLOCK_IMAGES, dim=1), indices.split(BLOCK_IMAGES), strict=True):
-                keys = torch.cat([best, order_keys(part, index)], dim=1)
-                best = keys.topk(min(count, keys.shape[1]), largest=False, sorted=True).values
-            nearest.append(best & 0xFFFFFFFF)  # a key's lower half is the index
+            nearest.append(nearest_images(distance, count))
             farthest.append(distance.amax(dim=1))
             bar.update(len(images))
     # Of images that are all the same every distance is zero, not 0 / 0.

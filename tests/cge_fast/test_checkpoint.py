@@ -32,6 +32,24 @@ def save(folder, epoch, best=True):
     return folder / "last"
 
 
+def test_names_are_kept_and_checked_and_may_be_absent(tmp_path):
+    names = {"identities": ["anna", "", "Bert Ö"], "cameras": ["north"]}
+    contents = Contents(5, model(1.0), loss(1.0), {"epoch": 1}, names=names)
+    checkpoint.save(tmp_path, contents, "seed: 1\n", 1, True)
+    for pointer in ("last", "best"):
+        assert checkpoint.names(tmp_path / pointer) == names
+    (tmp_path / "last" / checkpoint.NAMES).write_text("[")
+    with pytest.raises(UserError, match=r"names.json is damaged"):
+        checkpoint.names(tmp_path / "last")
+    (tmp_path / "last" / checkpoint.MANIFEST).unlink()
+    with pytest.raises(UserError, match=r"names.json cannot be read"):
+        checkpoint.names(tmp_path / "last")
+    (tmp_path / "best" / checkpoint.NAMES).unlink()
+    with pytest.raises(UserError, match=r"has no file names.json"):
+        checkpoint.names(tmp_path / "best")
+    assert checkpoint.names(save(tmp_path, 2)) == {}
+
+
 def save_sharded(folder, epoch, best=True):
     digests = checkpoint.stage_rows(folder, loss(float(epoch)), ClassShard(0, 5, 5))
     contents = Contents(5, model(float(epoch)), None, {"epoch": epoch}, digests)

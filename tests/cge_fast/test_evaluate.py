@@ -1,17 +1,22 @@
 """python -m cge_fast.evaluate"""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import PIL.Image
 import pytest
 import safetensors.torch
 import torch
+from support import write_crops
 
-from cge_fast import checkpoint, errors, evaluate
+import cge_fast
+from cge_fast import checkpoint, data, embed, errors, evaluate
 from cge_fast.cli import read_settings, to_yaml
+from cge_fast.evaluation.features import evaluate as evaluate_set
 from cge_fast.evaluation.ranking import evaluate_ranking
 from cge_fast.evaluation.reranking import evaluate_reranking
 
@@ -88,7 +93,12 @@ def test_a_network_trained_in_float16_is_evaluated_on_a_cpu(last, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "checkpoint"),
+        ([], "checkpoint: give --checkpoint, or features by --query and --gallery"),
+        (["--query", "a.npz"], "checkpoint: give --checkpoint, or features by --query and --gallery"),
+        (["--checkpoint", "LAST", "--query", "a.npz"], "checkpoint: give --checkpoint, or features by --query and"),
+        (["--query", "a.npz", "--gallery", "b.npz"], "query: must be a file of features that ends in .npz or .parquet"),
+        (["--checkpoint", "LAST", "--data.name", "folder+nix"], "data.name: there is no data set nix, but pedestrians"),
+        (["--checkpoint", "LAST", "--data.name", "nix"], 'Parser key "data.name"'),
         (["--checkpoint", "/nix"], "checkpoint /nix has no file model.safetensors"),
         (["--checkpoint", "LAST", "--data.root", "/nix"], "data.root: there is no folder /nix/query"),
         (["--checkpoint", "LAST", "--evaluation.metric", "l1"], "evaluation.metric"),
@@ -133,6 +143,78 @@ def test_what_is_deployed_needs_neither_the_loss_nor_the_training_state(last, ca
     for name in (checkpoint.LOSS, checkpoint.TRAINING):
         (last / name).unlink()
     assert evaluated(capsys, "--checkpoint", last) == whole
+
+
+def test_a_network_is_evaluated_on_another_set_than_its_own(last, market, tmp_path, capsys):
+    whole = evaluated(capsys, "--checkpoint", last)
+    crops = write_crops(market, tmp_path / "crops")
+    assert evaluated(capsys, "--checkpoint", last, "--data.name", "folder", "--data.root", crops) == whole
+
+
+def test_several_sets_are_evaluated_each_by_itself(last, market, tmp_path, capsys):
+    whole = evaluated(capsys, "--checkpoint", last)
+    crops = write_crops(market, tmp_path / "crops")
+    shutil.rmtree(crops / "query" / "0005")
+    names = ["--data.name", "market1501+folder", "--data.root", f"{market}+{crops}"]
+    own, other = evaluated(capsys, "--checkpoint", last, *names).splitlines()
+    assert own == f"market1501: {whole}"
+    assert other.startswith("folder: mAP ")
+    assert other.endswith("(3 queries, 0 more without a match left out)")
+    rows = json.loads(evaluated(capsys, "--checkpoint", last, *names, "--output", "json"))
+    assert [(row["data"], row["queries"]) for row in rows] == [("market1501", 4), ("folder", 3)]
+
+
+def test_json_is_all_that_is_printed_and_has_the_figures_unrounded(last, capsys):
+    settings = read_settings(last / "config.yaml")
+    retrieval = evaluate_model(last, settings)
+    (row,) = json.loads(evaluated(capsys, "--checkpoint", last, "--output", "json"))
+    assert row == {"data": "market1501", **retrieval.row(), "queries": 4, "skipped": 0}
+    assert row["mINP"] == retrieval.mINP
+    assert row["rank5"] == retrieval.rank(5)
+
+
+def evaluate_model(last, settings):
+    model = cge_fast.load(last, "cpu").model
+    return evaluate_set(model, data.read(settings.data), settings.data, settings.evaluation)
+
+
+@pytest.mark.parametrize("form", ["npz", "parquet"])
+def test_features_in_files_are_evaluated_as_their_network_is(last, tmp_path, capsys, form):
+    if form == "parquet":
+        pytest.importorskip("pyarrow", reason="pip install 'cge-fast[search]'")
+    files = {name: tmp_path / f"{name}.{form}" for name in ("query", "gallery")}
+    for name, file in files.items():
+        embed.main(["--checkpoint", str(last), "--split", name, "--output", str(file)])
+    capsys.readouterr()
+    arguments = [word for name, file in files.items() for word in (f"--{name}", file)]
+    for options in ([], ["--evaluation.metric", "euclidean"], ["--evaluation.rerank", "true"]):
+        assert evaluated(capsys, *arguments, *options) == evaluated(capsys, "--checkpoint", last, *options)
+    (row,) = json.loads(evaluated(capsys, *arguments, "--output", "json"))
+    assert row["data"] == str(files["query"])
+
+
+@pytest.mark.parametrize("kind", [int, str])
+def test_features_of_other_programs_may_have_labels_of_text_or_numbers(tmp_path, capsys, kind):
+    query, gallery = np.eye(3, 4), np.eye(4)[[0, 0, 2, 1, 3]]
+    labels = {"query": ([7, 8, 9], [1, 1, 1]), "gallery": ([7, 8, 7, 8, 0], [1, 2, 2, 2, 3])}  # 9 has no match
+    for name, features in (("query", query), ("gallery", gallery)):
+        identities, cameras = (np.array(values).astype(kind) for values in labels[name])
+        np.savez(tmp_path / name, features=features, identities=identities, cameras=cameras)
+    arguments = ["--query", tmp_path / "query.npz", "--gallery", tmp_path / "gallery.npz", "--output", "json"]
+    (row,) = json.loads(evaluated(capsys, *arguments))
+    # Of 7 the nearest is junk, the next another, and the match ties with two behind it. Of 8 one match is the nearest,
+    # the other ties with one before it.
+    assert (row["queries"], row["skipped"]) == (2, 1)
+    assert row["mAP"] == pytest.approx((1 / 2 + (1 + 2 / 3) / 2) / 2)
+    assert row["rank1"] == 1 / 2
+
+
+def test_features_of_two_networks_are_not_compared(last, tmp_path, capsys):
+    for name, options in (("query", []), ("gallery", ["--evaluation.flip_test", "true"])):
+        output = ["--split", name, "--output", str(tmp_path / f"{name}.npz")]
+        embed.main(["--checkpoint", str(last), *output, *options])
+    with pytest.raises(errors.UserError, match=r"gallery: .* made with flip_test True, the queries' with False"):
+        evaluated(capsys, "--query", tmp_path / "query.npz", "--gallery", tmp_path / "gallery.npz")
 
 
 def test_a_set_without_a_training_split_is_evaluated(last, market, capsys):

@@ -123,6 +123,7 @@ def test_the_files_say_what_they_take_and_give_but_not_where_they_were_made(last
     assert metadata == {
         "height": "32",
         "width": "16",
+        "interpolation": "bilinear",
         "input": "uint8 RGB, 0 to 255, (batch, 3, height, width), resized by the caller",
         "normalisation": "inside the model: mean [0.485, 0.456, 0.406], std [0.229, 0.224, 0.225] of values 0 to 1",
         "l2_normalised": "false",

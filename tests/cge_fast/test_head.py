@@ -84,6 +84,27 @@ def test_a_map_of_other_channels_is_an_error_in_its_own_words():
             head()(feature_map()[..., 0], labels)
 
 
+def test_a_loop_of_logits_and_a_feature_pools_once_a_step_and_trains_as_the_heads_own():
+    made, own = head(), head()
+    pooled = []
+    made.pool.register_forward_hook(lambda *_: pooled.append(1))
+    optimizers = [torch.optim.Adam(one.parameters(), lr=0.1) for one in (made, own)]
+    for number in range(1, 4):
+        logits, embeddings = made.revised_logits(feature_map() + number)
+        loss = torch.nn.functional.cross_entropy(logits, LABELS, label_smoothing=0.1)
+        optimizers[0].zero_grad()
+        loss.backward()
+        optimizers[0].step()
+        made.write_memory(embeddings.stripes, LABELS, 0.5)
+        torch.testing.assert_close(loss.detach(), step(own, feature_map() + number, optimizers[1]))
+        assert len(pooled) == number
+        assert embeddings.pooled.shape == embeddings.embedding.shape == (6, CHANNELS)
+    torch.testing.assert_close(made.loss.memory, own.loss.memory)
+    assert made.loss.memory.norm() > 0
+    with pytest.raises(ValueError, match="feature_map must have shape"):
+        made.revised_logits(feature_map()[:, :4])
+
+
 class Network(torch.nn.Module):
     """Somebody's own, with the head in it."""
 

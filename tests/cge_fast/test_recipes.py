@@ -197,7 +197,7 @@ def test_the_embedded_sets_baseline_differs_from_cge_in_nothing_else():
 
 
 def test_a_recipe_is_found_by_its_name():
-    assert recipes() == sorted([*PUBLISHED, "pedestrians_bot", "pedestrians_cge"])
+    assert recipes() == sorted([*PUBLISHED, "own", "pedestrians_bot", "pedestrians_cge"])
     config, _, _ = train.parse(["--config", "cge_bot", "--model.cge", "false", "--data.name", "msmt17"])
     assert (config.model.backbone, config.model.cge, config.data.name) == ("resnet50", False, "msmt17")
 

@@ -172,6 +172,12 @@ def test_every_setting_but_three_must_have_a_value(tmp_path):
                 read_settings(tmp_path / "config.yaml")
 
 
+def test_names_of_several_sets_are_text_in_the_settings_file(tmp_path):
+    config, _, _ = train.parse(["--data.name", "folder+market", "--output", "run"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert read_settings(tmp_path / "config.yaml").data.name == "folder+market"
+
+
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_numbers_and_line_ends_of_editors_are_understood(tmp_path, mark, end):

@@ -5,7 +5,7 @@ import pytest
 
 from cge_fast import errors
 from cge_fast.analyze.__main__ import PROGRAM, main
-from cge_fast.build import load_model
+from cge_fast.api import load
 
 
 @pytest.mark.slow
@@ -24,18 +24,18 @@ def test_every_analysis_writes_a_picture_and_a_table_and_says_where(saved, tmp_p
 @pytest.mark.slow
 def test_each_checkpoint_is_looked_at_with_its_own_settings_but_for_those_given(saved, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("cge_fast.analyze.trained.load_model", spy(seen))
+    monkeypatch.setattr("cge_fast.analyze.trained.load", spy(seen))
     small, large = saved("small"), saved("large", "--data.height", "48", "--evaluation.batch", "5")
     arguments = ["saliency", "--checkpoint", str(small), str(large), "--output", str(tmp_path), "--labels", "a", "b"]
     main(arguments)
     main([*arguments, "--evaluation.batch", "2", "--images", "1"])
-    assert [(config.data.height, config.evaluation.batch) for config in seen] == [(24, 7), (48, 5), (24, 2), (48, 2)]
+    assert [(data.height, evaluation.batch) for data, evaluation in seen] == [(24, 7), (48, 5), (24, 2), (48, 2)]
 
 
 def spy(seen):
-    def remember(folder, trained, *arguments):
-        seen.append(trained)
-        return load_model(folder, trained, *arguments)
+    def remember(folder, device, data, evaluation, variants):
+        seen.append((data, evaluation))
+        return load(folder, device, data, evaluation, variants)
 
     return remember
 

@@ -1,16 +1,18 @@
 """Readers: what they find, and what they say when they do not."""
 
+import re
 import shutil
-from typing import get_args, get_type_hints
+from pathlib import Path
+from typing import get_args
 
 import PIL.Image
 import pytest
 
 from cge_fast.data import read
 from cge_fast.data.pedestrians import draw
-from cge_fast.data.sets import SETS, pedestrians
+from cge_fast.data.sets import SETS, each_set, pedestrians
 from cge_fast.errors import UserError
-from cge_fast.options import DataConfig
+from cge_fast.options import DataConfig, DataSet
 
 
 def touch(path, size=(4, 8)):
@@ -102,13 +104,46 @@ def test_duke_and_occluded_duke_are_of_market1501s_format(market):
 
 
 def test_every_set_with_a_reader_can_be_chosen():
-    chosen = get_args(get_type_hints(DataConfig)["name"])
+    chosen = get_args(DataSet)
     assert {*SETS, "pedestrians", "pedestrians-trap"} == set(chosen)
 
 
 def test_a_set_without_a_root_asks_for_it():
     with pytest.raises(UserError, match=r"data.root: the data set folder needs the folder where it lies"):
         read(DataConfig(name="folder"))
+
+
+@pytest.mark.parametrize(
+    ("name", "root", "expected"),
+    [
+        ("folder", "A+B", [("folder", "A+B")]),
+        ("msmt17+folder", "A+B", [("msmt17", "A"), ("folder", "B")]),
+        ("vehicleid-800+vehicleid-1600", "A", [("vehicleid-800", "A"), ("vehicleid-1600", "A")]),
+        ("pedestrians+folder", "A", [("pedestrians", None), ("folder", "A")]),
+        ("pedestrians+folder", "+A", [("pedestrians", None), ("folder", "A")]),
+        ("pedestrians+pedestrians-trap", None, [("pedestrians", None), ("pedestrians-trap", None)]),
+        ("folder+market1501", None, [("folder", None), ("market1501", None)]),
+    ],
+)
+def test_several_sets_have_settings_of_their_own(name, root, expected):
+    settings = DataConfig(name=name, root=root and Path(root), height=7)
+    found = each_set(settings)
+    assert [(one.name, one.root and str(one.root)) for one in found] == expected
+    assert {one.height for one in found} == {7}
+
+
+@pytest.mark.parametrize(
+    ("name", "root", "message"),
+    [
+        ("folder+nix", "A", "data.name: there is no data set nix, but pedestrians, "),
+        ("folder+market1501", "A+B+C", "data.root: must be one folder for all, or 2 like A+B, got 3"),
+    ],
+)
+def test_several_sets_that_do_not_fit_their_roots_are_named(name, root, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        each_set(DataConfig(name=name, root=Path(root)))
+    with pytest.raises(UserError, match=r"data.name: must be one data set here, got folder"):
+        read(DataConfig(name=name, root=Path(root)))
 
 
 def test_a_folder_of_crops_names_identities_and_cameras_as_it_likes(tmp_path):
@@ -209,6 +244,12 @@ def test_people_in_training_and_test_are_counted_and_refused_in_a_published_set(
     read(DataConfig(name="folder", root=tmp_path / "crops"))
     said = "data.root: 1 people are both in training and in the test: the figures of the evaluation will be too good"
     assert capsys.readouterr().err.splitlines() == [said]
+
+
+def test_market1501s_format_without_published_counts_may_mix_people_up(market, capsys):
+    touch(market / "bounding_box_train" / "0009_c1s1_000451_03.jpg")
+    assert who(read(DataConfig(name="market", root=market)).query) == [(9, 2)]
+    assert "1 people are both in training and in the test" in capsys.readouterr().err
 
 
 def test_distractors_are_nobody(market):
