@@ -7,10 +7,10 @@ from pathlib import Path
 
 from cge_fast import checkpoint, data, errors
 from cge_fast.build import check_backend, chosen_backend, load_model
-from cge_fast.cli import as_dataclass, parse_settings, program_parser, read_settings, set_defaults
+from cge_fast.cli import add_settings, as_dataclass, parse_settings, program_parser, read_settings, set_defaults
 from cge_fast.distributed import rank
 from cge_fast.evaluation.features import evaluate
-from cge_fast.options import Backend, DataConfig, EvaluationConfig
+from cge_fast.options import TRAINING_ONLY, Backend, DataConfig, EvaluationConfig
 from cge_fast.ranks import start_ranks, stop_ranks
 
 PROGRAM = "cge_fast.evaluate"
@@ -32,8 +32,9 @@ class EvaluateConfig:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program; `arguments` default to the command line's."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = program_parser(PROGRAM, "Ranks the gallery for every query with a trained network.")
-    parser.add_class_arguments(EvaluateConfig)
+    purpose = "Ranks the gallery for every query with a trained network."
+    parser = program_parser(PROGRAM, purpose, "--checkpoint DIR [--SETTING VALUE ...]")
+    add_settings(parser, EvaluateConfig, TRAINING_ONLY)
     folder = checkpoint.opened(parse_settings(parser, arguments).checkpoint)
     trained = read_settings(checkpoint.config_file(folder))
     set_defaults(parser, trained, "data", "evaluation", "backend")

@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 
 from cge_fast import checkpoint, errors, files
 from cge_fast.build import load_model
-from cge_fast.cli import as_dataclass, parse_settings, program_parser, read_settings
+from cge_fast.cli import add_settings, as_dataclass, parse_settings, program_parser, read_settings
 from cge_fast.data.batches import mean_and_std, normalised
 from cge_fast.errors import UserError
 from cge_fast.model import ReidModel
@@ -146,8 +146,9 @@ def export(folder: Path | str, output: Path | str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program; `arguments` default to the command line's."""
-    parser = program_parser(PROGRAM, "Exports a trained network's embedding to ONNX or torch.export.")
-    parser.add_class_arguments(ExportConfig)
+    purpose = "Exports a trained network's embedding to ONNX or torch.export."
+    parser = program_parser(PROGRAM, purpose, "--checkpoint DIR --output FILE")
+    add_settings(parser, ExportConfig)
     parsed = parse_settings(parser, sys.argv[1:] if arguments is None else arguments)
     config = as_dataclass(parser, parsed, ExportConfig)
     export(config.checkpoint, config.output)

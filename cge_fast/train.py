@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 
 from cge_fast import errors
 from cge_fast.cli import (
+    add_settings,
     as_dataclass,
     parse_settings,
     program_parser,
     read_settings,
     recipes,
     set_defaults,
-    with_recipe_paths,
 )
 from cge_fast.errors import UserError
 from cge_fast.options import TrainConfig
@@ -123,14 +123,22 @@ def remove_if_empty(folder: Path) -> None:
 
 def parse(arguments: Sequence[str]) -> tuple[TrainConfig, bool, bool]:
     """Settings, --resume and --profile; a resumed run's own settings come first, then the command line's."""
-    parser = program_parser(PROGRAM, "Trains a re-identification network; without options, on the embedded data set.")
-    parser.add_argument("--config", action="config", help="YAML file, or name of a recipe: " + ", ".join(recipes()))
+    parser = program_parser(
+        PROGRAM,
+        "Trains a re-identification network; without options, on the embedded data set.",
+        "[--config NAME] [--SETTING VALUE ...]",
+    )
+    parser.add_argument(
+        "--config",
+        action="config",
+        help=f"recipe ({', '.join(recipes())}) or YAML file of settings; given more than once, the later one counts "
+        "where both have a setting, as do settings that follow it; with --help, its defaults are shown",
+    )
     parser.add_argument("--resume", action="store_true", help="continue the run in --output, with its settings")
     parser.add_argument(
         "--profile", action="store_true", help="print where the time of a training step goes, and write a trace"
     )
-    parser.add_class_arguments(TrainConfig)
-    arguments = with_recipe_paths(arguments)
+    add_settings(parser, TrainConfig)
     parsed = parse_settings(parser, arguments)
     if parsed.resume:
         if parsed.output is None:

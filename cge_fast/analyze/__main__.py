@@ -16,9 +16,9 @@ from cge_fast.analyze.saliency import saliency
 from cge_fast.analyze.stripes import levels, precision
 from cge_fast.analyze.trained import open_checkpoint
 from cge_fast.analyze.weights import weights
-from cge_fast.cli import as_dataclass, parse_settings, program_parser, read_settings, set_defaults
+from cge_fast.cli import add_settings, as_dataclass, parse_settings, program_parser, read_settings, set_defaults
 from cge_fast.errors import UserError
-from cge_fast.options import DataConfig, EvaluationConfig
+from cge_fast.options import RANKING_ONLY, TRAINING_ONLY, DataConfig, EvaluationConfig
 
 PROGRAM = "cge_fast.analyze"
 
@@ -30,7 +30,7 @@ ANALYSES = {
     "weights": (weights, "the revision's weights of true and false classes over the training images (CGE only)"),
     "ranked": (ranked, "the first gallery images of the queries of least average precision"),
 }
-OF_ONE = ("ranked",)  # the others compare as many checkpoints as are given
+OF_ONE = RANKING = ("ranked",)  # the others compare as many checkpoints as are given
 COUNTS = {"saliency": {"images": "how many test images"}, "ranked": {"queries": "how many queries, the worst first"}}
 
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def subparser(name: str, help_: str) -> ArgumentParser:
     """The options of one analysis."""
-    parser = program_parser(f"{PROGRAM} {name}", f"Shows {help_}.")
+    parser = program_parser(f"{PROGRAM} {name}", f"Shows {help_}.", "--checkpoint DIR [--SETTING VALUE ...]")
     number, several = (1, "") if name in OF_ONE else ("+", ", or several to compare")
     where = f"folder like runs/.../checkpoints/last{several}"
     parser.add_argument("--checkpoint", type=Path, nargs=number, required=True, help=where)
@@ -82,7 +82,7 @@ def subparser(name: str, help_: str) -> ArgumentParser:
     parser.add_argument("--output", type=Path, default=Path("analyses"), help="folder of the picture and the table")
     for option, counted in COUNTS.get(name, {}).items():
         parser.add_argument(f"--{option}", type=PositiveInt, default=8, help=counted)
-    parser.add_class_arguments(LookConfig)
+    add_settings(parser, LookConfig, TRAINING_ONLY if name in RANKING else TRAINING_ONLY | RANKING_ONLY)
     return parser
 
 
