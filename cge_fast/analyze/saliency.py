@@ -10,7 +10,6 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
-from tqdm import tqdm
 
 from cge_fast import data
 from cge_fast.analyze.trained import Trained
@@ -18,6 +17,7 @@ from cge_fast.analyze.written import Row, Sheet, Written, told, write
 from cge_fast.data import Image
 from cge_fast.data.batches import test_loader
 from cge_fast.data.images import open_rgb
+from cge_fast.progress import progress
 
 GROUPS = 4  # images, each beside its maps, in a row of the picture
 PANEL = 1.15  # inches of a panel's width
@@ -51,7 +51,7 @@ def saliency(checkpoints: Sequence[Trained], output: Path | str, images: int = 8
 def saliency_maps(trained: Trained, images: Sequence[Image]) -> Tensor:
     """(images, H', W') float32 on the CPU: the maximum over the channels of the feature maps."""
     loader = test_loader(images, trained.config.evaluation.batch, trained.config.data)
-    bar = tqdm(loader, desc=f"saliency, {trained.label}", unit=" batch", leave=False)
+    bar = progress(loader, what=f"saliency of {trained.label}", unit="batches")
     maps = [trained.model.feature_map(batch.to(trained.device)).amax(dim=1) for batch in bar]
     return torch.cat(maps).float().cpu()
 

@@ -11,10 +11,10 @@ from typing import Literal, TypeVar
 import numpy as np
 import PIL.Image
 from PIL import ImageOps
-from tqdm import tqdm
 
 from cge_fast.data.walk import AbsentError
 from cge_fast.errors import UserError
+from cge_fast.progress import progress
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # Pillow has more, some of which start other programs
 WHITES = {"I": (255, 65_535), "F": (1, 255, 65_535)}  # what white can be in 32 bits; in 16 it is 65,535
@@ -130,7 +130,7 @@ def without_corrupt(reid_set: ReidSet) -> tuple[ReidSet, list[Path]]:
     """The set without the images that cannot be read, and those images' paths. Reads every file."""
     corrupt = []
     images = [image for part in vars(reid_set).values() for image in part]
-    for image in tqdm(images, desc="checking images", unit=" image"):
+    for image in progress(images, what="checking images", unit="images"):
         try:
             open_rgb(image.path)
         except UserError:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cge_fast.data import Image, ReidSet
 from cge_fast.data.batches import test_loader
@@ -14,6 +13,7 @@ from cge_fast.evaluation.ranking import Retrieval, evaluate_ranking
 from cge_fast.evaluation.reranking import evaluate_reranking
 from cge_fast.model import ReidModel
 from cge_fast.options import DataConfig, EvaluationConfig
+from cge_fast.progress import progress
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def embed(model: ReidModel, images: list[Image], data: DataConfig, evaluation: E
     features = [torch.empty(0, model.neck.num_features, device=device)]  # there may be no image
     equal_shares = images + images[-1:] * (-len(images) % world_size())
     loader = test_loader(equal_shares[rank() :: world_size()], evaluation.batch, data)
-    for batch in tqdm(loader, desc=f"features, {name}", unit=" batch", leave=False, disable=rank() > 0):
+    for batch in progress(loader, what=f"embedding {name} images", unit="batches", show=rank() == 0):
         batch = batch.to(device, non_blocking=True)
         feature = model.embed(batch, after_neck)
         if evaluation.flip_test:
