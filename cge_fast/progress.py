@@ -47,5 +47,11 @@ def progress(iterable: Iterable | None = None, *, what: str, unit: str, show: bo
     """
     look = {"dynamic_ncols": True, "unit": f" {unit}"}
     if not sys.stderr.isatty():
-        look = {"file": LINES, "bar_format": LINE, "unit": unit, "mininterval": 1}
+        look = {
+            "file": LINES,
+            "bar_format": LINE,
+            "unit": unit,
+            "mininterval": 1,
+            "delay": 1e-9,
+        }  # no line of its begin
     return tqdm(iterable, desc=what, disable=not show, **{"leave": False, **look, **options})

@@ -28,10 +28,13 @@ ANALYSES = {
     "loss-cdf": (loss_cdf, "which share of the loss which share of the training images makes"),
     "saliency": (saliency, "where the networks look in some test images"),
     "weights": (weights, "the revision's weights of true and false classes over the training images (CGE only)"),
-    "ranked": (ranked, "the first gallery images of the queries of least average precision"),
+    "ranked": (ranked, "the first gallery images of the worst, of random and of the best queries"),
 }
 OF_ONE = RANKING = ("ranked",)  # the others compare as many checkpoints as are given
-COUNTS = {"saliency": {"images": "how many test images"}, "ranked": {"queries": "how many queries, the worst first"}}
+COUNTS = {  # defaults and helps of options
+    "saliency": {"images": (8, "how many test images")},
+    "ranked": {"queries": (3, "how many of the worst queries, of random ones and of the best")},
+}
 
 
 @dataclass
@@ -80,8 +83,8 @@ def subparser(name: str, help_: str) -> ArgumentParser:
     labels = "what to call the checkpoints; without it, by their runs' folders"
     parser.add_argument("--labels", type=str, nargs="+", help=labels)
     parser.add_argument("--output", type=Path, default=Path("analyses"), help="folder of the picture and the table")
-    for option, counted in COUNTS.get(name, {}).items():
-        parser.add_argument(f"--{option}", type=PositiveInt, default=8, help=counted)
+    for option, (default, counted) in COUNTS.get(name, {}).items():
+        parser.add_argument(f"--{option}", type=PositiveInt, default=default, help=counted)
     add_settings(parser, LookConfig, TRAINING_ONLY if name in RANKING else TRAINING_ONLY | RANKING_ONLY)
     return parser
 
