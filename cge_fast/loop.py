@@ -1,6 +1,7 @@
 """Epochs: momentum, rate, step, log, evaluate, save."""
 
 import hashlib
+import json
 import math
 import shlex
 import time
@@ -13,13 +14,14 @@ from cge_fast import checkpoint, files
 from cge_fast.build import Run
 from cge_fast.cli import to_yaml
 from cge_fast.data.sets import nothing_to_find
-from cge_fast.distributed import any_rank, collect_rows, copy_from_first_rank, rank
+from cge_fast.distributed import any_rank, collect_rows, copy_from_first_rank, rank, world_size
 from cge_fast.errors import UserError
 from cge_fast.evaluation.features import evaluate
 from cge_fast.log import Log, epoch_line, retrieval_text
 from cge_fast.metrics import EpochMetrics
 from cge_fast.profile import StepProfile, part
 from cge_fast.progress import progress, say
+from cge_fast.report import ENVIRONMENT, environment
 from cge_fast.schedule import learning_rate, memory_momentum
 from cge_fast.step import training_step
 
@@ -39,6 +41,7 @@ def train(run: Run, profile: StepProfile | None = None) -> None:
     if rank() == 0:
         log = Log(config.output, run.epochs_done or None, run.row)
         files.replace(config.output / checkpoint.CONFIG, to_yaml(config).encode())
+        files.replace(config.output / ENVIRONMENT, json.dumps(environment(run.device, world_size())).encode())
         if run.epochs_done == 0 and run.untrained:
             log.write({"epoch": 0, **run.untrained})
             say(f"untrained: {retrieval_text(run.untrained)}")

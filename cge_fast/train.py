@@ -38,9 +38,10 @@ def main(arguments: Sequence[str] | None = None, variants: Mapping[str, type] = 
     """The program; `arguments` default to the command line's, and `loss.variant` is one of `variants`."""
     config, resuming, profiling = parse(sys.argv[1:] if arguments is None else arguments)
 
+    from cge_fast import report
     from cge_fast.build import build_run, chosen_backend
     from cge_fast.data.sets import nothing_to_find
-    from cge_fast.distributed import rank
+    from cge_fast.distributed import rank, world_size
     from cge_fast.loop import resume, train, way_on
     from cge_fast.profile import StepProfile
     from cge_fast.ranks import start_ranks, stop_ranks
@@ -62,10 +63,14 @@ def main(arguments: Sequence[str] | None = None, variants: Mapping[str, type] = 
             train(run, profile)
         except BaseException as error:
             error.add_note(way_on(run))
+            if rank() == 0:
+                with suppress(UserError, OSError):  # there may be no epoch yet
+                    report.write(config.output)
             raise
         if rank() == 0:
             if profile:
                 print(profile.report(config.output))
+            report.at_end(run, world_size())
             print(final_line(run))
     stop_ranks()
 

@@ -31,9 +31,8 @@ def saliency(checkpoints: Sequence[Trained], output: Path | str, images: int = 8
     checkpoint: where the maximum lies, as shares of the image's width and height from its top left, and which share of
     the saliency each stripe has (of the stripes' means, since stripes may overlap).
     """
-    queries = data.read(checkpoints[0].config.data, ["query"]).query
-    count = min(images, len(queries))
-    chosen = [queries[number * len(queries) // count] for number in range(count)]
+    chosen = evenly_spaced(data.read(checkpoints[0].config.data, ["query"]).query, images)
+    count = len(chosen)
     maps = [saliency_maps(trained, chosen) for trained in checkpoints]
     stripes = max(trained.config.model.stripes for trained in checkpoints)  # the baselines' settings have them too
     tables = [[described(saliency_map, stripes) for saliency_map in of_all] for of_all in maps]
@@ -46,6 +45,12 @@ def saliency(checkpoints: Sequence[Trained], output: Path | str, images: int = 8
     texts = (", ".join(f"{share:.1%}" for share in shares) for shares in means)
     summary = f"saliency of the stripes from the top, mean of {count} images: {told(checkpoints, texts)}"
     return write(output, "saliency", drawn(checkpoints, chosen, maps, tables), rows, summary)
+
+
+def evenly_spaced(images: Sequence[Image], count: int) -> list[Image]:
+    """So many of the images, or all."""
+    count = min(count, len(images))
+    return [images[number * len(images) // count] for number in range(count)]
 
 
 def saliency_maps(trained: Trained, images: Sequence[Image]) -> Tensor:
