@@ -80,7 +80,8 @@ def chart(title: str, series: Sequence[Series], percent: bool = False, stacked: 
         mark = f'<rect class="{colour}"{shade} width="24" height="10"/>'
         mark = mark if stacked else f'<polyline class="{colour}" points="0,5 24,5"/>'
         swatch = f'<svg viewBox="0 0 24 10">{mark}</svg>'
-        keys.append(f"<span>{swatch}{escape(one.name)} <b>{number(one.points[-1][1], percent)}</b></span>")
+        last = f"{one.points[-1][1]:.1%}" if percent else number(one.points[-1][1], percent)
+        keys.append(f"<span>{swatch}{escape(one.name)} <b>{last}</b></span>")
     key = "".join(keys)
     inside, named = "".join(drawn), escape(title)
     picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{named}">{inside}</svg>'

@@ -132,16 +132,15 @@ def figures(run: Recorded) -> dict[str, str]:
     found = {name: f"{of[key]:.1%}" for name, key in FIGURES.items()} if of else {}
     minutes = sum(row["seconds"] for row in run.trained) / 60
     return found | {
-        "epochs": f"{run.rows[-1]['epoch']} of {run.config.optim.epochs}",
+        "epochs": f"{run.rows[-1]['epoch']}/{run.config.optim.epochs}",
         "training": f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.1f} min",
     }
 
 
 def settings(config: TrainConfig) -> dict[str, str]:
-    """The settings as texts by name, without the run's folder."""
+    """The settings as YAML by name, without the run's folder."""
     named = {name: value for name, value in flat(asdict(config)) if not isinstance(value, dict) and name != "output"}
-    lists = {name: ", ".join(map(str, value)) for name, value in named.items() if isinstance(value, list)}
-    return {name: str(value) for name, value in named.items()} | lists
+    return {name: json.dumps(value, default=str).strip('"[]') for name, value in named.items()}
 
 
 def html(run: Recorded, pictures: Mapping[str, str]) -> bytes:
