@@ -15,13 +15,13 @@ from functools import partial
 import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
-from tqdm import tqdm
 
 from bench.cases import CASES, OURS, contenders
 from bench.measure import default_device, host_seconds, take_turns
 from bench.null_driver import null_driver
 from bench.results import Figure
 from bench.shapes import SHAPES
+from cge_fast.progress import progress
 
 PROFILED = 300  # steps
 # Where a function of the profile is from, by a part of its file's path; the first that fits. Else it is PyTorch's C++.
@@ -50,7 +50,7 @@ def measure(rounds: int) -> Iterator[Figure]:
     torch.set_float32_matmul_precision("high")
     try:
         with null_driver() if without_gpu else nullcontext():
-            for case in tqdm(CASES, unit=" case"):
+            for case in progress(CASES, what="timing", unit="cases"):
                 compared = contenders(case, SHAPES["tiny"], torch.float32, device, with_compiled=False)
                 runs = {name: partial(host_seconds, contender.step, device) for name, contender in compared.items()}
                 for name, laps in take_turns(runs, rounds, warmup=20).items():

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
-from tqdm import tqdm
 
 from bench.cases import CONTENDERS, Case
 from bench.measure import default_device, measure_ceilings
 from bench.operators import compare
 from bench.results import Figure
 from bench.shapes import Shape
+from cge_fast.progress import progress
 from cge_kernels import scratch_bytes
 
 
@@ -32,7 +32,7 @@ def add_options(parser: ArgumentParser) -> None:
 def measure(classes: list[int], batch: int, channels: int, contenders: list[str], rounds: int) -> Iterator[Figure]:
     """Times, extra memory and floors at each size."""
     ceilings = measure_ceilings(default_device(), torch.float32)
-    for n in tqdm(classes, unit=" size"):
+    for n in progress(classes, what="timing", unit="sizes"):
         shape = Shape(batch=batch, channels=channels, height=3, width=1, classes=n)  # the map is of no use here
         setting = f"B {batch}, C {channels}, n {shape.stripes}, float32, scratch {scratch_bytes() >> 20} MiB"
         place = "loss", setting, f"N {n:,}"

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveFloat, PositiveInt
-from tqdm import tqdm
 
 from bench.cases import CASES, CONTENDERS, Case, contenders
 from bench.measure import default_device, extra_bytes, measure_ceilings, missing_compiler, take_turns
 from bench.results import Figure
 from bench.shapes import DEFAULT, DTYPES, SHAPES, Shape
 from bench.work import work
+from cge_fast.progress import progress
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def measure(shapes: list[str], operators: list[str], dtype: str, rounds: int, se
     for name, rate, unit in zip(("copy", "matmul"), ceilings, ("B/s", "FLOP/s"), strict=True):
         yield Figure("rates", dtype, "device", name, "rate", unit, rate)
     places = [(name, case) for name in shapes for case in CASES if case.operator in operators]
-    for name, case in tqdm(places, unit=" case"):
+    for name, case in progress(places, what="timing", unit="cases"):
         place = "operators", f"{name}, {dtype}", str(case)
         yield from compare(place, case, SHAPES[name], DTYPES[dtype], ceilings, CONTENDERS, rounds, seconds)
 

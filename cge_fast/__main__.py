@@ -9,9 +9,14 @@ COMMANDS = {
         "write a trained network as ONNX or torch.export",
         "--checkpoint runs/NAME/checkpoints/best --output reid.onnx",
     ),
-    "data": ("count a data set's images, draw them, convert Omniglot", "--help"),
-    "analyze": ("pictures and tables of what trained networks do", "--help"),
-    "experiments": ("the paper's tables and figures, with controls", "--help"),
+    "report": ("write a page about a run, as the training does at its end", "runs/NAME"),
+    "compare": ("draw runs against each other on one page", "runs/NAME runs/OTHER"),
+    "analyze": (
+        "pictures and tables of what trained networks do",
+        "ranked --checkpoint runs/NAME/checkpoints/last",
+    ),
+    "data": ("count a data set's images, draw them, convert Omniglot", "market1501 --root DIR"),
+    "experiments": ("the paper's tables and figures, with controls", "table1 --preset small"),
 }
 
 if __name__ == "__main__":

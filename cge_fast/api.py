@@ -8,7 +8,6 @@ import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from cge_fast import checkpoint
 from cge_fast.build import NO_VARIANTS, load_model
@@ -17,6 +16,7 @@ from cge_fast.data.batches import test_loader, test_transform
 from cge_fast.evaluation.features import features
 from cge_fast.model import ReidModel
 from cge_fast.options import DataConfig, EvaluationConfig, TrainConfig
+from cge_fast.progress import progress as progress_bar
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class TrainedModel:
             images = list(images)
             number, workers = len(images), self.config.data.workers if len(images) > batch else 0
             batches = test_loader(images, batch, replace(self.config.data, workers=workers))
-        bar = tqdm(batches, "features", -(-number // batch), unit=" batch", leave=False, disable=not progress)
+        count = -(-number // batch)
+        bar = progress_bar(batches, what="embedding images", unit="batches", total=count, show=progress)
         return features(self.model, bar, self.config.evaluation)
 
 

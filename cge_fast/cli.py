@@ -1,18 +1,21 @@
 """Command lines and settings files: recipes, YAML, and the names that options once had."""
 
-from collections.abc import Iterator, Sequence
+import re
+from argparse import SUPPRESS
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from cge_fast.errors import UserError
 from cge_fast.files import at_home
 from cge_fast.options import TrainConfig
+from cge_fast.wanted import TYPES, explained
 
 Settings = TypeVar("Settings")
 
@@ -52,9 +55,39 @@ LARGEST, DEEPEST, MOST = 100_000, 8, 500  # bytes, levels, and keys and values o
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
-def program_parser(program: str, description: str) -> ArgumentParser:
-    """A typed command line whose errors are exceptions."""
-    return ArgumentParser(prog=program, description=description, exit_on_error=False, allow_abbrev=False)
+class HelpFormatter(DefaultHelpFormatter):
+    """Help without the names of types, which the choices and the texts tell better."""
+
+    def _expand_help(self, action: Any) -> str:
+        return re.sub(r"\((required, )?type: .*?(, default: .*)?\)$", shortened, super()._expand_help(action))
+
+
+def shortened(kind: re.Match) -> str:
+    """What stays of jsonargparse's `(type: Size, default: 96)`."""
+    required, default = kind.groups()
+    return "(required)" if required else f"({default.removeprefix(', ')})" if default else ""
+
+
+def program_parser(program: str, description: str, usage: str | None = None) -> ArgumentParser:
+    """A typed command line whose errors are exceptions; `usage` is what follows the program's name."""
+    return ArgumentParser(
+        prog=program,
+        description=description,
+        usage=f"python -m {program} {usage}" if usage else None,
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+    )
+
+
+def add_settings(parser: ArgumentParser, kind: type, unread: Collection[str] = ()) -> None:
+    """Adds the settings of a dataclass and of its sections, but those that the program does not read."""
+    sections = {section.name: section.type for section in fields(kind) if is_dataclass(section.type)}
+    parser.add_class_arguments(kind, skip={*sections, *(setting for setting in unread if "." not in setting)})
+    for name, section in sections.items():
+        skip = {setting.removeprefix(f"{name}.") for setting in unread if setting.startswith(f"{name}.")}
+        parser.add_class_arguments(section, name, skip=skip)
+        parser._option_string_actions[f"--{name}"].help = SUPPRESS  # a file for a section alone, which is refused
 
 
 def recipes() -> list[str]:
@@ -62,25 +95,28 @@ def recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def with_recipe_paths(arguments: Sequence[str]) -> list[str]:
-    """The command line with `--config NAME` turned into the path of the recipe called so."""
-    completed = list(arguments)
-    for index, argument in enumerate(completed):
-        option, equals, value = argument.partition("=")
-        if option == "--config" and equals and value in recipes():
-            completed[index] = f"--config={RECIPES / value}.yaml"
-        elif index and completed[index - 1] == "--config" and argument in recipes():
-            completed[index] = str(RECIPES / f"{argument}.yaml")
-    return completed
+def completed(arguments: Sequence[str]) -> list[str]:
+    """The command line with recipes' names as paths after --config, and lists like 10,20 in brackets."""
+    words = list(arguments)
+    for index, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if not equals:
+            option, value = words[index - 1] if index else "", word
+        if option == "--config" and value in recipes():
+            value = str(RECIPES / f"{value}.yaml")
+        elif get_origin(TYPES.get(option[2:])) is list and value and value[0] not in "[-n":
+            value = f"[{value}]"
+        words[index] = f"{option}={value}" if equals else value
+    return words
 
 
 def parse_settings(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
-    """Parses a command line.
+    """Parses a command line; of --help the defaults are those of the files that --config names.
 
     Raises:
-        ArgumentError, UserError: a key is unknown or an old name, a value of the wrong type or out of range, a file not
-            readable.
+        UserError: a key is unknown or an old name, a value of the wrong type or out of range, a file not readable.
     """
+    arguments, files = completed(arguments), []
     for index, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
         value = value if equals else "".join(arguments[index + 1 : index + 2])
@@ -90,18 +126,28 @@ def parse_settings(parser: ArgumentParser, arguments: Sequence[str]) -> Namespac
             raise UserError(f"{option[2:]}: give settings one by one, like --optim.lr 1e-3")
         if option[2:] in NULLABLE and not value:
             raise UserError(f"{option[2:]}: must be a path, got nothing")
-        if option == "--config":
-            for name, setting in flat(load_yaml(Path(value))):
+        if option == "--config" and value and option in parser._option_string_actions:
+            files.append(Path(value))
+            for name, setting in flat(load_yaml(files[-1])):
                 refuse_old_name(name, setting, f"{value}: ")
-    with one_line_of_jsonargparse():
-        return parser.parse_args(list(arguments))
+            with one_line_of_jsonargparse(parser, file=files[-1]):
+                parser.parse_object(load_yaml(files[-1]))
+    for file in files if {"-h", "--help"} & {*arguments} else ():
+        parser.set_defaults({name: value for name, value in flat(load_yaml(file)) if name not in SECTIONS})
+    with one_line_of_jsonargparse(parser, arguments):
+        return parser.parse_args(arguments)
 
 
 @contextmanager
-def one_line_of_jsonargparse() -> Iterator[None]:
-    """What its parsing raises besides ArgumentError becomes UserError."""
+def one_line_of_jsonargparse(
+    parser: ArgumentParser, arguments: Sequence[str] = (), file: Path | None = None
+) -> Iterator[None]:
+    """What its parsing of a command line or a file raises becomes UserError."""
     try:
         yield
+    except ArgumentError as error:
+        known = parser.get_defaults(skip_validation=True).keys()
+        raise UserError(explained(str(error), known, arguments, file)) from error
     except (AttributeError, ImportError, KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"config: the settings cannot be read ({error})") from error
 
@@ -140,11 +186,14 @@ def load_yaml(file: Path) -> dict[str, Any]:
         UserError: there is no such file, or it does not hold YAML, or something else than settings and their sections.
     """
     if not file.is_file():
-        raise UserError(f"--config: there is no file {file}, and no recipe of that name, but {', '.join(recipes())}")
+        raise UserError(f"config: {file} is neither a file nor a recipe; the recipes are {', '.join(recipes())}")
     try:
         if file.stat().st_size > LARGEST:
             raise yaml.YAMLError(f"more than {LARGEST} bytes")
         values = yaml.load(file.read_text(), SettingsLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"config: {file}{line}: cannot be read as YAML ({error.problem})") from error
     except (UnicodeDecodeError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"config: {file} cannot be read as YAML in UTF-8 ({error})") from error
     if not isinstance(values, dict):
@@ -212,7 +261,7 @@ def as_dataclass(parser: ArgumentParser, parsed: Namespace, kind: type[Settings]
     for settings in fields(kind):
         if is_dataclass(settings.type) and not isinstance(parsed[settings.name], Namespace):
             raise UserError(f"{settings.name}: must be a section of settings, got {parsed[settings.name]!r}")
-    with one_line_of_jsonargparse():
+    with one_line_of_jsonargparse(parser):
         values = parser.instantiate(parsed)
     return plain(kind(**{settings.name: values[settings.name] for settings in fields(kind)}))
 
@@ -239,12 +288,13 @@ def plain(value: Any) -> Any:
 
 def set_defaults(parser: ArgumentParser, config: TrainConfig, *names: str) -> None:
     """Makes settings the defaults of a parser's options; `names` are sections or keys, by default all."""
+    known = parser.get_defaults(skip_validation=True)
     for name in names or [settings.name for settings in fields(config)]:
         value = getattr(config, name)
         values = (
             {f"{name}.{key}": inner for key, inner in asdict(value).items()} if is_dataclass(value) else {name: value}
         )
-        parser.set_defaults(values)
+        parser.set_defaults({key: inner for key, inner in values.items() if key in known})
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -259,10 +309,10 @@ def read_settings(file: Path) -> TrainConfig:
     """The settings that `to_yaml` wrote, in this edition or an earlier one.
 
     Raises:
-        ArgumentError, UserError: the file is not such settings.
+        UserError: the file is not such settings.
     """
     parser = settings_parser()
-    with one_line_of_jsonargparse():
+    with one_line_of_jsonargparse(parser, file=file):
         parsed = parser.parse_object(translated(load_yaml(file)))
     return as_dataclass(parser, parsed, TrainConfig)
 
@@ -271,5 +321,5 @@ def read_settings(file: Path) -> TrainConfig:
 def settings_parser() -> ArgumentParser:
     """The parser of settings files; made once, since that takes longer than to read one."""
     parser = program_parser("", "")
-    parser.add_class_arguments(TrainConfig)
+    add_settings(parser, TrainConfig)
     return parser

@@ -69,7 +69,8 @@ def made_by(opened: TrainedModel) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program; `arguments` default to the command line's."""
-    parser = program_parser(PROGRAM, "Writes images' features to a file, with their paths and labels.")
+    purpose = "Writes images' features to a file, with their paths and labels."
+    parser = program_parser(PROGRAM, purpose, "--checkpoint DIR --output FILE [--SETTING VALUE ...]")
     config = settings(parser, sys.argv[1:] if arguments is None else arguments, EmbedConfig)
     feature_file.check_output(config.output)
     images = listed(config)

@@ -39,7 +39,9 @@ def printable(text: str) -> str:
 def notice(line: str) -> None:
     """Says on stderr, in one line, what the person at the keyboard should know; of several ranks the first alone."""
     if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
-        print(printable(line), file=sys.stderr)
+        from cge_fast.progress import say
+
+        say(printable(line))
 
 
 _program = ""

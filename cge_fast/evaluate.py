@@ -15,14 +15,14 @@ from torch import Tensor
 from cge_fast import checkpoint, data, errors
 from cge_fast.api import load
 from cge_fast.build import check_backend, chosen_backend
-from cge_fast.cli import as_dataclass, parse_settings, program_parser, read_settings, set_defaults
+from cge_fast.cli import add_settings, as_dataclass, parse_settings, program_parser, read_settings, set_defaults
 from cge_fast.data.sets import each_set
 from cge_fast.distributed import rank
 from cge_fast.errors import UserError
 from cge_fast.evaluation import feature_file
 from cge_fast.evaluation.features import evaluate, retrieval
 from cge_fast.evaluation.ranking import Retrieval
-from cge_fast.options import Backend, DataConfig, EvaluationConfig
+from cge_fast.options import TRAINING_ONLY, Backend, DataConfig, EvaluationConfig
 from cge_fast.ranks import start_ranks, stop_ranks
 
 PROGRAM = "cge_fast.evaluate"
@@ -59,7 +59,7 @@ def settings(
     Raises:
         ArgumentError, UserError: the command line or the checkpoint cannot be read.
     """
-    parser.add_class_arguments(kind, skip={*added})
+    add_settings(parser, kind, TRAINING_ONLY | {*added})
     if folder := parse_settings(parser, arguments).checkpoint:
         set_defaults(parser, read_settings(checkpoint.config_file(folder)), "data", "evaluation", "backend")
     return as_dataclass(parser, parse_settings(parser, arguments), kind)
@@ -67,7 +67,8 @@ def settings(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program; `arguments` default to the command line's."""
-    parser = program_parser(PROGRAM, "Ranks the gallery for every query with a trained network, or features in files.")
+    purpose = "Ranks the gallery for every query with a trained network, or features in files."
+    parser = program_parser(PROGRAM, purpose, "--checkpoint DIR [--SETTING VALUE ...]")
     config = settings(parser, sys.argv[1:] if arguments is None else arguments, EvaluateConfig)
     given = [value is not None for value in (config.checkpoint, config.query, config.gallery)]
     if given not in ([True, False, False], [False, True, True]):

@@ -21,7 +21,7 @@ from torch.export import Dim, ExportedProgram
 from torchvision.transforms import v2
 
 from cge_fast import api, checkpoint, errors, files
-from cge_fast.cli import as_dataclass, parse_settings, program_parser
+from cge_fast.cli import add_settings, as_dataclass, parse_settings, program_parser
 from cge_fast.data.batches import mean_and_std, normalised
 from cge_fast.errors import UserError
 from cge_fast.model import ReidModel
@@ -145,8 +145,9 @@ def export(folder: Path | str, output: Path | str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program; `arguments` default to the command line's."""
-    parser = program_parser(PROGRAM, "Exports a trained network's embedding to ONNX or torch.export.")
-    parser.add_class_arguments(ExportConfig)
+    purpose = "Exports a trained network's embedding to ONNX or torch.export."
+    parser = program_parser(PROGRAM, purpose, "--checkpoint DIR --output FILE")
+    add_settings(parser, ExportConfig)
     parsed = parse_settings(parser, sys.argv[1:] if arguments is None else arguments)
     config = as_dataclass(parser, parsed, ExportConfig)
     export(config.checkpoint, config.output)

@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,17 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(f"{file}, line {number}: must be an object with the number of an epoch") from error
     return rows
+
+
+def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
+    """What the console says of an epoch."""
+    text = (
+        f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}: loss {row['loss']:.3f}, "
+        f"accuracy {row['train_accuracy']:.1%}, rate {row['lr']:.2g}, {row['seconds']:.1f} s"
+    )
+    return text if row["mAP"] is None else f"{text}; {retrieval_text(row)}"
+
+
+def retrieval_text(row: Mapping[str, Any]) -> str:
+    """mAP and rank-1."""
+    return f"mAP {row['mAP']:.1%}, rank-1 {row['rank1']:.1%}"

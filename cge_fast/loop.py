@@ -1,13 +1,14 @@
 """Epochs: momentum, rate, step, log, evaluate, save."""
 
 import hashlib
+import json
 import math
 import shlex
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from cge_fast import checkpoint, files
 from cge_fast.build import Run
@@ -15,12 +16,14 @@ from cge_fast.cli import to_yaml
 from cge_fast.data.batches import train_labels
 from cge_fast.data.images import Image, names
 from cge_fast.data.sets import nothing_to_find
-from cge_fast.distributed import any_rank, collect_rows, copy_from_first_rank, rank
+from cge_fast.distributed import any_rank, collect_rows, copy_from_first_rank, rank, world_size
 from cge_fast.errors import UserError, notice
 from cge_fast.evaluation.features import evaluate
-from cge_fast.log import Log
+from cge_fast.log import Log, epoch_line, retrieval_text
 from cge_fast.metrics import EpochMetrics
 from cge_fast.profile import StepProfile, part
+from cge_fast.progress import progress, say
+from cge_fast.report import ENVIRONMENT, environment
 from cge_fast.schedule import learning_rate, memory_momentum
 from cge_fast.step import training_step
 
@@ -40,9 +43,12 @@ def train(run: Run, profile: StepProfile | None = None) -> None:
     if rank() == 0:
         log = Log(config.output, run.epochs_done or None, run.row)
         files.replace(config.output / checkpoint.CONFIG, to_yaml(config).encode())
+        files.replace(config.output / ENVIRONMENT, json.dumps(environment(run.device, world_size())).encode())
         if run.epochs_done == 0 and run.untrained:
             log.write({"epoch": 0, **run.untrained})
-    with tqdm(total=epochs * steps, initial=run.epochs_done * steps, unit=" step", disable=rank() > 0) as bar:
+            say(f"untrained: {retrieval_text(run.untrained)}")
+    done = run.epochs_done * steps
+    with progress(what="training", unit="steps", total=epochs * steps, initial=done, show=rank() == 0) as bar:
         for epoch in range(run.epochs_done + 1, epochs + 1):
             bar.set_description(f"epoch {epoch}/{epochs}")
             momentum = memory_momentum(config.model.memory_momentum, epoch, epochs)
@@ -64,6 +70,7 @@ def train(run: Run, profile: StepProfile | None = None) -> None:
             run.row |= measured or dict.fromkeys(RETRIEVAL)
             if log:
                 log.write(run.row)
+                say(epoch_line(run.row, epochs))
             save(run, is_best)
             if failure:
                 raise failure
@@ -73,7 +80,7 @@ def train(run: Run, profile: StepProfile | None = None) -> None:
         log.close()
 
 
-def train_epoch(run: Run, epoch: int, momentum: float, bar: tqdm, profile: StepProfile | None = None) -> EpochMetrics:
+def train_epoch(run: Run, epoch: int, momentum: float, bar: Any, profile: StepProfile | None = None) -> EpochMetrics:
     """One epoch of training steps; checks that all stays finite.
 
     Raises:
@@ -125,7 +132,7 @@ def evaluation(run: Run) -> dict[str, float] | None:
     return evaluate(run.model, run.reid_set, run.config.data, run.config.evaluation).row()
 
 
-def show(run: Run, bar: tqdm, loss: float, metrics: EpochMetrics) -> None:
+def show(run: Run, bar: Any, loss: float, metrics: EpochMetrics) -> None:
     """Puts loss, identity accuracy and images/s on the progress bar (which shows the time left by itself)."""
     images_per_second = (bar.format_dict["rate"] or 0) * run.config.data.identities * run.config.data.instances
     bar.set_postfix_str(f"loss {loss:.3f}, accuracy {metrics.accuracy:.1%}, {images_per_second:.0f} images/s")

@@ -229,3 +229,9 @@ class TrainConfig:
     """Seed of initialisation, sampling and augmentation."""
     output: Path | None = None
     """Folder of the run; without it runs/<date>-<time>."""
+
+
+# What evaluation and analyses do not read, and what only those read that rank.
+TRAINING_ONLY = {"data.flip", "data.pad", "data.erasing", "data.erasing_aspect", "data.erasing_area", "data.erased"}
+TRAINING_ONLY |= {"data.identities", "data.instances", "data.sampler", "evaluation.every", "evaluation.untrained"}
+RANKING_ONLY = {"evaluation.metric", "evaluation.neck", "evaluation.flip_test", "evaluation.rerank"}

@@ -50,7 +50,8 @@ class SearchConfig:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program; `arguments` default to the command line's."""
-    parser = program_parser(PROGRAM, "Finds the images of a gallery that are most like others.")
+    purpose = "Finds the images of a gallery that are most like others."
+    parser = program_parser(PROGRAM, purpose, "--checkpoint DIR --gallery DIR --query IMAGE ... [--SETTING VALUE ...]")
     parser.add_argument("--query", type=Path, nargs="+", required=True, help="images that are looked for")
     config = settings(parser, sys.argv[1:] if arguments is None else arguments, SearchConfig, ["query"])
     check_output(config.output)

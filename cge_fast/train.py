@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 
 from cge_fast import errors
 from cge_fast.cli import (
+    add_settings,
     as_dataclass,
     parse_settings,
     program_parser,
     read_settings,
     recipes,
     set_defaults,
-    with_recipe_paths,
 )
 from cge_fast.errors import UserError
 from cge_fast.options import TrainConfig
@@ -38,9 +38,10 @@ def main(arguments: Sequence[str] | None = None, variants: Mapping[str, type] = 
     """The program; `arguments` default to the command line's, and `loss.variant` is one of `variants`."""
     config, resuming, profiling = parse(sys.argv[1:] if arguments is None else arguments)
 
+    from cge_fast import report
     from cge_fast.build import build_run, chosen_backend
     from cge_fast.data.sets import nothing_to_find
-    from cge_fast.distributed import rank
+    from cge_fast.distributed import rank, world_size
     from cge_fast.loop import resume, train, way_on
     from cge_fast.profile import StepProfile
     from cge_fast.ranks import start_ranks, stop_ranks
@@ -62,10 +63,14 @@ def main(arguments: Sequence[str] | None = None, variants: Mapping[str, type] = 
             train(run, profile)
         except BaseException as error:
             error.add_note(way_on(run))
+            if rank() == 0:
+                with suppress(UserError, OSError):  # there may be no epoch yet
+                    report.write(config.output)
             raise
         if rank() == 0:
             if profile:
                 print(profile.report(config.output))
+            report.at_end(run, world_size())
             print(final_line(run))
     stop_ranks()
 
@@ -123,14 +128,22 @@ def remove_if_empty(folder: Path) -> None:
 
 def parse(arguments: Sequence[str]) -> tuple[TrainConfig, bool, bool]:
     """Settings, --resume and --profile; a resumed run's own settings come first, then the command line's."""
-    parser = program_parser(PROGRAM, "Trains a re-identification network; without options, on the embedded data set.")
-    parser.add_argument("--config", action="config", help="YAML file, or name of a recipe: " + ", ".join(recipes()))
+    parser = program_parser(
+        PROGRAM,
+        "Trains a re-identification network; without options, on the embedded data set.",
+        "[--config NAME] [--SETTING VALUE ...]",
+    )
+    parser.add_argument(
+        "--config",
+        action="config",
+        help=f"recipe ({', '.join(recipes())}) or YAML file of settings; given more than once, the later one counts "
+        "where both have a setting, as do settings that follow it; with --help, its defaults are shown",
+    )
     parser.add_argument("--resume", action="store_true", help="continue the run in --output, with its settings")
     parser.add_argument(
         "--profile", action="store_true", help="print where the time of a training step goes, and write a trace"
     )
-    parser.add_class_arguments(TrainConfig)
-    arguments = with_recipe_paths(arguments)
+    add_settings(parser, TrainConfig)
     parsed = parse_settings(parser, arguments)
     if parsed.resume:
         if parsed.output is None:

@@ -16,9 +16,9 @@ from cge_fast.analyze.saliency import saliency
 from cge_fast.analyze.stripes import levels, precision
 from cge_fast.analyze.trained import open_checkpoint
 from cge_fast.analyze.weights import weights
-from cge_fast.cli import as_dataclass, parse_settings, program_parser, read_settings, set_defaults
+from cge_fast.cli import add_settings, as_dataclass, parse_settings, program_parser, read_settings, set_defaults
 from cge_fast.errors import UserError
-from cge_fast.options import DataConfig, EvaluationConfig
+from cge_fast.options import RANKING_ONLY, TRAINING_ONLY, DataConfig, EvaluationConfig
 
 PROGRAM = "cge_fast.analyze"
 
@@ -28,10 +28,13 @@ ANALYSES = {
     "loss-cdf": (loss_cdf, "which share of the loss which share of the training images makes"),
     "saliency": (saliency, "where the networks look in some test images"),
     "weights": (weights, "the revision's weights of true and false classes over the training images (CGE only)"),
-    "ranked": (ranked, "the first gallery images of the queries of least average precision"),
+    "ranked": (ranked, "the first gallery images of the worst, of random and of the best queries"),
 }
-OF_ONE = ("ranked",)  # the others compare as many checkpoints as are given
-COUNTS = {"saliency": {"images": "how many test images"}, "ranked": {"queries": "how many queries, the worst first"}}
+OF_ONE = RANKING = ("ranked",)  # the others compare as many checkpoints as are given
+COUNTS = {  # defaults and helps of options
+    "saliency": {"images": (8, "how many test images")},
+    "ranked": {"queries": (3, "how many of the worst queries, of random ones and of the best")},
+}
 
 
 @dataclass
@@ -73,16 +76,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def subparser(name: str, help_: str) -> ArgumentParser:
     """The options of one analysis."""
-    parser = program_parser(f"{PROGRAM} {name}", f"Shows {help_}.")
+    parser = program_parser(f"{PROGRAM} {name}", f"Shows {help_}.", "--checkpoint DIR [--SETTING VALUE ...]")
     number, several = (1, "") if name in OF_ONE else ("+", ", or several to compare")
     where = f"folder like runs/.../checkpoints/last{several}"
     parser.add_argument("--checkpoint", type=Path, nargs=number, required=True, help=where)
     labels = "what to call the checkpoints; without it, by their runs' folders"
     parser.add_argument("--labels", type=str, nargs="+", help=labels)
     parser.add_argument("--output", type=Path, default=Path("analyses"), help="folder of the picture and the table")
-    for option, counted in COUNTS.get(name, {}).items():
-        parser.add_argument(f"--{option}", type=PositiveInt, default=8, help=counted)
-    parser.add_class_arguments(LookConfig)
+    for option, (default, counted) in COUNTS.get(name, {}).items():
+        parser.add_argument(f"--{option}", type=PositiveInt, default=default, help=counted)
+    add_settings(parser, LookConfig, TRAINING_ONLY if name in RANKING else TRAINING_ONLY | RANKING_ONLY)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""What stands first in the gallery's ranking for the queries that fare worst."""
+"""What stands first in the gallery's ranking for the queries that fare worst, for some of all, and for the best."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,8 +24,10 @@ from cge_fast.options import DataConfig
 DistancesOf = Callable[[slice], Tensor]
 SHOWN = 10  # gallery images of a query
 WIDTH = 1.0  # inches of an image
+STEP = 1.12 * WIDTH  # from one to the next
 LONGEST = 13  # characters above an image
-MARKS = {True: ("✓", "#1a7f37", "-"), False: ("✗", "#d1242f", "--")}  # match or not: sign, frame's colour and line
+MARKS = {True: ("✓", "#1a7f37", 4), False: ("✗", "#d1242f", 1.5)}  # match or not: sign, frame's colour and points
+GROUPS = "worst", "random", "best"
 
 
 class Shown(NamedTuple):
@@ -34,7 +36,8 @@ class Shown(NamedTuple):
     path: Path
     text: str  # above it
     colour: str = "black"  # of text and frame
-    line: str = ""  # of the frame; without it there is none
+    points: float = 0  # of the frame
+    gap: float = 0  # inches before it
 
 
 class Features(NamedTuple):
@@ -45,11 +48,44 @@ class Features(NamedTuple):
     cameras: Tensor  # (images,) int64
 
 
-def ranked(trained: Trained, output: Path | str, queries: int = 8) -> Written:
-    """The first gallery images, without junk, of the queries of least average precision; ranked.png and ranked.csv.
+class RankedList(NamedTuple):
+    """A query and what is found for it."""
 
-    The protocol is `evaluate_ranking`'s, with the checkpoint's settings of the evaluation. Queries without a match are
-    left out; equal precisions stand in the order of the queries.
+    group: str  # of GROUPS
+    query: Image
+    average_precision: float
+    first_match: int  # rank
+    images: list[tuple[int, Image]]  # ranks and gallery images: the first ones, and the first match if it comes later
+
+
+def ranked(trained: Trained, output: Path | str, queries: int = 3) -> Written:
+    """The first gallery images, without junk, and the first match of some queries; ranked.png and ranked.csv.
+
+    The protocol is `evaluate_ranking`'s, with the checkpoint's settings of the evaluation. There are `queries` of least
+    and of most average precision and as many others at random, the same each time; those without a match are left out,
+    and equal precisions stand in the order of the queries.
+    """
+    retrieval, lists = ranked_lists(trained, queries)
+    rows = []
+    for group, of, average_precision, first_match, images in lists:
+        first = {"group": group, "query": str(of.path), "query_identity": of.labels[0], "query_camera": of.labels[1]}
+        first |= {"average_precision": average_precision, "first_match": first_match}
+        for rank, image in images:
+            identity, camera = image.labels
+            ranked_image = {"rank": rank, "image": str(image.path), "identity": identity, "camera": camera}
+            rows.append({**first, **ranked_image, "correct": image.identity == of.identity})
+    summary = f"{trained.label}: mAP {retrieval.mAP:.1%} of {retrieval.queries} queries; " + ", ".join(
+        f"{group} AP {' '.join(f'{one.average_precision:.1%}' for one in lists if one.group == group)}"
+        for group in dict.fromkeys(one.group for one in lists)
+    )
+    return write(output, "ranked", drawn(trained, lists), rows, summary)
+
+
+def ranked_lists(trained: Trained, queries: int) -> tuple[ranking.Retrieval, list[RankedList]]:
+    """The evaluation, and the lists of so many queries of each group, by their precision in each.
+
+    Raises:
+        UserError: a feature is not finite, or no query has a match.
     """
     config = trained.config
     reid_set = data.read(config.data, ["query", "gallery"])
@@ -62,24 +98,25 @@ def ranked(trained: Trained, output: Path | str, queries: int = 8) -> Written:
         retrieval = ranking.evaluate_distances(distances_of, *query[1:], *gallery[1:], progress=True)
     except ValueError as error:
         raise UserError(f"data: {error}") from error
-    precisions = retrieval.average_precisions
-    worst = precisions.argsort(stable=True)[: min(queries, retrieval.queries)]  # NaN, no match, stands last
-    lists, rows = [], []
-    for index in worst.tolist():
-        of, average_precision = reid_set.query[index], precisions[index].item()
-        images = [reid_set.gallery[place] for place in first_images(query, gallery, distances_of, index)]
-        lists.append((of, average_precision, images))
-        first = {"query": str(of.path), "query_identity": of.labels[0], "query_camera": of.labels[1]}
-        first["average_precision"] = average_precision
-        for rank, image in enumerate(images, start=1):
-            identity, camera = image.labels
-            ranked_image = {"rank": rank, "image": str(image.path), "identity": identity, "camera": camera}
-            rows.append({**first, **ranked_image, "correct": image.identity == of.identity})
-    summary = (
-        f"{trained.label}: mAP {retrieval.mAP:.1%} of {retrieval.queries} queries, the worst "
-        f"{len(worst)} have AP {precisions[worst[0]]:.1%} to {precisions[worst[-1]]:.1%}"
-    )
-    return write(output, "ranked", drawn(trained, lists), rows, summary)
+    lists = []
+    for group, indices in zip(GROUPS, groups(retrieval, queries), strict=True):
+        for index in indices:
+            first_match, places = first_places(query, gallery, distances_of, index)
+            images = [(rank, reid_set.gallery[place]) for rank, place in places.items()]
+            precision = retrieval.average_precisions[index].item()
+            lists.append(RankedList(group, reid_set.query[index], precision, first_match, images))
+    return retrieval, lists
+
+
+def groups(retrieval: ranking.Retrieval, queries: int) -> tuple[list[int], list[int], list[int]]:
+    """Indices of the worst, of random and of the best queries, none in two groups, each by ascending precision."""
+    by_precision = retrieval.average_precisions.argsort(stable=True)[
+        : retrieval.queries
+    ].tolist()  # NaN, no match, last
+    worst, others = by_precision[:queries], by_precision[queries:]
+    split = max(0, len(others) - queries)
+    chosen = torch.randperm(split, generator=torch.Generator().manual_seed(0))[:queries].sort().values
+    return worst, [others[place] for place in chosen.tolist()], others[split:]
 
 
 def features(trained: Trained, name: str, images: list[Image]) -> Features:
@@ -96,25 +133,36 @@ def plain_distances(query: Features, gallery: Features, metric: Literal["cosine"
     return lambda chunk: ranking.distances(query.features[chunk], gallery.features, metric)
 
 
-def first_images(query: Features, gallery: Features, distances_of: DistancesOf, index: int) -> list[int]:
-    """Gallery indices of the first images of one query, without junk; equal distances by index."""
+def first_places(
+    query: Features, gallery: Features, distances_of: DistancesOf, index: int
+) -> tuple[int, dict[int, int]]:
+    """Of one query the first match's rank, and gallery indices by rank: of the first images and of that match.
+
+    Ranks are without junk; equal distances rank by index.
+    """
     chunk = slice(index, index + 1)
     distance = distances_of(chunk)
-    ranking.match_ranks(distance, query.identities[chunk], query.cameras[chunk], *gallery[1:])  # writes NaN for junk
-    first = ranking.nearest_images(distance, SHOWN)[0]
-    return first[~distance[0, first].isnan()].tolist()
+    match_ranks, _ = ranking.match_ranks(  # writes NaN for junk
+        distance, query.identities[chunk], query.cameras[chunk], *gallery[1:]
+    )
+    first_match = int(match_ranks[0, 0])
+    order = ranking.nearest_images(distance, max(SHOWN, first_match))[0]
+    order = order[~distance[0, order].isnan()].tolist()
+    ranks = sorted({*range(1, min(SHOWN, len(order)) + 1), first_match})
+    return first_match, {rank: order[rank - 1] for rank in ranks}
 
 
-def drawn(trained: Trained, lists: Sequence[tuple[Image, float, Sequence[Image]]]) -> Figure:
+def drawn(trained: Trained, lists: Sequence[RankedList]) -> Figure:
     """A row for each query: the query with its AP, then the gallery images, framed and marked as matches or not."""
     rows = []
-    for query, precision, images in lists:
+    for group, query, precision, first_match, images in lists:
         row = [Shown(query.path, f"query {query.identity_name or ''}".strip())]
-        for rank, image in enumerate(images, start=1):
+        for rank, image in images:
             mark, *how = MARKS[image.identity == query.identity]
-            row.append(Shown(image.path, f"{rank} {mark} {image.identity_name or ''}".strip(), *how))
-        rows.append((f"AP {precision:.1%}", row))
-    title = f"{trained.label}: queries of least average precision, and the first {SHOWN} of the gallery"
+            gap = 0.1 if rank == 1 or rank > SHOWN else 0
+            row.append(Shown(image.path, f"{rank:,} {mark} {image.identity_name or ''}".strip(), *how, gap))
+        rows.append((f"{group}\nAP {precision:.1%}\nfirst match\nat rank {first_match:,}", row))
+    title = f"{trained.label}: queries, the first {SHOWN} of the gallery, and the first match where it comes later"
     return rows_of_images(rows, trained.config.data, title)
 
 
@@ -122,19 +170,18 @@ def rows_of_images(rows: Sequence[tuple[str, Sequence[Shown]]], config: DataConf
     """A row of images for each text and images, in the size of the network's images."""
     size = width, height = WIDTH, WIDTH * config.height / config.width
     longest = max(len(images) for _, images in rows)
-    sheet = Sheet(longest * width * 1.08 + 0.5, len(rows) * (height + 0.3) + 0.5, title)
+    sheet = Sheet(longest * STEP + 1.7, len(rows) * (height + 0.45) + 0.6, title)
     for number, (text, images) in enumerate(rows):
-        top = 0.7 + number * (height + 0.3)
-        sheet.axes.text(0.3, top + height / 2, text, rotation=90, ha="right", va="center", fontsize=11)
-        for place, shown in enumerate(images):
-            left = 0.4 + place * width * 1.08
+        top, left = 0.85 + number * (height + 0.45), 1.2
+        sheet.axes.text(0.15, top + height / 2, text, ha="left", va="center", fontsize=11, linespacing=1.5)
+        for shown in images:
+            left += shown.gap
             pixels = open_rgb(shown.path).resize((config.width, config.height))
             sheet.picture(np.asarray(pixels), left, top, size)
-            if shown.line:
-                frame = Rectangle((left, top), *size, fill=False, ec=shown.colour, lw=3, linestyle=shown.line)
-                sheet.axes.add_patch(frame)
+            if shown.points:
+                sheet.axes.add_patch(Rectangle((left, top), *size, fill=False, ec=shown.colour, lw=shown.points))
             heading = shown.text if len(shown.text) <= LONGEST else f"{shown.text[: LONGEST - 1]}…"
-            sheet.axes.text(
-                left + width / 2, top - 0.06, heading, ha="center", fontsize=10, color=shown.colour, parse_math=False
-            )
+            place = {"ha": "center", "fontsize": 10, "color": shown.colour, "parse_math": False}
+            sheet.axes.text(left + width / 2, top - 0.08, heading, **place)
+            left += STEP
     return sheet.figure

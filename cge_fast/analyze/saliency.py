@@ -10,7 +10,6 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
-from tqdm import tqdm
 
 from cge_fast import data
 from cge_fast.analyze.trained import Trained
@@ -18,6 +17,7 @@ from cge_fast.analyze.written import Row, Sheet, Written, told, write
 from cge_fast.data import Image
 from cge_fast.data.batches import test_loader
 from cge_fast.data.images import open_rgb
+from cge_fast.progress import progress
 
 GROUPS = 4  # images, each beside its maps, in a row of the picture
 PANEL = 1.15  # inches of a panel's width
@@ -31,9 +31,8 @@ def saliency(checkpoints: Sequence[Trained], output: Path | str, images: int = 8
     checkpoint: where the maximum lies, as shares of the image's width and height from its top left, and which share of
     the saliency each stripe has (of the stripes' means, since stripes may overlap).
     """
-    queries = data.read(checkpoints[0].config.data, ["query"]).query
-    count = min(images, len(queries))
-    chosen = [queries[number * len(queries) // count] for number in range(count)]
+    chosen = evenly_spaced(data.read(checkpoints[0].config.data, ["query"]).query, images)
+    count = len(chosen)
     maps = [saliency_maps(trained, chosen) for trained in checkpoints]
     stripes = max(trained.config.model.stripes for trained in checkpoints)  # the baselines' settings have them too
     tables = [[described(saliency_map, stripes) for saliency_map in of_all] for of_all in maps]
@@ -48,10 +47,16 @@ def saliency(checkpoints: Sequence[Trained], output: Path | str, images: int = 8
     return write(output, "saliency", drawn(checkpoints, chosen, maps, tables), rows, summary)
 
 
+def evenly_spaced(images: Sequence[Image], count: int) -> list[Image]:
+    """So many of the images, or all."""
+    count = min(count, len(images))
+    return [images[number * len(images) // count] for number in range(count)]
+
+
 def saliency_maps(trained: Trained, images: Sequence[Image]) -> Tensor:
     """(images, H', W') float32 on the CPU: the maximum over the channels of the feature maps."""
     loader = test_loader(images, trained.config.evaluation.batch, trained.config.data)
-    bar = tqdm(loader, desc=f"saliency, {trained.label}", unit=" batch", leave=False)
+    bar = progress(loader, what=f"saliency of {trained.label}", unit="batches")
     maps = [trained.model.feature_map(batch.to(trained.device)).amax(dim=1) for batch in bar]
     return torch.cat(maps).float().cpu()
 

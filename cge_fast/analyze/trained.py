@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from cge_fast import data
 from cge_fast.api import TrainedModel, load
@@ -16,6 +15,7 @@ from cge_fast.data.batches import test_loader, train_labels
 from cge_fast.errors import UserError
 from cge_fast.experiments.variants import VARIANTS
 from cge_fast.options import DataConfig, EvaluationConfig
+from cge_fast.progress import progress
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,6 @@ def train_batches(trained: Trained) -> Iterator[tuple[Tensor, Tensor]]:
             f"{labels.max() + 1}"
         )
     loader = test_loader(images, config.evaluation.batch, config.data)
-    bar = tqdm(loader, desc=f"training images, {trained.label}", unit=" batch", leave=False)
+    bar = progress(loader, what=f"training images, {trained.label}", unit="batches")
     for batch, of_batch in zip(bar, labels.split(config.evaluation.batch), strict=True):
         yield batch.to(trained.device), of_batch.to(trained.device)

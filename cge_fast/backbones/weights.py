@@ -1,5 +1,6 @@
 """Weights that a backbone starts from: torchvision's for ImageNet, or those of a file."""
 
+import sys
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ def imagenet_tensors(name: str) -> dict[str, Tensor]:
         )
     weights = get_model_weights(name).IMAGENET1K_V1
     try:
-        return weights.get_state_dict(progress=True, check_hash=True)
+        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"model.pretrained: the ImageNet weights of {name} could not be had from {weights.url} ({error}); "

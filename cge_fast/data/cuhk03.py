@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-from tqdm import tqdm
 
 from cge_fast.data.images import SPLITS, Image, Split
 from cge_fast.data.market1501 import FOLDERS, market1501
 from cge_fast.data.walk import file_at
 from cge_fast.errors import UserError
 from cge_fast.files import new_folder, once
+from cge_fast.progress import progress
 
 Entry = tuple[str, int, int]  # name, identity and camera of an image
 
@@ -53,8 +53,8 @@ def extract(root: Path, boxes: str, classic: bool, folder: Path) -> None:
             entries_of = classic_protocol(mat, boxes) if classic else new_protocol(loadmat(protocol))
         except Exception as error:  # what loadmat raises for a damaged file has no common base
             raise UserError(f"{protocol} does not hold the protocol of CUHK03 ({error!r})") from error
-        progress = tqdm(desc=f"extracting {boxes} boxes", total=sum(map(len, entries_of.values())), unit=" image")
-        with new_folder(folder) as unfinished, progress:
+        bar = progress(what=f"extracting {boxes} boxes", unit="images", total=sum(map(len, entries_of.values())))
+        with new_folder(folder) as unfinished, bar:
             for split, entries in entries_of.items():
                 (unfinished / FOLDERS[split]).mkdir()
                 for name, identity, camera in entries:
@@ -63,7 +63,7 @@ def extract(root: Path, boxes: str, classic: bool, folder: Path) -> None:
                     except (KeyError, ValueError, IndexError, TypeError, OSError) as error:
                         raise UserError(f"{archive} does not hold the protocol's image {name} ({error})") from error
                     picture.save(unfinished / FOLDERS[split] / f"{identity:04d}_c{camera}_{name}")
-                    progress.update()
+                    bar.update()
 
 
 def new_protocol(protocol: Mapping[str, np.ndarray]) -> dict[Split, list[Entry]]:

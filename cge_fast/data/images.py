@@ -13,10 +13,10 @@ from typing import Literal, TypeVar
 import numpy as np
 import PIL.Image
 from PIL import ImageOps
-from tqdm import tqdm
 
 from cge_fast.data.walk import AbsentError
 from cge_fast.errors import UserError
+from cge_fast.progress import progress
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # Pillow has more, some of which start other programs
 WHITES = {"I": (255, 65_535), "F": (1, 255, 65_535)}  # what white can be in 32 bits; in 16 it is 65,535
@@ -184,7 +184,7 @@ def without_corrupt(reid_set: ReidSet) -> tuple[ReidSet, list[Path]]:
     """The set without the images that cannot be read, and those images' paths. Reads every file."""
     corrupt = []
     images = {image.path: image for part in vars(reid_set).values() for image in part}  # one may be in two splits
-    for image in tqdm(images.values(), desc="checking images", unit=" image"):
+    for image in progress(images.values(), what="checking images", unit="images"):
         try:
             open_rgb(image.path)
         except UserError:

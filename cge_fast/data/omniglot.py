@@ -7,13 +7,13 @@ the test split images_background_small2, with drawers 1-4 as queries and the oth
 from pathlib import Path
 
 import PIL.Image
-from tqdm import tqdm
 
 from cge_fast.data.images import open_rgb
 from cge_fast.data.market1501 import FOLDERS
 from cge_fast.data.walk import image_files
 from cge_fast.errors import UserError
 from cge_fast.files import new_folder
+from cge_fast.progress import progress
 
 ARCHIVES = ("images_background_small1", "images_background_small2")
 SIZE = 64  # pixels; the drawings have 105
@@ -39,7 +39,7 @@ def export_omniglot(source: Path, folder: Path) -> None:
     with new_folder(folder) as unfinished:
         for split in FOLDERS.values():
             (unfinished / split).mkdir()
-        characters = tqdm([*train, *test], desc="writing characters", unit=" character")
+        characters = progress([*train, *test], what="writing characters", unit="characters")
         for identity, character in enumerate(characters, start=1):
             for path in sorted(character.glob("*.png")):
                 drawer = path.stem.rpartition("_")[2]

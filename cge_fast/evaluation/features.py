@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cge_fast.data import Image, ReidSet
 from cge_fast.data.batches import test_loader
@@ -14,6 +13,7 @@ from cge_fast.evaluation.ranking import Retrieval, evaluate_ranking
 from cge_fast.evaluation.reranking import evaluate_reranking
 from cge_fast.model import ReidModel
 from cge_fast.options import DataConfig, EvaluationConfig
+from cge_fast.progress import progress
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def embed(model: ReidModel, images: list[Image], data: DataConfig, evaluation: E
     """
     equal_shares = images + images[-1:] * (-len(images) % world_size())
     loader = test_loader(equal_shares[rank() :: world_size()], evaluation.batch, data)
-    bar = tqdm(loader, desc=f"features, {name}", unit=" batch", leave=False, disable=rank() > 0)
+    bar = progress(loader, what=f"embedding {name} images", unit="batches", show=rank() == 0)
     shares = gather(features(model, bar, evaluation)).unflatten(0, (world_size(), -1))
     return shares.transpose(0, 1).flatten(0, 1)[: len(images)]
 

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm import tqdm
+
+from cge_fast.progress import progress as progress_bar
 
 CURVE_RANKS = 50
 CHUNK_DISTANCES = 2**25  # distances held at a time, of some queries to the whole gallery; they take about 6 bytes each
@@ -171,7 +172,7 @@ def evaluate_distances(
     """
     queries, rows = len(query_identities), chunk_rows(len(gallery_identities))
     average_precisions, penalties, first_ranks, counted = [], [], [], []
-    with tqdm(total=queries, desc="ranking", unit=" query", disable=not progress, leave=False) as bar:
+    with progress_bar(what="ranking", unit="queries", total=queries, show=progress) as bar:
         for start in range(0, queries, rows):
             chunk = slice(start, min(start + rows, queries))
             rank, is_match = match_ranks(

@@ -20,7 +20,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cge_fast.evaluation.ranking import (
     BLOCK_IMAGES,
@@ -31,6 +30,7 @@ from cge_fast.evaluation.ranking import (
     nearest_images,
     require_finite,
 )
+from cge_fast.progress import progress as progress_bar
 
 K1, K2, LAMBDA = 20, 6, 0.3  # the paper's
 BLOCK_ENTRIES = 4096  # entries of encodings, or pairs of images, that are worked on at a time
@@ -122,7 +122,7 @@ def neighbours(
 ) -> tuple[Tensor, Tensor]:
     """Indices (N, min(count, N)) int64 of each image's nearest, in order, and half the square (N,) to its farthest."""
     nearest, farthest = [], []
-    with tqdm(total=len(features), desc="neighbours", unit=" image", disable=not progress, leave=False) as bar:
+    with progress_bar(what="finding neighbours", unit="images", total=len(features), show=progress) as bar:
         for images in features.split(chunk_rows(len(features))):
             distance = half_squares(images, features, metric)
             nearest.append(nearest_images(distance, count))

@@ -24,6 +24,7 @@ from cge_fast.experiments import variants
 from cge_fast.experiments.tables import SCALE, Row
 from cge_fast.log import read_rows
 from cge_fast.loop import holds_run
+from cge_fast.progress import progress
 
 FINISHED, PRINTED, PRECISION = "finished.json", "printed.txt", "precision.json"
 
@@ -115,7 +116,7 @@ def run_rows(
     failures: dict[Path, str] = {}
     with (
         executor(jobs) as map_unordered,
-        tqdm(total=len(folders), initial=sum(map(is_whole, folders)), desc="trainings", unit=" run") as bar,
+        progress(what="training", unit="runs", total=len(folders), initial=sum(map(is_whole, folders))) as bar,
     ):
         for stage in stages:
             missing = {}

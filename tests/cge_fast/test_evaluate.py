@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -15,10 +17,12 @@ from support import write_crops
 
 import cge_fast
 from cge_fast import checkpoint, data, embed, errors, evaluate
-from cge_fast.cli import read_settings, to_yaml
+from cge_fast.cli import as_dataclass, read_settings, to_yaml
 from cge_fast.evaluation.features import evaluate as evaluate_set
 from cge_fast.evaluation.ranking import evaluate_ranking
 from cge_fast.evaluation.reranking import evaluate_reranking
+from cge_fast.options import TRAINING_ONLY
+from cge_fast.wanted import TYPES
 
 
 @pytest.fixture
@@ -40,6 +44,26 @@ def test_the_settings_are_the_checkpoints_unless_given(last, capsys):
     assert plain.endswith("(4 queries, 0 more without a match left out)")
     for name in ("mAP", "mINP", "rank-1", "rank-5", "rank-10"):
         assert name in plain
+
+
+def test_what_only_training_reads_is_neither_listed_nor_taken(last, capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    listed = set(re.findall(r"--(\w+\.\w+)", capsys.readouterr().out))
+    assert listed == {name for name in TYPES if name.startswith(("data.", "evaluation."))} - TRAINING_ONLY
+    with pytest.raises(errors.UserError, match=r"^data.erasing is read in training alone$"):
+        evaluate.main(["--checkpoint", str(last), "--data.erasing", "0"])
+    monkeypatch.setattr("cge_fast.evaluate.as_dataclass", lambda *arguments: without_unlisted(as_dataclass(*arguments)))
+    assert evaluated(capsys, "--checkpoint", last).startswith("mAP")
+
+
+def without_unlisted(config):
+    """Settings that have no more than what is listed, so that to read another one fails."""
+    for section in ("data", "evaluation"):
+        values = vars(getattr(config, section)).items()
+        listed = {name: value for name, value in values if f"{section}.{name}" not in TRAINING_ONLY}
+        setattr(config, section, SimpleNamespace(**listed))
+    return config
 
 
 def test_metric_neck_and_flip_change_what_is_compared(last, capsys, monkeypatch):
@@ -98,7 +122,7 @@ def test_a_network_trained_in_float16_is_evaluated_on_a_cpu(last, capsys):
         (["--checkpoint", "LAST", "--query", "a.npz"], "checkpoint: give --checkpoint, or features by --query and"),
         (["--query", "a.npz", "--gallery", "b.npz"], "query: must be a file of features that ends in .npz or .parquet"),
         (["--checkpoint", "LAST", "--data.name", "folder+nix"], "data.name: there is no data set nix, but pedestrians"),
-        (["--checkpoint", "LAST", "--data.name", "nix"], 'Parser key "data.name"'),
+        (["--checkpoint", "LAST", "--data.name", "nix"], "market, or several of them, like a+b, got nix"),
         (["--checkpoint", "/nix"], "checkpoint /nix has no file model.safetensors"),
         (["--checkpoint", "LAST", "--data.root", "/nix"], "data.root: there is no folder /nix/query"),
         (["--checkpoint", "LAST", "--evaluation.metric", "l1"], "evaluation.metric"),

@@ -42,7 +42,9 @@ def test_files_and_functions_stay_small(file):
 def test_the_list_of_commands_names_programs_that_exist():
     done = subprocess.run([sys.executable, "-m", "cge_fast"], capture_output=True, text=True, check=True)
     names = [line.split()[0] for line in done.stdout.splitlines() if not line.startswith(" ")]
-    assert set(names) == {"train", "evaluate", "embed", "search", "export", "data", "analyze", "experiments"}
+    assert set(names) == {
+        "train", "evaluate", "embed", "search", "export", "report", "compare", "analyze", "data", "experiments"
+    }  # fmt: skip
     for name in names:
         assert (PACKAGE / f"{name}.py").exists() or (PACKAGE / name / "__main__.py").exists()
         assert f"python -m cge_fast.{name} " in done.stdout

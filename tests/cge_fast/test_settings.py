@@ -19,36 +19,41 @@ from cge_fast.options import TrainConfig
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--optim.epochs", "many"], 'Parser key "optim.epochs": Not of type BoundedPositiveInt'),
-        (["--optim.epochs", "0"], 'Parser key "optim.epochs"'),
-        (["--data.erasing", "1.5"], 'Parser key "data.erasing"'),
-        (["--data.workers=-1"], 'Parser key "data.workers"'),
-        (["--evaluation.batch", "0"], 'Parser key "evaluation.batch"'),
-        (["--optim.epoch", "3"], "--optim.epoch"),
-        (["--loss.margin", "hard"], 'Parser key "loss.margin"'),
+        (["--optim.epochs", "many"], "optim.epochs: must be a whole number above 0, at most 1000000, got many"),
+        (["--optim.epochs", "0"], "optim.epochs: must be "),
+        (["--data.erasing", "1.5"], "data.erasing: must be a number at least 0, at most 1, got 1.5"),
+        (["--data.workers=-1"], "data.workers: must be a whole number at least 0, at most 512, got -1"),
+        (["--evaluation.batch", "0"], "evaluation.batch: must be "),
+        (["--optim.epoch", "3"], "there is no --optim.epoch, did you mean --optim.epochs?"),
+        (["--erasing", "0"], "there is no --erasing, did you mean --data.erasing?"),
+        (["--optim.milestones", "3,x"], "optim.milestones: must be a list like 10,20, each a number above 0"),
+        (["--loss.margin", "hard"], "loss.margin: must be a number at least 0, at most 1000000, or soft, got hard"),
         (["--data.root", "/nowhere"], "data.root: there is no folder /nowhere/bounding_box_train"),
         (["--data.name", "folder"], "market/train"),
         (["--data.identities", "5"], "data.identities: a batch needs 5, the training split has 4"),
         (["--model.stripes", "4"], "model.stripes: 4 do not fit the feature map, which has 3 rows"),
         (["--optim.accumulate", "4"], "loss.metric_weight: the metric loss needs 2 identities in a micro-batch"),
-        (["--seed", str(2**63)], 'Parser key "seed"'),
+        (["--seed", str(2**63)], "seed: must be "),
         (["--output", "/dev/null/run"], "output: /dev/null/run cannot be made (Not a directory)"),
         (["--optim.accumulate", "3"], "optim.accumulate: 4 identities cannot be cut evenly into 3"),
         (["--optim.precision", "float16"], "optim.precision: float16 needs a GPU"),
         (["--model.pretrained", "true"], "model.pretrained: the backbone compact has no ImageNet weights"),
         (["--resume"], "has no file model.safetensors"),
-        (["--config", "no_such_recipe"], "no_such_recipe"),
-        (["--backend", "fast"], "Expected a typing.Literal['auto', 'triton', 'cpu', 'reference']. Got value: fast"),
+        (
+            ["--config", "no_such_recipe"],
+            "no_such_recipe is neither a file nor a recipe; the recipes are agw_fastreid, ",
+        ),
+        (["--backend", "fast"], "backend: must be one of auto, triton, cpu, reference, got fast"),
         (["--loss.variant", "focal"], "loss.variant: must be empty; python -m cge_fast.experiments.variants has some"),
         (["--model.cge", "false", "--model.revision", "features"], "model.revision is now --loss.variant cge_feature"),
         (["--loss.classification", "sphere"], "loss.classification is now --loss.metric sphere, which adds SphereFace"),
         (["--model.cge", "false", "--model.shard_classes", "true"], "shard_classes needs cge and the loss CGELoss"),
         (["--data.name", "pedestrians"], "is not read, pedestrians is drawn; give data.name too"),
-        (["--optim.lr", "inf"], "inf does not conform to restriction v>0 and v<=1000000"),
-        (["--optim.epochs", "1000000000000"], 'Parser key "optim.epochs"'),
-        (["--data.workers", "1e30"], 'Parser key "data.workers"'),
-        (["--loss.variant_args", "{scale: .nan}"], 'Parser key "loss.variant_args"'),
-        (["--model.cge", "null"], 'Parser key "model.cge"'),
+        (["--optim.lr", "inf"], "optim.lr: must be a number above 0, at most 1000000, got inf"),
+        (["--optim.epochs", "1000000000000"], "optim.epochs: must be "),
+        (["--data.workers", "1e30"], "data.workers: must be "),
+        (["--loss.variant_args", "{scale: .nan}"], "loss.variant_args: must be "),
+        (["--model.cge", "null"], "model.cge: must be true or false, got null"),
         (["--optim", "/etc/passwd"], "optim: give settings one by one, like --optim.lr 1e-3"),
         (["--model.class_path=os.system"], "model.class_path: give settings one by one"),
         (["--data.root="], "data.root: must be a path, got nothing"),
@@ -107,8 +112,13 @@ def test_a_wrong_variable_is_one_line_and_leaves_nothing_behind(
     ("content", "message"),
     [
         (b"optim: 5\n", "settings.yaml: optim must be a section of settings, got int"),
-        (b"optim: {epoch: 3}\n", "'optim' does not accept option 'epoch'"),
-        (b"optim: {epochs: three}\n", 'Parser key "optim.epochs"'),
+        (
+            b"seed: 1\noptim:\n  epoch: 3\n",
+            "settings.yaml, line 3: there is no optim.epoch, did you mean optim.epochs?",
+        ),
+        (b"sed: 1\n", "settings.yaml, line 1: there is no sed, did you mean seed?"),
+        (b"optim:\n  epochs: 3\n lr: 1\n", "settings.yaml, line 3: cannot be read as YAML"),
+        (b"optim: {epochs: three}\n", "settings.yaml, line 1: optim.epochs: must be a whole number above 0"),
         (b"optim: [\n", "config"),
         (b"\xff\xfe\x00", "config"),
         (b"model: {cge:}\n", "model.cge must have a value, got null"),
@@ -117,7 +127,7 @@ def test_a_wrong_variable_is_one_line_and_leaves_nothing_behind(
         (b"seed: &a [*a]\n", "line 1: aliases are not allowed"),
         (b"seed: " + 500 * b"[" + 500 * b"]", "more than 8 levels"),
         (b"#" * 200_000, "more than 100000 bytes"),
-        (b"optim: {lr: .inf}\n", 'Parser key "optim.lr"'),
+        (b"optim: {lr: .inf}\n", "optim.lr: must be "),
         (b"seed: " + 5000 * b"9", "config"),
         (b"optim: {milestones: [" + 5000 * b"0.5, " + b"1]}", "or 500 keys and values"),
         (b"optim.lr: 1\noptim: {lr: 2}\n", "optim.lr is there more than once"),
@@ -200,6 +210,38 @@ def test_environment_variables_that_torchrun_would_not_set_are_named(
     assert status == 2
     assert err.startswith(f"cge_fast.train: error: {name}: ")
     assert not (tmp_path / "run").exists()
+
+
+def test_help_shows_the_defaults_of_the_files_that_config_names(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("optim: {lr: 0.125}")
+    shown = help_of(["--config", "cge_bot", f"--config={tmp_path / 'mine.yaml'}"], capsys)
+    assert "Image height after resizing, pixels. (default: 384)" in shown
+    assert "Learning rate after warm-up. (default: 0.125)" in shown
+    assert "(default: 96)" in help_of([], capsys)
+    assert "type:" not in shown
+
+
+def help_of(arguments, capsys) -> str:
+    """What --help prints, on one line."""
+    with pytest.raises(SystemExit):
+        train.main([*arguments, "--help"])
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_of_several_files_and_options_the_last_counts(tmp_path):
+    for name, lr in (("one", 0.25), ("other", 0.5)):
+        (tmp_path / f"{name}.yaml").write_text(f"optim: {{lr: {lr}}}")
+    files = [f"--config={tmp_path / name}.yaml" for name in ("one", "other")]
+    config, _, _ = train.parse(["--config", "pedestrians_bot", *files])
+    assert (config.model.cge, config.optim.lr) == (False, 0.5)
+    assert train.parse([*files, "--optim.lr", "1"])[0].optim.lr == 1
+    assert train.parse(["--optim.lr", "1", *files])[0].optim.lr == 0.5
+
+
+@pytest.mark.parametrize("given", ["10,20.5", "[10,20.5]", "[10, 20.5]", "10, 20.5"])
+def test_a_list_needs_no_brackets(given):
+    assert train.parse(["--optim.milestones", given])[0].optim.milestones == [10, 20.5]
+    assert train.parse([f"--optim.milestones={given}"])[0].optim.milestones == [10, 20.5]
 
 
 def test_print_config_prints_settings_that_config_reads_back(options, tmp_path, capsys):

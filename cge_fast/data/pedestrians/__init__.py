@@ -7,8 +7,6 @@ share a few: a feature that looked at nothing else in training has little left a
 
 from pathlib import Path
 
-from tqdm import tqdm
-
 from cge_fast.data.market1501 import FOLDERS
 from cge_fast.data.pedestrians.identities import (
     CAMERAS,
@@ -22,6 +20,7 @@ from cge_fast.data.pedestrians.identities import (
 )
 from cge_fast.data.pedestrians.scene import photograph, random_camera
 from cge_fast.files import new_folder
+from cge_fast.progress import progress
 
 
 def draw(
@@ -53,7 +52,7 @@ def write_images(folder: Path, seed: int, persons: list[Identity], train_identit
         (folder / name).mkdir()
     cameras = {number: random_camera(generator(seed, SHARED, number)) for number in range(1, CAMERAS + 1)}
     shots = [(identity, image) for identity, person in enumerate(persons) for image in range(len(person.cameras))]
-    for running, (identity, image) in enumerate(tqdm(shots, desc="drawing pedestrians", unit=" image"), start=1):
+    for running, (identity, image) in enumerate(progress(shots, what="drawing pedestrians", unit="images"), start=1):
         passed, number = persons[identity].cameras[:image], persons[identity].cameras[image]
         if identity < train_identities:
             split, others, name = TRAIN, persons[:train_identities], "bounding_box_train"

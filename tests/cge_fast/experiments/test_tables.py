@@ -9,7 +9,7 @@ import pytest
 
 from cge_fast import train
 from cge_fast.build import loss_class
-from cge_fast.cli import RECIPES, as_dataclass, parse_settings, program_parser, read_settings, with_recipe_paths
+from cge_fast.cli import RECIPES, as_dataclass, parse_settings, program_parser, read_settings
 from cge_fast.experiments.presets import PRESETS, Place
 from cge_fast.experiments.report import PAPER
 from cge_fast.experiments.tables import AGW, NAMES, STARTS, TABLES, UPT, WITH, Row, comparison
@@ -31,7 +31,7 @@ def parser():
 
 @cache  # tables share rows
 def parsed(options: str, recipe: str = "cge_bot") -> TrainConfig:
-    arguments = with_recipe_paths(["--config", recipe, *options.split()])
+    arguments = ["--config", recipe, *options.split()]
     return as_dataclass(parser(), parse_settings(parser(), arguments), TrainConfig)
 
 

@@ -1,0 +1,142 @@
+"""The page about a run."""
+
+import json
+import re
+import shutil
+import sys
+
+import pytest
+from browser import assert_well_formed, needs_chromium
+from runs import run
+
+from cge_fast import errors, report
+from cge_fast.options import TrainConfig
+from cge_fast.report import REPORT, read_run, series_of, settings
+
+
+def test_a_training_ends_with_the_page(shared_run):
+    page = (shared_run / REPORT).read_text()
+    headings = ["Training", "Ranked lists", "Where the network looks", "Settings", "Environment"]
+    assert re.findall("<h2>(.*?)</h2>", page) == headings
+    for text in ("Retrieval", "Images by stripes that are right", "AP <b>100.0%</b>", "2/2", "data.height", "Python"):
+        assert text in page
+
+
+def test_the_page_fetches_nothing_and_runs_nothing(shared_run):
+    page = (shared_run / REPORT).read_text()
+    assert all(source.startswith("data:") for source in re.findall(r'(?:src|href)="([^"]*)"', page))
+    for outside in ("http", "@import", "url(", "<script", '<link rel="stylesheet'):
+        assert outside not in page
+
+
+@needs_chromium
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_browser_shows_all_of_it_at_any_width(shared_run, tmp_path, width):
+    assert_well_formed(shared_run / REPORT, tmp_path / "seen", width)
+
+
+def test_the_program_writes_the_page_of_a_run_that_has_none(trained, capsys):
+    (trained / REPORT).unlink()
+    report.main([str(trained)])
+    assert capsys.readouterr().out == f"{trained / REPORT}\n"
+    assert "Ranked lists" in (trained / REPORT).read_text()
+
+
+def test_without_the_images_the_page_has_no_pictures_and_a_line_says_why(trained, market, capsys):
+    shutil.rmtree(market)
+    report.main([str(trained)])
+    assert f"{REPORT} is without pictures: data.root: there is no folder {market}" in capsys.readouterr().err
+    page = (trained / REPORT).read_text()
+    assert "Ranked lists" not in page
+    assert "Retrieval" in page
+
+
+def test_without_matplotlib_a_line_names_the_extra(trained, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "cge_fast.analyze.embedded", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    report.main([str(trained)])
+    why = "report.html is without pictures: they need matplotlib: pip install 'cge-fast[analyze]'\n"
+    assert capsys.readouterr().err == why
+
+
+def test_ctrl_c_leaves_a_page_about_what_was_trained(options, tmp_path, capsys, monkeypatch):
+    from cge_fast import loop
+
+    def interrupted(run, epoch, *others, train_epoch=loop.train_epoch):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return train_epoch(run, epoch, *others)
+
+    monkeypatch.setattr("cge_fast.loop.train_epoch", interrupted)
+    status, _, _ = run(options, capsys)
+    page = (tmp_path / "run" / REPORT).read_text()
+    assert status == 130
+    assert "1/2" in page
+    assert "Ranked lists" not in page
+
+
+def test_an_end_before_the_first_figure_leaves_no_page(options, tmp_path, capsys, monkeypatch):
+    def interrupted(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cge_fast.loop.evaluation", interrupted)
+    status, _, _ = run(options, capsys)
+    assert status == 130
+    assert not (tmp_path / "run").exists() or not (tmp_path / "run" / REPORT).exists()
+
+
+@pytest.mark.slow
+def test_a_page_that_cannot_be_written_is_said_and_the_training_ends_well(options, tmp_path, capsys):
+    (tmp_path / "run" / REPORT).mkdir(parents=True)
+    status, out, err = run(options, capsys)
+    assert status == 0
+    assert out.startswith("mAP ")
+    assert f"{REPORT} is not written: " in err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [({}, "is not the folder of a run, it has no config.yaml"), ({"config.yaml": "{}"}, "has no figures in")],
+)
+def test_a_folder_without_a_run_or_figures_is_one_line(tmp_path, capsys, content, message):
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit) as exit_:
+        errors.run(lambda: report.main([str(tmp_path)]), "cge_fast.report")
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_names_cannot_be_markup(trained, tmp_path):
+    odd = trained.rename(tmp_path / "<b>&run")
+    page = report.write(odd).read_text()
+    assert "<h1>&lt;b&gt;&amp;run</h1>" in page
+
+
+def test_a_run_of_an_earlier_version_has_no_environment(trained):
+    (trained / report.ENVIRONMENT).unlink()
+    assert read_run(trained).environment == {}
+    assert "<h2>Environment" not in report.write(trained).read_text()
+
+
+def test_the_environment_is_of_the_training_not_of_the_report(trained):
+    (trained / report.ENVIRONMENT).write_text(json.dumps({"device": "another GPU"}))
+    assert "another GPU" in report.write(trained).read_text()
+
+
+def test_series_have_the_epochs_that_have_values():
+    rows = [{"epoch": 0, "a": None}, {"epoch": 1, "a": 0.5, "b": [1, 0], "c": 0}, {"epoch": 2, "b": [0.5, 0], "c": 0}]
+    assert series_of(rows, "x", "a") == [("x", [(1, 0.5)])]
+    assert series_of(rows, "x", "b") == [("x 1", [(1, 1), (2, 0.5)]), ("x 2", [(1, 0), (2, 0)])]
+    assert series_of(rows, "x", "c") == series_of(rows, "x", "d") == []
+
+
+def test_settings_are_as_a_file_has_them():
+    of = settings(TrainConfig())
+    assert (of["model.cge"], of["data.root"], of["optim.milestones"]) == ("true", "null", "0.6, 0.85")
+    assert (of["backend"], of["optim.lr"]) == ("auto", "0.002")
+    assert "output" not in of
+    assert "data" not in of
