@@ -4,37 +4,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from cge_fast import data
+from cge_fast.analyze.rows import Shown, rows_of_images
 from cge_fast.analyze.trained import Trained
-from cge_fast.analyze.written import Sheet, Written, write
+from cge_fast.analyze.written import Written, write
 from cge_fast.data import Image
-from cge_fast.data.images import open_rgb
 from cge_fast.errors import UserError
 from cge_fast.evaluation import ranking
 from cge_fast.evaluation.features import embed
 from cge_fast.evaluation.reranking import reranked_distances
-from cge_fast.options import DataConfig
 
 DistancesOf = Callable[[slice], Tensor]
 SHOWN = 10  # gallery images of a query
-WIDTH = 1.0  # inches of an image
-LONGEST = 13  # characters above an image
 MARKS = {True: ("✓", "#1a7f37", "-"), False: ("✗", "#d1242f", "--")}  # match or not: sign, frame's colour and line
-
-
-class Shown(NamedTuple):
-    """An image of a picture."""
-
-    path: Path
-    text: str  # above it
-    colour: str = "black"  # of text and frame
-    line: str = ""  # of the frame; without it there is none
 
 
 class Features(NamedTuple):
@@ -116,25 +102,3 @@ def drawn(trained: Trained, lists: Sequence[tuple[Image, float, Sequence[Image]]
         rows.append((f"AP {precision:.1%}", row))
     title = f"{trained.label}: queries of least average precision, and the first {SHOWN} of the gallery"
     return rows_of_images(rows, trained.config.data, title)
-
-
-def rows_of_images(rows: Sequence[tuple[str, Sequence[Shown]]], config: DataConfig, title: str) -> Figure:
-    """A row of images for each text and images, in the size of the network's images."""
-    size = width, height = WIDTH, WIDTH * config.height / config.width
-    longest = max(len(images) for _, images in rows)
-    sheet = Sheet(longest * width * 1.08 + 0.5, len(rows) * (height + 0.3) + 0.5, title)
-    for number, (text, images) in enumerate(rows):
-        top = 0.7 + number * (height + 0.3)
-        sheet.axes.text(0.3, top + height / 2, text, rotation=90, ha="right", va="center", fontsize=11)
-        for place, shown in enumerate(images):
-            left = 0.4 + place * width * 1.08
-            pixels = open_rgb(shown.path).resize((config.width, config.height))
-            sheet.picture(np.asarray(pixels), left, top, size)
-            if shown.line:
-                frame = Rectangle((left, top), *size, fill=False, ec=shown.colour, lw=3, linestyle=shown.line)
-                sheet.axes.add_patch(frame)
-            heading = shown.text if len(shown.text) <= LONGEST else f"{shown.text[: LONGEST - 1]}…"
-            sheet.axes.text(
-                left + width / 2, top - 0.06, heading, ha="center", fontsize=10, color=shown.colour, parse_math=False
-            )
-    return sheet.figure
