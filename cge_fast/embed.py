@@ -15,6 +15,7 @@ from cge_fast.cli import program_parser
 from cge_fast.data.images import Image, ReidSet, Split, without_corrupt
 from cge_fast.data.walk import image_files
 from cge_fast.distributed import rank
+from cge_fast.errors import UserError
 from cge_fast.evaluate import settings
 from cge_fast.evaluation import feature_file
 from cge_fast.evaluation.feature_file import FeatureFile
@@ -57,6 +58,8 @@ def listed(config: EmbedConfig) -> list[Image]:
         found, corrupt = without_corrupt(ReidSet([], [], images))
         errors.notice(f"left out {len(corrupt)} corrupt images")
         images = found.gallery
+        if not images:
+            raise UserError(f"images: {config.images} holds no readable image")
     return images
 
 

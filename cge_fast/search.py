@@ -114,7 +114,7 @@ def draw(config: SearchConfig, lists: Sequence[tuple[Path, Sequence[Row]]]) -> N
     Raises:
         UserError: an image cannot be read.
     """
-    from cge_fast.analyze.ranked import Shown, rows_of_images
+    from cge_fast.analyze.rows import Shown, rows_of_images
     from cge_fast.analyze.written import write_picture
 
     drawn = []

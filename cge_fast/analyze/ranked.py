@@ -4,40 +4,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from cge_fast import data
+from cge_fast.analyze.rows import Shown, rows_of_images
 from cge_fast.analyze.trained import Trained
-from cge_fast.analyze.written import Sheet, Written, write
+from cge_fast.analyze.written import Written, write
 from cge_fast.data import Image
-from cge_fast.data.images import open_rgb
 from cge_fast.errors import UserError
 from cge_fast.evaluation import ranking
 from cge_fast.evaluation.features import embed
 from cge_fast.evaluation.reranking import reranked_distances
-from cge_fast.options import DataConfig
 
 DistancesOf = Callable[[slice], Tensor]
 SHOWN = 10  # gallery images of a query
-WIDTH = 1.0  # inches of an image
-STEP = 1.12 * WIDTH  # from one to the next
-LONGEST = 13  # characters above an image
 MARKS = {True: ("✓", "#1a7f37", 4), False: ("✗", "#d1242f", 1.5)}  # match or not: sign, frame's colour and points
 GROUPS = "worst", "random", "best"
-
-
-class Shown(NamedTuple):
-    """An image of a picture."""
-
-    path: Path
-    text: str  # above it
-    colour: str = "black"  # of text and frame
-    points: float = 0  # of the frame
-    gap: float = 0  # inches before it
 
 
 class Features(NamedTuple):
@@ -164,24 +148,3 @@ def drawn(trained: Trained, lists: Sequence[RankedList]) -> Figure:
         rows.append((f"{group}\nAP {precision:.1%}\nfirst match\nat rank {first_match:,}", row))
     title = f"{trained.label}: queries, the first {SHOWN} of the gallery, and the first match where it comes later"
     return rows_of_images(rows, trained.config.data, title)
-
-
-def rows_of_images(rows: Sequence[tuple[str, Sequence[Shown]]], config: DataConfig, title: str) -> Figure:
-    """A row of images for each text and images, in the size of the network's images."""
-    size = width, height = WIDTH, WIDTH * config.height / config.width
-    longest = max(len(images) for _, images in rows)
-    sheet = Sheet(longest * STEP + 1.7, len(rows) * (height + 0.45) + 0.6, title)
-    for number, (text, images) in enumerate(rows):
-        top, left = 0.85 + number * (height + 0.45), 1.2
-        sheet.axes.text(0.15, top + height / 2, text, ha="left", va="center", fontsize=11, linespacing=1.5)
-        for shown in images:
-            left += shown.gap
-            pixels = open_rgb(shown.path).resize((config.width, config.height))
-            sheet.picture(np.asarray(pixels), left, top, size)
-            if shown.points:
-                sheet.axes.add_patch(Rectangle((left, top), *size, fill=False, ec=shown.colour, lw=shown.points))
-            heading = shown.text if len(shown.text) <= LONGEST else f"{shown.text[: LONGEST - 1]}…"
-            place = {"ha": "center", "fontsize": 10, "color": shown.colour, "parse_math": False}
-            sheet.axes.text(left + width / 2, top - 0.08, heading, **place)
-            left += STEP
-    return sheet.figure

@@ -55,6 +55,13 @@ def test_a_plain_folder_has_paths_alone_and_damaged_images_may_be_left_out(embed
     assert "left out 1 corrupt images" in capsys.readouterr().err
 
 
+def test_a_folder_of_which_no_image_can_be_read_is_named(embedded, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "broken.png").write_bytes(b"")
+    with pytest.raises(errors.UserError, match=r"images: .*images holds no readable image"):
+        embedded("--images", tmp_path / "images", "--data.skip_corrupt", "true")
+
+
 def test_the_file_says_what_its_features_are_of(embedded, shared_run):
     made_by = embedded("--split", "query", "--evaluation.neck", "before").made_by
     assert (made_by["neck"], made_by["height"], len(made_by["model"])) == ("before", 24, 64)
