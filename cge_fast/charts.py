@@ -6,7 +6,7 @@ from html import escape
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 380, 210  # of a chart, in pixels where it is drawn at its own size
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 8, 24  # what the axes' numbers take
+LEFT, RIGHT, TOP, BOTTOM = 52, 18, 8, 24  # what the axes' numbers take
 DOTTED = 30  # points at most, of a curve whose points are drawn too
 COLOURS = 6  # classes c0 to c5 of the page
 
@@ -20,7 +20,8 @@ class Series(NamedTuple):
 
 def ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
     """About `count` round numbers from one at or below `low` to one at or above `high`."""
-    rough = (high - low) / count or abs(high) or 1.0
+    is_flat = high - low <= 1e-9 * max(abs(low), abs(high))
+    rough = max(1e-30, abs(high) or 1.0) if is_flat else max(1e-30, (high - low) / count)
     power = 10.0 ** math.floor(math.log10(rough))
     step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= 0.75 * rough)
     step = max(1.0, step) if whole else step
@@ -46,7 +47,7 @@ def chart(title: str, series: Sequence[Series], percent: bool = False, stacked: 
     xs, ys = ([point[axis] for one in series for point in one.points] for axis in (0, 1))
     x_ticks = ticks(min(xs), max(xs), 6, whole=True)
     low, high = min(ys), max(ys)
-    y_ticks = ticks(0, 1, 5) if stacked else ticks(low if low < 0 or low > 0.5 * high else 0, high, 4)
+    y_ticks = ticks(0, 1, 5) if stacked else ticks(low if low < 0 or 0.5 * high < low < high else 0, high, 4)
 
     def place(x: float, y: float) -> str:
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])

@@ -50,7 +50,7 @@ def train(run: Run, profile: StepProfile | None = None) -> None:
     done = run.epochs_done * steps
     with progress(what="training", unit="steps", total=epochs * steps, initial=done, show=rank() == 0) as bar:
         for epoch in range(run.epochs_done + 1, epochs + 1):
-            bar.set_description(f"epoch {epoch}/{epochs}")
+            bar.set_description_str(f"epoch {epoch}/{epochs}")
             momentum = memory_momentum(config.model.memory_momentum, epoch, epochs)
             start = time.perf_counter()
             metrics = train_epoch(run, epoch, momentum, bar, profile)

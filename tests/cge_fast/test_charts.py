@@ -53,3 +53,8 @@ def test_the_key_names_the_last_value_and_names_are_no_markup(percent, last):
     drawn = chart("<i>", [Series("a<b>", [(1, 0.5), (2, 0.125)])], percent)
     assert f"a&lt;b&gt; <b>{last}</b>" in drawn
     assert "<figcaption>&lt;i&gt;</figcaption>" in drawn
+
+
+def test_the_axis_of_values_that_do_not_change_begins_at_0():
+    drawn = chart("accuracy", [Series("a", [(1, 1.0), (2, 1.0)])], percent=True)
+    assert re.findall(r'text-anchor="end">([^<]*)<', drawn) == ["0%", "20%", "40%", "60%", "80%", "100%"]

@@ -40,6 +40,7 @@ def test_where_nobody_watches_a_bar_is_a_line_now_and_then(capsys, clock):
     assert "\r" not in "".join(lines)
 
 
+@pytest.mark.usefixtures("clock")
 def test_what_takes_a_moment_leaves_no_line(capsys):
     for _ in progress(range(100), what="ranking", unit="queries", mininterval=0):
         pass

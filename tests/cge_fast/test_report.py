@@ -29,11 +29,27 @@ def test_the_page_fetches_nothing_and_runs_nothing(shared_run):
         assert outside not in page
 
 
+@pytest.fixture
+def odd_run(shared_run, tmp_path):
+    """A run with a long name, a long setting, many epochs and many stripes."""
+    odd = tmp_path / ("<i>" + "long_name_" * 20)
+    shutil.copytree(shared_run, odd)
+    row = json.loads((odd / "metrics.jsonl").read_text().splitlines()[-1])
+    row |= {"stripe_precision": [0.5] * 16, "num_stripes_correct": [1 / 17] * 17, "loss": 123456.789, "lr": 3.5e-11}
+    rows = [row | {"epoch": epoch} for epoch in range(1, 1001)]
+    (odd / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = odd / "config.yaml"
+    config.write_text(config.read_text().replace("weights: null", f"weights: {'long/' * 40}x.pth"))
+    report.write(odd)
+    return odd
+
+
 @needs_chromium
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["shared_run", "odd_run"])
 @pytest.mark.parametrize("width", [1280, 400])
-def test_a_browser_shows_all_of_it_at_any_width(shared_run, tmp_path, width):
-    assert_well_formed(shared_run / REPORT, tmp_path / "seen", width)
+def test_a_browser_shows_all_of_it_at_any_width(request, name, tmp_path, width):
+    assert_well_formed(request.getfixturevalue(name) / REPORT, tmp_path / "seen", width)
 
 
 def test_the_program_writes_the_page_of_a_run_that_has_none(trained, capsys):

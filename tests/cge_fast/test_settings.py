@@ -14,6 +14,7 @@ from cge_fast.build import check_cuda_graph
 from cge_fast.cli import NOW_VARIANT, NULLABLE, RENAMED, read_settings, to_yaml
 from cge_fast.errors import UserError
 from cge_fast.options import TrainConfig
+from cge_fast.wanted import TYPES, wanted
 
 
 @pytest.mark.parametrize(
@@ -236,6 +237,12 @@ def test_of_several_files_and_options_the_last_counts(tmp_path):
     assert (config.model.cge, config.optim.lr) == (False, 0.5)
     assert train.parse([*files, "--optim.lr", "1"])[0].optim.lr == 1
     assert train.parse(["--optim.lr", "1", *files])[0].optim.lr == 0.5
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_what_a_setting_may_be_is_said_in_words(name):
+    said = wanted(TYPES[name])
+    assert not any(code in said for code in ("<", "typing", "Bounded", "v>", "|")), said
 
 
 @pytest.mark.parametrize("given", ["10,20.5", "[10,20.5]", "[10, 20.5]", "10, 20.5"])
