@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import cge_kernels
 from cge_fast import backbones, checkpoint, data
+from cge_fast.data.augment import Augment
 from cge_fast.data.batches import train_labels, train_loader
 from cge_fast.data.sampler import PKSampler
 from cge_fast.distributed import rank, world_size
@@ -41,6 +42,7 @@ class Run:
     reid_set: data.ReidSet
     sampler: PKSampler
     loader: DataLoader
+    augment: Augment  # what the loader gives, but labels, to images for the model
     num_classes: int  # N: identities in training
     model: ReidModel
     criterion: ReidCriterion
@@ -110,6 +112,7 @@ def build_run(config: TrainConfig, device: torch.device, variants: Variants = NO
         reid_set=reid_set,
         sampler=sampler,
         loader=loader,
+        augment=Augment(config.data).to(device),
         num_classes=num_classes,
         model=model,
         criterion=criterion,

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import socket
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,11 +23,11 @@ LARGE = 100_000  # bytes; a file of settings has fewer
 LOCK = ".lock"  # in a folder that is in use: host and process
 
 
-def write(path: Path, content: bytes) -> None:
-    """Writes a file that must not be there yet, down to the disk; an OSError names it."""
+def write(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Writes a file, whole or part after part, that must not be there yet, down to the disk; an OSError names it."""
     try:
         with path.open("xb") as file:
-            file.write(content)
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:  # a full disk does not say which file it was

@@ -90,7 +90,9 @@ def train_epoch(run: Run, epoch: int, momentum: float, bar: tqdm, profile: StepP
         if profile:
             profile.step()
         with part("waiting for data"):
-            images, labels = (tensor.to(run.device, non_blocking=True) for tensor in next(batches))
+            pixels, drawn, labels = (tensor.to(run.device, non_blocking=True) for tensor in next(batches))
+        with part("augmentation"):
+            images = run.augment(pixels, drawn)
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(run.config.optim, epoch - 1 + step / steps, steps)
         log_step = (step + 1) % LOG_EVERY == 0 or step == steps - 1

@@ -86,6 +86,9 @@ class DataConfig:
     P, over the epochs (naive, FastReID) or anew in each, which ends then (random, BagTricks)."""
     workers: Workers = 2
     """Processes that load images; 0 loads in the training process. The batches are the same for any number."""
+    cache: Literal["none", "ram", "disk"] = "none"
+    """Where decoded and resized images are kept: nowhere, in each process's memory, or in a file below $CGE_CACHE
+    (~/.cache/cge-fast) that all processes share and later runs find again."""
     skip_corrupt: bool = False
     """Leave out images that cannot be read, and say how many, instead of ending with an error."""
 

@@ -10,13 +10,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
-from tqdm import tqdm
 
 from cge_fast import data
 from cge_fast.analyze.trained import Trained
 from cge_fast.analyze.written import Row, Sheet, Written, told, write
 from cge_fast.data import Image
-from cge_fast.data.batches import test_loader
+from cge_fast.data.batches import plain_batches
 from cge_fast.data.images import open_rgb
 
 GROUPS = 4  # images, each beside its maps, in a row of the picture
@@ -50,9 +49,9 @@ def saliency(checkpoints: Sequence[Trained], output: Path | str, images: int = 8
 
 def saliency_maps(trained: Trained, images: Sequence[Image]) -> Tensor:
     """(images, H', W') float32 on the CPU: the maximum over the channels of the feature maps."""
-    loader = test_loader(images, trained.config.evaluation.batch, trained.config.data)
-    bar = tqdm(loader, desc=f"saliency, {trained.label}", unit=" batch", leave=False)
-    maps = [trained.model.feature_map(batch.to(trained.device)).amax(dim=1) for batch in bar]
+    config, name = trained.config, f"saliency, {trained.label}"
+    batches = plain_batches(images, config.evaluation.batch, config.data, trained.device, name)
+    maps = [trained.model.feature_map(batch).amax(dim=1) for batch in batches]
     return torch.cat(maps).float().cpu()
 
 

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from cge_fast import checkpoint, data
 from cge_fast.build import load_criterion, load_model
 from cge_fast.cli import read_settings
-from cge_fast.data.batches import test_loader, train_labels
+from cge_fast.data.batches import plain_batches, train_labels
 from cge_fast.errors import UserError
 from cge_fast.experiments.variants import VARIANTS
 from cge_fast.model import ReidModel
@@ -89,7 +88,7 @@ def train_batches(trained: Trained) -> Iterator[tuple[Tensor, Tensor]]:
             f"data: checkpoint {trained.folder} was trained on {classes} identities, {config.data.name} has "
             f"{labels.max() + 1}"
         )
-    loader = test_loader(images, config.evaluation.batch, config.data)
-    bar = tqdm(loader, desc=f"training images, {trained.label}", unit=" batch", leave=False)
-    for batch, of_batch in zip(bar, labels.split(config.evaluation.batch), strict=True):
-        yield batch.to(trained.device), of_batch.to(trained.device)
+    name = f"training images, {trained.label}"
+    batches = plain_batches(images, config.evaluation.batch, config.data, trained.device, name)
+    for batch, of_batch in zip(batches, labels.split(config.evaluation.batch), strict=True):
+        yield batch, of_batch.to(trained.device)

@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import PIL.Image
-from PIL import ImageOps
+from PIL import ExifTags, ImageOps
 from tqdm import tqdm
 
 from cge_fast.data.walk import AbsentError
@@ -77,8 +77,11 @@ def reader(read_split: Callable[[Path, Split], list[Image]]) -> Reader:
     return read
 
 
-def open_rgb(path: Path) -> PIL.Image.Image:
+def open_rgb(path: Path, size: tuple[int, int] | None = None) -> PIL.Image.Image:
     """Reads an image whole, as RGB and upright as its EXIF says; docs/datasets.md has what becomes of other modes.
+
+    size: width and height that it will be resized to. A JPEG at least four times as large both ways is decoded at a
+    half, a quarter or an eighth of its own size, but at no less than twice `size`.
 
     Raises:
         UserError: the file is missing, empty, damaged, of another format than FORMATS, or has too many pixels.
@@ -90,8 +93,12 @@ def open_rgb(path: Path) -> PIL.Image.Image:
             warnings.simplefilter("ignore")  # those of damaged metadata
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
             with PIL.Image.open(path, formats=FORMATS) as image:
-                image.load()
                 with suppress(Exception):  # a damaged EXIF block leaves the pixels whole
+                    if size and image.format == "JPEG":
+                        turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # by 90 degrees
+                        image.draft(None, (2 * size[turned], 2 * size[not turned]))
+                image.load()
+                with suppress(Exception):
                     ImageOps.exif_transpose(image, in_place=True)
                 return as_rgb(image)
     except Exception as error:  # what Pillow raises for damaged files has no common base

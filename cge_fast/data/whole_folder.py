@@ -14,6 +14,12 @@ from cge_fast.errors import UserError
 COUNT = ".files"  # in a folder that is written once: how many files its folders were written with
 
 
+def cache_home() -> Path:
+    """The folder of what is made once: $CGE_CACHE, or ~/.cache/cge-fast."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("CGE_CACHE", home / "cge-fast"))
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Gives a temporary folder to write to, which becomes `folder` at the end; after an exception nothing is left.

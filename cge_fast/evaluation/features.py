@@ -4,10 +4,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cge_fast.data import Image, ReidSet
-from cge_fast.data.batches import test_loader
+from cge_fast.data.batches import plain_batches
 from cge_fast.distributed import gather, rank, world_size
 from cge_fast.errors import UserError
 from cge_fast.evaluation.ranking import Retrieval, evaluate_ranking
@@ -28,9 +27,8 @@ def embed(model: ReidModel, images: list[Image], data: DataConfig, evaluation: E
     after_neck = evaluation.neck == "after"
     features = [torch.empty(0, model.neck.num_features, device=device)]  # there may be no image
     equal_shares = images + images[-1:] * (-len(images) % world_size())
-    loader = test_loader(equal_shares[rank() :: world_size()], evaluation.batch, data)
-    for batch in tqdm(loader, desc=f"features, {name}", unit=" batch", leave=False, disable=rank() > 0):
-        batch = batch.to(device, non_blocking=True)
+    share = equal_shares[rank() :: world_size()]
+    for batch in plain_batches(share, evaluation.batch, data, device, f"features, {name}"):
         feature = model.embed(batch, after_neck)
         if evaluation.flip_test:
             feature = (feature + model.embed(batch.flip(3), after_neck)) / 2

@@ -153,7 +153,7 @@ def test_profile_prints_the_share_that_is_not_the_backbone_and_writes_a_trace(op
     _, out, _ = run([*options, "--profile", "--evaluation.every", "1"], capsys)
     lines = [line for line in out.splitlines() if line.endswith("%")]
     parts = {line[:28].strip(): float(line.split()[-1].rstrip("%")) for line in lines}
-    of_a_step = ["waiting for data", "backbone forward", "head forward and losses", "head backward"]
+    of_a_step = ["waiting for data", "augmentation", "backbone forward", "head forward and losses", "head backward"]
     of_a_step += ["backbone backward", "optimizer", "memory write", "bookkeeping"]
     assert [*parts] == [*of_a_step, "all but the backbone"]
     rest = parts.pop("all but the backbone")
