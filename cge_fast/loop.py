@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from cge_fast import checkpoint, files
 from cge_fast.build import Run
-from cge_fast.cli import to_yaml
+from cge_fast.cli import read_settings, to_yaml
 from cge_fast.data.sets import nothing_to_find
 from cge_fast.distributed import any_rank, collect_rows, copy_from_first_rank, rank
 from cge_fast.errors import UserError
@@ -113,6 +113,8 @@ def train_epoch(run: Run, epoch: int, momentum: float, bar: tqdm, profile: StepP
         raise not_finite(run, f"a parameter or buffer after epoch {epoch}")
     metrics.all_reduce()
     copy_from_first_rank(run.model.buffers())
+    if run.average:
+        copy_from_first_rank(run.average.module.buffers())
     if run.shard is None:
         copy_from_first_rank(run.criterion.buffers())
     return metrics
@@ -122,7 +124,7 @@ def evaluation(run: Run) -> dict[str, float] | None:
     """mAP, CMC and mINP of the network on the query and gallery of the set; None if it cannot be evaluated on."""
     if nothing_to_find(run.reid_set):
         return None
-    retrieval = evaluate(run.model, run.reid_set, run.config.data, run.config.evaluation)
+    retrieval = evaluate(run.deployed, run.reid_set, run.config.data, run.config.evaluation)
     ranks = (retrieval.rank(k) for k in (1, 5, 10))
     return dict(zip(RETRIEVAL, (retrieval.mAP, *ranks, retrieval.mINP), strict=True))
 
@@ -156,19 +158,21 @@ def save(run: Run, is_best: bool) -> None:
         number = classifier_number(run)
         state = dict(optimizer["state"][number])  # a copy: the optimizer goes on with its own
         optimizer["state"] = {**optimizer["state"], number: state}
-        rows = loss | {name: state.pop(name) for name in checkpoint.MOMENTS}
+        moments = [name for name in checkpoint.MOMENTS if name in state]
+        rows = loss | {name: state.pop(name) for name in moments}
         if run.config.model.shard_checkpoints:
             digests, loss = checkpoint.stage_rows(run.checkpoints, rows, run.shard), None
         else:
-            for name in checkpoint.AXES:
+            for name in (checkpoint.CLASSIFIER, checkpoint.MEMORY, *moments):
                 rows[name] = collect_rows(rows[name], run.shard, checkpoint.AXES[name])
-            state |= {name: rows.pop(name) for name in checkpoint.MOMENTS}
+            state |= {name: rows.pop(name) for name in moments}
             loss = rows
     if rank() > 0:
         return
     training = {
         "epoch": run.epochs_done,
         "optimizer": optimizer,
+        "model": run.model.state_dict() if run.average else None,
         "scaler": run.scaler.state_dict(),
         "best_map": run.best_map,
         "untrained": run.untrained,
@@ -176,7 +180,7 @@ def save(run: Run, is_best: bool) -> None:
         "row": run.row,
         "images": images_digest(run),
     }
-    contents = checkpoint.Contents(run.num_classes, run.model.state_dict(), loss, training, digests)
+    contents = checkpoint.Contents(run.num_classes, run.deployed.state_dict(), loss, training, digests)
     checkpoint.save(run.checkpoints, contents, to_yaml(run.config), run.epochs_done, is_best)
 
 
@@ -187,9 +191,14 @@ def resume(run: Run) -> None:
         UserError: there is no checkpoint, or it does not fit the settings or the images.
     """
     last = checkpoint.opened(run.checkpoints / "last")
-    checkpoint.fit(run.model, checkpoint.load_model(last), last)
+    deployed = checkpoint.load_model(last)
+    checkpoint.fit(run.deployed, deployed, last)
     checkpoint.fit(run.criterion, checkpoint.load_loss(last, run.shard), last)
     training = checkpoint.load_training(last)
+    optimizer = read_settings(checkpoint.config_file(last)).optim.optimizer
+    if optimizer != run.config.optim.optimizer:
+        raise UserError(f"optim.optimizer: {run.config.optim.optimizer}, but the run was trained with {optimizer}")
+    checkpoint.fit(run.model, training.get("model") or deployed, last)  # only an average differs from what is trained
     try:
         if checkpoint.CLASSIFIER in dict(run.criterion.named_parameters()):
             moments = training["optimizer"]["state"][classifier_number(run)]

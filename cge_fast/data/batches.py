@@ -1,6 +1,7 @@
 """From images to batches of tensors."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ def plain_batches(
     """Batches (B, 3, H, W) float32 on the device, in the order of `images`, with a progress bar called `name`."""
     normalise = Normalise(config).to(device)
     pinned = device.type == "cuda"
-    loader = DataLoader(decoded(images, config), batch_size=batch, num_workers=config.workers, pin_memory=pinned)
+    source: Any = decoded(images, config)  # a Dataset, or a tensor, which serves as one
+    loader = DataLoader(source, batch_size=batch, num_workers=config.workers, pin_memory=pinned)
     for pixels in tqdm(loader, desc=name, unit=" batch", leave=False, disable=rank() > 0):
         yield normalise(pixels.to(device, non_blocking=True))

@@ -47,6 +47,7 @@ def make_run(device="cpu", classification=None, metric="triplet", optimizer=torc
         criterion=criterion,
         ddp_model=model,
         ddp_criterion=criterion,
+        average=None,
         optimizer=optimizer([*model.parameters(), *criterion.parameters()], lr=1e-3, **options),
         scaler=torch.amp.GradScaler(device.type, enabled=False),
     )
