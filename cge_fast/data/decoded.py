@@ -75,8 +75,8 @@ def recipe(config: DataConfig) -> str:
 
 
 def batches(source: Decoded, config: DataConfig) -> Iterator[Tensor]:
-    """All images in order, (B, H, W, 3), with a progress bar."""
-    loader = DataLoader(source, batch_size=BATCH, num_workers=config.workers)
+    """All images in order, (B, H, W, 3), with a progress bar; the training's own random numbers are not disturbed."""
+    loader = DataLoader(source, BATCH, num_workers=config.workers, generator=torch.Generator())
     return iter(tqdm(loader, desc=f"data.cache {config.cache}", unit=" batch", leave=False, disable=rank() > 0))
 
 

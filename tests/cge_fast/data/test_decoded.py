@@ -34,7 +34,7 @@ def images(tmp_path):
 
 
 def settings(**options) -> DataConfig:
-    return DataConfig(height=6, width=4, workers=0, **options)
+    return DataConfig(**{"height": 6, "width": 4, "workers": 0} | options)
 
 
 def pixels_of(images, **options) -> torch.Tensor:
@@ -90,10 +90,11 @@ def test_other_formats_are_decoded_whole(tmp_path):
 @pytest.mark.parametrize("cache", ["ram", "disk"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_is_kept_is_what_is_read_and_is_read_once(images, cache, workers, monkeypatch):
-    expected = pixels_of(images)
-    assert torch.equal(pixels_of(images, cache=cache), expected)
+    expected, random = pixels_of(images), torch.get_rng_state()
+    assert torch.equal(pixels_of(images, cache=cache, workers=workers), expected)
+    assert torch.equal(torch.get_rng_state(), random), "the training's own random numbers are not disturbed"
     monkeypatch.setattr(Decoded, "__getitem__", None)
-    assert torch.equal(pixels_of(images, cache=cache), expected)
+    assert torch.equal(pixels_of(images, cache=cache, workers=workers), expected)
 
 
 def kept_in_another_process(images) -> list:
