@@ -17,7 +17,7 @@ TINY = DataConfig(height=24, width=16, identities=2, instances=2, workers=0)
 @pytest.fixture(autouse=True)
 def tiny(tmp_path, monkeypatch):
     folder = tmp_path / f"pedestrians-{sets.DRAWING}"
-    pedestrians.draw(folder, train_identities=4, test_identities=4, images_per_identity=4)
+    pedestrians.draw(folder, train_identities=4, test_identities=4, images_per_identity=6)
     monkeypatch.setenv("CGE_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for name, value in (("STEP", TINY), ("LOADER", TINY), ("BATCHES", 2), ("BACKBONE", "compact")):
