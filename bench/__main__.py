@@ -15,6 +15,7 @@ COMMANDS = {
     "operators": "time and memory of each operator and of the head, beside eager PyTorch and torch.compile",
     "loss": "time and memory of the loss over the number of identities",
     "step": "images per second of the whole training step",
+    "program": "the whole program from disk to gradient",
     "host": "what the host takes to launch an operator's kernels",
     "sharding": "memory and traffic of one process where classes are sharded, by formula",
     "evaluate": "the evaluator beside one in plain NumPy",

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate
 from multiprocessing import get_context
 from statistics import median
@@ -142,16 +141,6 @@ def apart(function: Callable[..., Any], *arguments: Any, **environment: str) -> 
     """A function's result in a new process, whose memory and environment variables are its own."""
     with patch.dict(os.environ, environment), ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
-
-
-@cache
-def missing_compiler() -> str:
-    """Why torch.compile cannot run here, on one line; "" if it can."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(2))
-    except (torch._inductor.exc.InductorError, torch._dynamo.exc.BackendCompilerFailed) as error:
-        return str(error).splitlines()[0]
-    return ""
 
 
 def default_device() -> torch.device:

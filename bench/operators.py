@@ -14,10 +14,11 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from bench.cases import CASES, CONTENDERS, Case, contenders
-from bench.measure import default_device, extra_bytes, measure_ceilings, missing_compiler, take_turns
+from bench.measure import default_device, extra_bytes, measure_ceilings, take_turns
 from bench.results import Figure
 from bench.shapes import DEFAULT, DTYPES, SHAPES, Shape
 from bench.work import work
+from cge_fast.compiled import missing_compiler
 from cge_fast.progress import progress
 
 

@@ -25,7 +25,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 UNCERTAIN = 0.2  # spread over the value from which on a figure is marked
 PREFIXES = {-3: "n", -2: "u", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T"}
 BASELINES = "cge_kernels", "cge_fast"  # a ratio is to one of these
-COMPARED = "eager", "torch.compile", "NumPy", "reference"
+COMPARED = "eager", "torch.compile", "NumPy", "reference", "torchvision"
 SUMMARY = {  # README's table: bench, setting, subject and quantity by what they are called there
     "head's training step, GeM": ("operators, step", "msmt17, float32", "head, gem", "step"),
     "head's training step, average": ("operators, step", "msmt17, float32", "head, average", "step"),

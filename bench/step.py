@@ -63,14 +63,14 @@ def measure(settings: list[str], steps: int, identities: int | None) -> Iterator
                     yield Figure.median(*place, contender, part, UNITS.get(part, "%"), samples=samples)
 
 
-def endless(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
+def endless(run: Run) -> Iterator[tuple[Tensor, ...]]:
     """Batches of the run's loader, epoch after epoch."""
     for epoch in count(1):
         run.sampler.epoch = epoch
         yield from run.loader
 
 
-def timed_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]], backend: str) -> dict[str, float]:
+def timed_step(run: Run, batches: Iterator[tuple[Tensor, ...]], backend: str) -> dict[str, float]:
     """Images per second and seconds of one step on a backend, and the shares of head and waiting in percent."""
     moments = {"start": Instant(run.device)}
 
@@ -81,7 +81,8 @@ def timed_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]], backend: str)
         moment("map")
         feature_map.register_hook(lambda gradient: moment("gradient of the map"))
 
-    images, labels = (tensor.to(run.device, non_blocking=True) for tensor in next(batches))
+    pixels, drawn, labels = (tensor.to(run.device, non_blocking=True) for tensor in next(batches))
+    images = run.augment(pixels, drawn)
     moment("batch")
     metrics = EpochMetrics(run.criterion.weights, run.config.model.stripes, run.device)
     with (

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from bench.cases import CASES, COMPILED, EAGER, OURS, Case, contenders
-from bench.measure import default_device, missing_compiler
+from bench.measure import default_device
 from bench.shapes import SHAPES
+from cge_fast.compiled import missing_compiler
 
 
 @pytest.mark.parametrize("contender", [OURS, EAGER, COMPILED])

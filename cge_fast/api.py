@@ -1,6 +1,6 @@
 """A trained network in another program: `cge_fast.load("runs/mine").embed(["a.jpg", "b.jpg"])`."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,15 +8,16 @@ import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from cge_fast import checkpoint
 from cge_fast.build import NO_VARIANTS, load_model
 from cge_fast.cli import read_settings
-from cge_fast.data.batches import test_loader, test_transform
+from cge_fast.data.augment import Normalise
+from cge_fast.data.batches import plain_batches
 from cge_fast.evaluation.features import features
 from cge_fast.model import ReidModel
 from cge_fast.options import DataConfig, EvaluationConfig, TrainConfig
-from cge_fast.progress import progress as progress_bar
 
 
 @dataclass(frozen=True)
@@ -52,29 +53,28 @@ class TrainedModel:
             images: N images in RGB, of any size; they are resized to config.data's height and width, and normalised.
                 A sequence of paths, Pillow images and arrays (H, W, 3) uint8, also mixed; an array (N, H, W, 3) uint8;
                 or a tensor (N, 3, H, W), uint8 from 0 to 255 or floating from 0 to 1. The same pixels as files, Pillow
-                images and arrays give the same bits; a tensor of another size than the network's is resized by PyTorch,
-                whose values differ from Pillow's by up to a grey level.
+                images and arrays give the same bits (but for JPEGs of many times the size, which files are decoded
+                smaller of); a tensor of another size than the network's is resized by PyTorch, whose values differ
+                from Pillow's by up to a grey level.
             batch: images in a forward pass; by default config.evaluation.batch. If there are more images,
                 config.data.workers processes read them.
-            progress: draw a progress bar.
+            progress: draw a progress bar; not of a tensor's.
 
         Raises:
             UserError: a file cannot be read.
             TypeError, ValueError: an image is of another type, shape or range.
         """
         batch = batch or self.config.evaluation.batch
-        batches: Iterable[Tensor]
         if isinstance(images, Tensor):
-            batches, number = tensor_batches(images, batch, self.config.data), len(images)
+            batches = tensor_batches(images, batch, self.config.data)
         elif isinstance(images, str | Path | PIL.Image.Image):
             raise TypeError(f"images must be a sequence (of one image, [image]), got {type(images).__name__}")
         else:
             images = list(images)
-            number, workers = len(images), self.config.data.workers if len(images) > batch else 0
-            batches = test_loader(images, batch, replace(self.config.data, workers=workers))
-        count = -(-number // batch)
-        bar = progress_bar(batches, what="embedding images", unit="batches", total=count, show=progress)
-        return features(self.model, bar, self.config.evaluation)
+            workers = self.config.data.workers if len(images) > batch else 0
+            data = replace(self.config.data, cache="none", workers=workers)
+            batches = plain_batches(images, batch, data, self.device, "embedding images", progress)
+        return features(self.model, batches, self.config.evaluation)
 
 
 def load(
@@ -109,8 +109,11 @@ def tensor_batches(images: Tensor, batch: int, config: DataConfig) -> Iterator[T
     if images.dim() != 4 or images.shape[1] != 3 or not (images.dtype == torch.uint8 or images.is_floating_point()):
         got = f"{tuple(images.shape)} {str(images.dtype).removeprefix('torch.')}"
         raise ValueError(f"images must be (N, 3, H, W), uint8 or floating, got {got}")
-    transform = test_transform(config)
+    resize = v2.Resize((config.height, config.width), v2.InterpolationMode(config.interpolation), antialias=True)
+    normalise = Normalise(config).to(images.device)
     for part in images.split(batch):
-        if part.is_floating_point() and not ((part >= 0) & (part <= 1)).all():
-            raise ValueError("images that are floating must be from 0 to 1, not normalised; uint8 is from 0 to 255")
-        yield transform(part)
+        if part.is_floating_point():
+            if not ((part >= 0) & (part <= 1)).all():
+                raise ValueError("images that are floating must be from 0 to 1, not normalised; uint8 is from 0 to 255")
+            part = part.float() * 255
+        yield normalise(resize(part).permute(0, 2, 3, 1))

@@ -15,6 +15,9 @@ from torch.utils.data import DataLoader
 
 import cge_kernels
 from cge_fast import backbones, checkpoint, data
+from cge_fast.backbones.recompute import recompute_stages
+from cge_fast.compiled import check_compile, compile_training
+from cge_fast.data.augment import Augment
 from cge_fast.data.batches import train_labels, train_loader
 from cge_fast.data.sampler import PKSampler
 from cge_fast.distributed import rank, world_size
@@ -24,6 +27,7 @@ from cge_fast.losses.criterion import ReidCriterion
 from cge_fast.losses.metric import CenterLoss, MetricLoss
 from cge_fast.losses.softmax import SoftmaxLoss
 from cge_fast.model import ReidModel
+from cge_fast.optimizer import Average, build_optimizer
 from cge_fast.options import Backend, DataConfig, TrainConfig
 from cge_kernels import ClassShard
 from cge_kernels.common.dispatch import runs_on_triton
@@ -41,12 +45,14 @@ class Run:
     reid_set: data.ReidSet
     sampler: PKSampler
     loader: DataLoader
+    augment: Augment  # what the loader gives, but labels, to images for the model
     num_classes: int  # N: identities in training
     model: ReidModel
     criterion: ReidCriterion
     ddp_model: nn.Module  # in DistributedDataParallel where there are several ranks, and so is the next
     ddp_criterion: nn.Module
     optimizer: torch.optim.Optimizer
+    average: Average[ReidModel] | None  # of the model's weights; then it is what is evaluated and deployed
     scaler: torch.amp.GradScaler
     epochs_done: int = 0
     best_map: float = -math.inf
@@ -58,6 +64,11 @@ class Run:
     def checkpoints(self) -> Path:
         """The folder of the run's checkpoints."""
         return self.config.output / "checkpoints"
+
+    @property
+    def deployed(self) -> ReidModel:
+        """The network that is evaluated and that `model.safetensors` holds: the average, or what is trained."""
+        return self.average.module if self.average else self.model
 
     @property
     def shard(self) -> ClassShard | None:
@@ -91,6 +102,7 @@ def build_run(config: TrainConfig, device: torch.device, variants: Variants = NO
     if config.model.shard_classes and precision == torch.float16:
         raise UserError("model.shard_classes: float16's loss scaling would differ between ranks, use bfloat16")
     check_cuda_graph(config, device)
+    check_compile(config.optim)
     model = build_model(config, config.data, precision, loss_class(config, variants))
     if world_size() > 1 and device.type == "cuda":  # SyncBatchNorm exists on GPUs only
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -98,28 +110,30 @@ def build_run(config: TrainConfig, device: torch.device, variants: Variants = NO
     memory_dtype = precision if wants_copy else None  # unasked not on a CPU, whose operators add up in float32 anyway
     criterion = build_criterion(config, model.neck.num_features, num_classes, variants, memory_dtype)
     model, criterion = model.to(device), criterion.to(device)
-    optimizer = torch.optim.Adam(
-        [*model.parameters(), *criterion.parameters()],
-        lr=config.optim.lr,
-        weight_decay=config.optim.weight_decay,
-        fused=True,
-    )
+    average = Average(model, config.optim.ema) if config.optim.ema else None
+    if config.optim.checkpoint_backbone:
+        recompute_stages(model.backbone)
+    optimizer = build_optimizer(config.optim, [*model.parameters(), *criterion.parameters()])
     run = Run(
         config=config,
         device=device,
         reid_set=reid_set,
         sampler=sampler,
         loader=loader,
+        augment=Augment(config.data).to(device),
         num_classes=num_classes,
         model=model,
         criterion=criterion,
         ddp_model=model,
         ddp_criterion=criterion,
         optimizer=optimizer,
+        average=average,
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
     )
     if config.optim.cuda_graph:
         capture(model, config)
+    if config.optim.compile:
+        compile_training(model, criterion)
     if world_size() > 1:
         # No broadcast of buffers at every step: the memory is equal anyway, statistics are shared once an epoch.
         run.ddp_model = DistributedDataParallel(model, broadcast_buffers=False)

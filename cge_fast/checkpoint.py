@@ -3,9 +3,9 @@
 A checkpoint is a folder with model.safetensors (what is deployed), loss.safetensors, training.pt, config.yaml,
 names.json if the data set has names, and, written last, manifest.json: the epoch, the SHA-256 of every file but
 config.yaml, and which settings that has. With model.shard_checkpoints the folder `loss` takes the place of
-loss.safetensors and of Adam's moments of the classifier. `last` and `best` are written under another name and then
-renamed (files.replace_folder). Without a manifest, as in version 0.1 and where model.safetensors and config.yaml alone
-are deployed, a folder is read without these checks.
+loss.safetensors and of the classifier's moments. `last` and `best` are written under another name and then renamed
+(files.replace_folder). Without a manifest, as in version 0.1 and where model.safetensors and config.yaml alone are
+deployed, a folder is read without these checks.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ NAMES = "names.json"  # what the training set calls its identities and cameras, 
 LOSS_FOLDER = "loss"
 IDENTITIES = "identities"  # in the metadata of the .safetensors
 CLASSIFIER, MEMORY = "classification.weight", "classification.memory"  # names among the criterion's tensors
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, of the classifier
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # Adam's and SGD's, of the classifier
 AXES = {CLASSIFIER: 0, MEMORY: 1} | dict.fromkeys(MOMENTS, 0)  # what has a row for each class, and along which axis
 STAGED = ".staged-loss"  # where the ranks' rows wait for the checkpoint that they belong to
 
@@ -245,17 +245,18 @@ def names(checkpoint: Path) -> dict[str, list[str]]:
 
 
 def load_moments(checkpoint: Path, moments: dict[str, Tensor], shard: ClassShard | None) -> dict[str, Tensor]:
-    """Adam's moments of the classifier (N, C), or of a shard's rows.
+    """The optimizer's moments of the classifier (N, C), or of a shard's rows.
 
     moments: what the optimizer's state in `load_training` holds, which is none of them if each rank wrote its rows.
     """
     if (checkpoint / LOSS_FOLDER).is_dir():
         tensors = _read_rows(checkpoint, shard)
-        return {name: tensors[name] for name in MOMENTS}
-    if MOMENTS[0] not in moments:
+        return {name: tensors[name] for name in MOMENTS if name in tensors}
+    own = [name for name in MOMENTS if name in moments]
+    if not own:
         return first_edition.read_moments(checkpoint, shard)
     # Copies: a part of a tensor would keep the whole of it in memory.
-    return {name: moments[name][shard.rows].clone() if shard else moments[name] for name in MOMENTS}
+    return {name: moments[name][shard.rows].clone() if shard else moments[name] for name in own}
 
 
 def load_training(checkpoint: Path) -> dict[str, Any]:

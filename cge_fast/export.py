@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 
 from cge_fast import api, checkpoint, errors, files
 from cge_fast.cli import add_settings, as_dataclass, parse_settings, program_parser
-from cge_fast.data.batches import mean_and_std, normalised
+from cge_fast.data.augment import mean_and_std
 from cge_fast.errors import UserError
 from cge_fast.model import ReidModel
 from cge_fast.options import DataConfig, EvaluationConfig, TrainConfig
@@ -46,7 +46,7 @@ class Embedding(nn.Module):
 
     def __init__(self, model: ReidModel, data: DataConfig, evaluation: EvaluationConfig):
         super().__init__()
-        self.normalise = v2.Compose(normalised(data))
+        self.normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(*mean_and_std(data))])
         # torch.export.save takes weights in channels_last for slices of others, and warns.
         self.backbone, self.pool = model.backbone.to(memory_format=torch.contiguous_format), model.pool
         self.neck = model.neck if evaluation.neck == "after" else nn.Identity()

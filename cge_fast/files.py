@@ -13,7 +13,7 @@ import secrets
 import shutil
 import socket
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -32,11 +32,17 @@ def at_home(path: Path) -> Path:
     return path
 
 
-def write(path: Path, content: bytes) -> None:
-    """Writes a file that must not be there yet, down to the disk; an OSError names it."""
+def cache_home() -> Path:
+    """The folder of what is made once: $CGE_CACHE, or ~/.cache/cge-fast."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("CGE_CACHE", home / "cge-fast"))
+
+
+def write(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Writes a file, whole or part after part, that must not be there yet, down to the disk; an OSError names it."""
     try:
         with path.open("xb") as file:
-            file.write(content)
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:  # a full disk does not say which file it was

@@ -12,7 +12,7 @@ import torch
 
 from cge_fast import checkpoint, files
 from cge_fast.build import Run
-from cge_fast.cli import to_yaml
+from cge_fast.cli import read_settings, to_yaml
 from cge_fast.data.batches import train_labels
 from cge_fast.data.images import Image, names
 from cge_fast.data.sets import nothing_to_find
@@ -99,7 +99,9 @@ def train_epoch(run: Run, epoch: int, momentum: float, bar: Any, profile: StepPr
         if profile:
             profile.step()
         with part("waiting for data"):
-            images, labels = (tensor.to(run.device, non_blocking=True) for tensor in next(batches))
+            pixels, drawn, labels = (tensor.to(run.device, non_blocking=True) for tensor in next(batches))
+        with part("augmentation"):
+            images = run.augment(pixels, drawn)
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(run.config.optim, epoch - 1 + step / steps, steps)
         log_step = (step + 1) % LOG_EVERY == 0 or step == steps - 1
@@ -120,6 +122,8 @@ def train_epoch(run: Run, epoch: int, momentum: float, bar: Any, profile: StepPr
         raise not_finite(run, f"a parameter or buffer after epoch {epoch}")
     metrics.all_reduce()
     copy_from_first_rank(run.model.buffers())
+    if run.average:
+        copy_from_first_rank(run.average.module.buffers())
     if run.shard is None:
         copy_from_first_rank(run.criterion.buffers())
     return metrics
@@ -129,7 +133,7 @@ def evaluation(run: Run) -> dict[str, float] | None:
     """mAP, CMC and mINP of the network on the query and gallery of the set; None if it cannot be evaluated on."""
     if nothing_to_find(run.reid_set):
         return None
-    return evaluate(run.model, run.reid_set, run.config.data, run.config.evaluation).row()
+    return evaluate(run.deployed, run.reid_set, run.config.data, run.config.evaluation).row()
 
 
 def show(run: Run, bar: Any, loss: float, metrics: EpochMetrics) -> None:
@@ -161,19 +165,21 @@ def save(run: Run, is_best: bool) -> None:
         number = classifier_number(run)
         state = dict(optimizer["state"][number])  # a copy: the optimizer goes on with its own
         optimizer["state"] = {**optimizer["state"], number: state}
-        rows = loss | {name: state.pop(name) for name in checkpoint.MOMENTS}
+        moments = [name for name in checkpoint.MOMENTS if name in state]
+        rows = loss | {name: state.pop(name) for name in moments}
         if run.config.model.shard_checkpoints:
             digests, loss = checkpoint.stage_rows(run.checkpoints, rows, run.shard), None
         else:
-            for name in checkpoint.AXES:
+            for name in (checkpoint.CLASSIFIER, checkpoint.MEMORY, *moments):
                 rows[name] = collect_rows(rows[name], run.shard, checkpoint.AXES[name])
-            state |= {name: rows.pop(name) for name in checkpoint.MOMENTS}
+            state |= {name: rows.pop(name) for name in moments}
             loss = rows
     if rank() > 0:
         return
     training = {
         "epoch": run.epochs_done,
         "optimizer": optimizer,
+        "model": run.model.state_dict() if run.average else None,
         "scaler": run.scaler.state_dict(),
         "best_map": run.best_map,
         "untrained": run.untrained,
@@ -181,7 +187,7 @@ def save(run: Run, is_best: bool) -> None:
         "row": run.row,
         **images_digests(run),
     }
-    model, called = run.model.state_dict(), names(run.reid_set.train)
+    model, called = run.deployed.state_dict(), names(run.reid_set.train)
     contents = checkpoint.Contents(run.num_classes, model, loss, training, digests, called)
     checkpoint.save(run.checkpoints, contents, to_yaml(run.config), run.epochs_done, is_best)
 
@@ -193,9 +199,14 @@ def resume(run: Run) -> None:
         UserError: there is no checkpoint, or it does not fit the settings or the images.
     """
     last = checkpoint.opened(run.checkpoints / "last")
-    checkpoint.fit(run.model, checkpoint.load_model(last), last)
+    deployed = checkpoint.load_model(last)
+    checkpoint.fit(run.deployed, deployed, last)
     checkpoint.fit(run.criterion, checkpoint.load_loss(last, run.shard), last)
     training = checkpoint.load_training(last)
+    optimizer = read_settings(checkpoint.config_file(last)).optim.optimizer
+    if optimizer != run.config.optim.optimizer:
+        raise UserError(f"optim.optimizer: {run.config.optim.optimizer}, but the run was trained with {optimizer}")
+    checkpoint.fit(run.model, training.get("model") or deployed, last)  # only an average differs from what is trained
     try:
         if checkpoint.CLASSIFIER in dict(run.criterion.named_parameters()):
             moments = training["optimizer"]["state"][classifier_number(run)]

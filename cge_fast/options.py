@@ -44,6 +44,7 @@ NonNegativeInt = restricted_number_type("BoundedNonNegativeInt", int, [(">=", 0)
 PositiveFloat = restricted_number_type("BoundedPositiveFloat", float, [(">", 0), ("<=", 10**6)])
 NonNegativeFloat = restricted_number_type("BoundedNonNegativeFloat", float, [(">=", 0), ("<=", 10**6)])
 FiniteFloat = restricted_number_type("FiniteFloat", float, [(">=", -(10**6)), ("<=", 10**6)])
+Decay = restricted_number_type("Decay", float, [(">=", 0), ("<", 1)])
 Size = restricted_number_type("Size", int, [(">", 0), ("<=", 4096)])
 Padding = restricted_number_type("Padding", int, [(">=", 0), ("<=", 4096)])
 BatchPart = restricted_number_type("BatchPart", int, [(">", 0), ("<=", 65536)])
@@ -92,6 +93,9 @@ class DataConfig:
     P, over the epochs (naive, FastReID) or anew in each, which ends then (random, BagTricks)."""
     workers: Workers = 2
     """Processes that load images; 0 loads in the training process. The batches are the same for any number."""
+    cache: Literal["none", "ram", "disk"] = "none"
+    """Where decoded and resized images are kept: nowhere, in each process's memory, or in a file below $CGE_CACHE
+    (~/.cache/cge-fast) that all processes share and later runs find again."""
     skip_corrupt: bool = False
     """Leave out images that cannot be read, and say how many, instead of ending with an error."""
 
@@ -163,14 +167,21 @@ class LossConfig:
 
 @dataclass
 class OptimConfig:
-    """Adam, warm-up and steps."""
+    """Optimizer, warm-up and steps."""
 
     epochs: PositiveInt = 30
     """Epochs; one is floor(train images / (P*K)) batches, or what data.sampler random gives."""
     lr: PositiveFloat = 2e-3
     """Learning rate after warm-up."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """Adam, AdamW (whose weight decay is decoupled), or SGD with momentum 0.9."""
     weight_decay: NonNegativeFloat = 5e-4
-    """Weight decay (coupled L2, on every parameter)."""
+    """Weight decay on every parameter, of adam and sgd coupled L2."""
+    clip: NonNegativeFloat = 0.0
+    """Largest norm of all gradients together, to which greater ones are scaled; 0: they are left as they are."""
+    ema: Decay = 0.0
+    """How much of the weights' running average, which is then evaluated and deployed, a step keeps, 0.999 say; 0: there
+    is no average."""
     warmup: NonNegativeFloat = 0.1
     """Length of the linear warm-up: epochs, or below 1 a share of all epochs."""
     warmup_steps: NonNegativeInt = 0
@@ -190,6 +201,11 @@ class OptimConfig:
     it in hardware (on a CPU for the backbone alone), else float32."""
     accumulate: BatchPart = 1
     """Micro-batches that a batch is cut into (P / ranks divisible by it), to train with less device memory."""
+    checkpoint_backbone: bool = False
+    """Keep only the inputs of the backbone's stages for the backward, and compute the rest again: less device memory,
+    for the time of one more forward."""
+    compile: bool = False
+    """Compile the network and the classification loss for training with torch.compile, in the first step."""
     cuda_graph: bool = False
     """Launch the network's forward and backward as one CUDA graph each; for one process and one micro-batch."""
 

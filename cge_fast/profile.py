@@ -97,6 +97,7 @@ class StepProfile:
         head_backward = 1e-6 * (sum(starts[_GRADIENT]) - sum(starts["backward"]))
         return {
             "waiting for data": spent["waiting for data"],
+            "augmentation": spent["augmentation"],
             "backbone forward": spent[_FORWARD],
             "head forward and losses": spent["forward"] - spent[_FORWARD],
             "head backward": head_backward,

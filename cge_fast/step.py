@@ -8,6 +8,7 @@ from torch import Tensor
 from cge_fast.build import Run
 from cge_fast.distributed import every_rank_has_samples, gather, without_gradient_sync
 from cge_fast.metrics import EpochMetrics
+from cge_fast.optimizer import clip_gradients
 from cge_fast.profile import part
 
 
@@ -38,8 +39,13 @@ def training_step(
         pooled.append(embeddings.pooled.detach())
         stripes.append(embeddings.stripes.detach())
     with part("optimizer"):
+        if run.config.optim.clip:
+            run.scaler.unscale_(run.optimizer)
+            clip_gradients(run.optimizer, run.config.optim.clip, classification.weight if run.shard else None)
         run.scaler.step(run.optimizer)
         run.scaler.update()
+        if run.average:
+            run.average.update(run.model)
     with part("memory write"):
         if run.criterion.center:
             for features, of_piece in zip(pooled, labels.chunk(pieces), strict=True):

@@ -15,9 +15,8 @@ from cge_fast import data
 from cge_fast.analyze.trained import Trained
 from cge_fast.analyze.written import Row, Sheet, Written, told, write
 from cge_fast.data import Image
-from cge_fast.data.batches import test_loader
+from cge_fast.data.batches import plain_batches
 from cge_fast.data.images import open_rgb
-from cge_fast.progress import progress
 
 GROUPS = 4  # images, each beside its maps, in a row of the picture
 PANEL = 1.15  # inches of a panel's width
@@ -55,9 +54,9 @@ def evenly_spaced(images: Sequence[Image], count: int) -> list[Image]:
 
 def saliency_maps(trained: Trained, images: Sequence[Image]) -> Tensor:
     """(images, H', W') float32 on the CPU: the maximum over the channels of the feature maps."""
-    loader = test_loader(images, trained.config.evaluation.batch, trained.config.data)
-    bar = progress(loader, what=f"saliency of {trained.label}", unit="batches")
-    maps = [trained.model.feature_map(batch.to(trained.device)).amax(dim=1) for batch in bar]
+    config, name = trained.config, f"saliency of {trained.label}"
+    batches = plain_batches(images, config.evaluation.batch, config.data, trained.device, name)
+    maps = [trained.model.feature_map(batch).amax(dim=1) for batch in batches]
     return torch.cat(maps).float().cpu()
 
 

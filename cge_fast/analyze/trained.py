@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from cge_fast import data
 from cge_fast.api import TrainedModel, load
 from cge_fast.build import load_criterion
-from cge_fast.data.batches import test_loader, train_labels
+from cge_fast.data.batches import plain_batches, train_labels
 from cge_fast.errors import UserError
 from cge_fast.experiments.variants import VARIANTS
 from cge_fast.options import DataConfig, EvaluationConfig
-from cge_fast.progress import progress
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def train_batches(trained: Trained) -> Iterator[tuple[Tensor, Tensor]]:
             f"data: checkpoint {trained.folder} was trained on {classes} identities, {config.data.name} has "
             f"{labels.max() + 1}"
         )
-    loader = test_loader(images, config.evaluation.batch, config.data)
-    bar = progress(loader, what=f"training images, {trained.label}", unit="batches")
-    for batch, of_batch in zip(bar, labels.split(config.evaluation.batch), strict=True):
-        yield batch.to(trained.device), of_batch.to(trained.device)
+    name = f"training images, {trained.label}"
+    batches = plain_batches(images, config.evaluation.batch, config.data, trained.device, name)
+    for batch, of_batch in zip(batches, labels.split(config.evaluation.batch), strict=True):
+        yield batch, of_batch.to(trained.device)

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import PIL.Image
-from PIL import ImageOps
+from PIL import ExifTags, ImageOps
 
 from cge_fast.data.walk import AbsentError
 from cge_fast.errors import UserError
@@ -105,8 +105,11 @@ def reader(read_split: Callable[[Path, Split], list[Image]]) -> Reader:
     return read
 
 
-def open_rgb(path: Path) -> PIL.Image.Image:
+def open_rgb(path: Path, size: tuple[int, int] | None = None) -> PIL.Image.Image:
     """Reads an image whole, as RGB and upright as its EXIF says; docs/datasets.md has what becomes of other modes.
+
+    size: width and height that it will be resized to. A JPEG at least four times as large both ways is decoded at a
+    half, a quarter or an eighth of its own size, but at no less than twice `size`.
 
     Raises:
         UserError: the file is missing, empty, damaged, of another format than FORMATS, or has too many pixels.
@@ -118,11 +121,15 @@ def open_rgb(path: Path) -> PIL.Image.Image:
             warnings.simplefilter("ignore")  # those of damaged metadata
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
             with PIL.Image.open(path, formats=FORMATS) as image:
+                with suppress(Exception):  # a damaged EXIF block leaves the pixels whole
+                    if size and image.format == "JPEG":
+                        turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # by 90 degrees
+                        image.draft(None, (2 * size[turned], 2 * size[not turned]))
                 level = LEVELS.get(str(image.tile[0][3])) if image.format == "PNG" and image.tile else None
                 image.load()
                 if level and "transparency" in image.info:
                     image.info["transparency"] *= level  # Pillow scales the pixels alone
-                with suppress(Exception):  # a damaged EXIF block leaves the pixels whole
+                with suppress(Exception):
                     ImageOps.exif_transpose(image, in_place=True)
                 return as_rgb(image)
     except Exception as error:  # what Pillow raises for damaged files has no common base
@@ -132,15 +139,19 @@ def open_rgb(path: Path) -> PIL.Image.Image:
         ) from error
 
 
-def opened(picture: Image | Path | str | PIL.Image.Image | np.ndarray) -> PIL.Image.Image:
+def opened(
+    picture: Image | Path | str | PIL.Image.Image | np.ndarray, size: tuple[int, int] | None = None
+) -> PIL.Image.Image:
     """RGB of a file, which `open_rgb` reads, or of what is in memory: Pillow's image, or an array (H, W, 3) uint8.
+
+    size: as `open_rgb` takes it.
 
     Raises:
         UserError: a file cannot be read.
         TypeError: it is something else.
     """
     if isinstance(picture, Image | Path | str):
-        return open_rgb(picture.path if isinstance(picture, Image) else Path(picture))
+        return open_rgb(picture.path if isinstance(picture, Image) else Path(picture), size)
     if isinstance(picture, PIL.Image.Image):
         return as_rgb(picture)
     if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3:

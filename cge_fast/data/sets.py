@@ -1,6 +1,5 @@
 """From the name of a data set to its images."""
 
-import os
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import replace
@@ -18,7 +17,7 @@ from cge_fast.data.market1501 import DISTRACTOR, read_market1501
 from cge_fast.data.pedestrians import draw
 from cge_fast.data.walk import AbsentError, first_few
 from cge_fast.errors import UserError, notice
-from cge_fast.files import once
+from cge_fast.files import cache_home, once
 from cge_fast.options import DataConfig
 
 DRAWN = ("pedestrians", "pedestrians-trap")
@@ -156,9 +155,7 @@ def nothing_to_find(reid_set: ReidSet) -> str | None:
 
 
 def pedestrians(trap: bool = False, seed: int = 0) -> Path:
-    """The folder of an embedded set, drawn now if it is not in the cache ($CGE_CACHE, or ~/.cache/cge-fast)."""
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    cache = Path(os.environ.get("CGE_CACHE", home / "cge-fast"))
-    folder = cache / f"pedestrians{'-trap' if trap else ''}-{DRAWING}{f'-seed-{seed}' if seed else ''}"
+    """The folder of an embedded set, drawn now if it is not in the cache (`cache_home`)."""
+    folder = cache_home() / f"pedestrians{'-trap' if trap else ''}-{DRAWING}{f'-seed-{seed}' if seed else ''}"
     once(folder, partial(draw, trap=trap, seed=seed))
     return folder

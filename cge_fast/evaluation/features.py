@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from cge_fast.data import Image, ReidSet
-from cge_fast.data.batches import test_loader
+from cge_fast.data.batches import plain_batches
 from cge_fast.distributed import gather, rank, world_size
 from cge_fast.errors import UserError
 from cge_fast.evaluation.ranking import Retrieval, evaluate_ranking
 from cge_fast.evaluation.reranking import evaluate_reranking
 from cge_fast.model import ReidModel
 from cge_fast.options import DataConfig, EvaluationConfig
-from cge_fast.progress import progress
 
 
 @torch.no_grad()
@@ -40,9 +39,9 @@ def embed(model: ReidModel, images: list[Image], data: DataConfig, evaluation: E
     The ranks share the images and every rank returns all features.
     """
     equal_shares = images + images[-1:] * (-len(images) % world_size())
-    loader = test_loader(equal_shares[rank() :: world_size()], evaluation.batch, data)
-    bar = progress(loader, what=f"embedding {name} images", unit="batches", show=rank() == 0)
-    shares = gather(features(model, bar, evaluation)).unflatten(0, (world_size(), -1))
+    share = equal_shares[rank() :: world_size()]
+    batches = plain_batches(share, evaluation.batch, data, model.neck.weight.device, f"embedding {name} images")
+    shares = gather(features(model, batches, evaluation)).unflatten(0, (world_size(), -1))
     return shares.transpose(0, 1).flatten(0, 1)[: len(images)]
 
 

@@ -33,7 +33,7 @@ def embed_images_that_ranks_cannot_share_evenly(rank, options):
     run.model.eval()
     for images in (run.reid_set.gallery[:1], run.reid_set.gallery[:5]):
         found = embed(run.model, images, config.data, config.evaluation, "gallery")
-        alone = run.model.embed(torch.stack([*batches.test_loader(images, 1, config.data)]).squeeze(1))
+        alone = run.model.embed(torch.cat([*batches.plain_batches(images, 1, config.data, run.device, "alone")]))
         torch.testing.assert_close(found, alone)
 
 

@@ -16,6 +16,7 @@ import cge_fast
 import cge_kernels
 from cge_fast import CGELoss, ReidModel
 from cge_fast.build import Run, capture
+from cge_fast.data.augment import Augment
 from cge_fast.losses.criterion import CriterionOutput, ReidCriterion
 from cge_fast.losses.metric import CenterLoss, MetricLoss
 from cge_fast.losses.softmax import SoftmaxLoss
@@ -40,11 +41,13 @@ def make_run(device="cpu", classification=None, metric="triplet", optimizer=torc
         reid_set=None,
         sampler=None,
         loader=None,
+        augment=None,
         num_classes=4,
         model=model,
         criterion=criterion,
         ddp_model=model,
         ddp_criterion=criterion,
+        average=None,
         optimizer=optimizer([*model.parameters(), *criterion.parameters()], lr=1e-3, **options),
         scaler=torch.amp.GradScaler(device.type, enabled=False),
     )
@@ -191,6 +194,14 @@ def test_a_step_never_waits_for_the_device(meta, metric, pieces):
     assert waits_of_a_step(make_run("meta", CGELoss(8, 4, memory_dtype=torch.bfloat16), metric), pieces) == []
     assert {"stripe_pool_backward_kernel", "grad_logits_kernel", "write_memory_kernel"} <= set(meta)
     assert waits_of_a_step(make_run("meta", SoftmaxLoss(8, 4), metric), pieces) == []
+
+
+def test_nor_does_augmentation():
+    augment = Augment(DataConfig(height=16, width=8)).to("meta")
+    images, drawn = torch.empty(4, 16, 8, 3, dtype=torch.uint8), torch.empty(4, 7, dtype=torch.int64)
+    with Synchronisations() as mode:
+        assert augment(images.to("meta"), drawn.to("meta")).shape == (4, 3, 16, 8)
+    assert mode.found == 2 * ["a copy from the host"], "of the batch itself, whose memory a loader pins"
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -95,8 +95,16 @@ class Killed(BaseException):
     """What a kill signal would do."""
 
 
-def test_a_run_killed_after_an_epoch_resumes_bit_for_bit(options, tmp_path, capsys, monkeypatch):
-    options = [*options, "--optim.epochs", "3"]
+@pytest.mark.parametrize(
+    "more",
+    [
+        "",
+        "--optim.optimizer sgd --optim.lr 0.01 --optim.ema 0.5",
+        "--optim.optimizer adamw --optim.clip 1 --data.cache ram",
+    ],
+)
+def test_a_run_killed_after_an_epoch_resumes_bit_for_bit(options, tmp_path, capsys, monkeypatch, more):
+    options = [*options, "--optim.epochs", "3", *more.split()]
     run([*options, "--output", str(tmp_path / "whole")], capsys)
     save = loop.save
 
@@ -114,6 +122,8 @@ def test_a_run_killed_after_an_epoch_resumes_bit_for_bit(options, tmp_path, caps
     assert "mAP" in out
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
     one, other = (checkpoint.load_training(tmp_path / name / "checkpoints" / "last") for name in ("run", "whole"))
+    for name, tensor in (one["model"] or {}).items():
+        assert torch.equal(tensor, other["model"][name]), name
     for parameter, state in one["optimizer"]["state"].items():
         for name, value in state.items():
             assert torch.equal(value, other["optimizer"]["state"][parameter][name])
@@ -153,7 +163,7 @@ def test_profile_prints_the_share_that_is_not_the_backbone_and_writes_a_trace(op
     _, out, _ = run([*options, "--profile", "--evaluation.every", "1"], capsys)
     lines = [line for line in out.splitlines() if line.endswith("%")]
     parts = {line[:28].strip(): float(line.split()[-1].rstrip("%")) for line in lines}
-    of_a_step = ["waiting for data", "backbone forward", "head forward and losses", "head backward"]
+    of_a_step = ["waiting for data", "augmentation", "backbone forward", "head forward and losses", "head backward"]
     of_a_step += ["backbone backward", "optimizer", "memory write", "bookkeeping"]
     assert [*parts] == [*of_a_step, "all but the backbone"]
     rest = parts.pop("all but the backbone")

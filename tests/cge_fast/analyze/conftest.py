@@ -10,8 +10,7 @@ from torch.nn.functional import normalize
 from cge_fast.analyze.trained import Trained, open_checkpoint
 from cge_fast.build import Run, build_run
 from cge_fast.data import read
-from cge_fast.data.batches import test_loader as loader_of
-from cge_fast.data.batches import train_labels
+from cge_fast.data.batches import plain_batches, train_labels
 from cge_fast.experiments.variants import VARIANTS
 from cge_fast.loop import save as save_run
 from cge_fast.train import parse
@@ -79,7 +78,9 @@ def train_set():
 
     def images_and_labels(trained: Trained) -> tuple[torch.Tensor, torch.Tensor]:
         images = read(trained.config.data).train
-        return next(iter(loader_of(images, len(images), trained.config.data))), torch.tensor(train_labels(images))
+        return next(plain_batches(images, len(images), trained.config.data, trained.device, "all")), torch.tensor(
+            train_labels(images)
+        )
 
     return images_and_labels
 

@@ -5,7 +5,7 @@ import torch
 
 from cge_fast.analyze.saliency import described, saliency, saliency_maps
 from cge_fast.data import read
-from cge_fast.data.batches import test_loader as loader_of
+from cge_fast.data.batches import plain_batches
 
 
 def test_the_maximum_lies_at_its_cells_middle():
@@ -29,7 +29,7 @@ def test_a_map_without_saliency_has_no_shares():
 def test_a_map_is_the_maximum_over_the_channels(opened):
     trained = opened("mine", "--evaluation.batch", "3")
     images = read(trained.config.data).query
-    batch = next(iter(loader_of(images, len(images), trained.config.data)))
+    batch = next(plain_batches(images, len(images), trained.config.data, trained.device, "all"))
     expected = trained.model.feature_map(batch).max(dim=1).values
     torch.testing.assert_close(saliency_maps(trained, images), expected, rtol=1e-5, atol=1e-6)
 
