@@ -32,6 +32,17 @@ def write_market1501(root: Path) -> Path:
     return root
 
 
+def write_crops(market: Path, root: Path) -> Path:
+    """The same images as a `folder` set, with a folder for each identity."""
+    for source, split in {"bounding_box_train": "train", "query": "query", "bounding_box_test": "gallery"}.items():
+        for image in (market / source).glob("*.png"):
+            identity, camera, number, _ = image.stem.split("_")
+            target = root / split / identity / f"{camera[1:2]}_{number}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(image, target)
+    return root
+
+
 def small_options(market: Path, output: Path) -> list[str]:
     """Command line of a training of two epochs of three steps."""
     return [
@@ -51,6 +62,12 @@ def market(tmp_path) -> Path:
 def shared_market(tmp_path_factory) -> Path:
     """The same folder; not to be changed."""
     return write_market1501(tmp_path_factory.mktemp("shared") / "market")
+
+
+@pytest.fixture(scope="session")
+def shared_crops(shared_market) -> Path:
+    """The same as a `folder` set; not to be changed."""
+    return write_crops(shared_market, shared_market.with_name("crops"))
 
 
 @pytest.fixture

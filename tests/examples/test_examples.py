@@ -84,26 +84,13 @@ def test_lightning_module(lightning, monkeypatch):
     assert trained(torch.rand(2, 3, 128, 64)).shape == (2, 512)
 
 
-@pytest.fixture
-def crops(market, tmp_path) -> Path:
-    """The tiny set as a folder with a folder for each identity."""
-    folders = {"bounding_box_train": "train", "query": "query", "bounding_box_test": "gallery"}
-    for source, split in folders.items():
-        for image in (market / source).glob("*.png"):
-            identity, camera, number, _ = image.stem.split("_")
-            target = tmp_path / "crops" / split / identity / f"{camera[1:2]}_{number}.png"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(image.read_bytes())
-    return tmp_path / "crops"
-
-
 @pytest.mark.slow
-def test_finetune_folder(options, crops, tmp_path):
+def test_finetune_folder(options, shared_crops, tmp_path):
     from cge_fast import train
 
     train.main(options)
     checkpoint = tmp_path / "run" / "checkpoints" / "last"
     output = tmp_path / "tuned"
-    example("finetune_folder").main([str(checkpoint), str(crops), str(output), "--optim.epochs", "1"])
+    example("finetune_folder").main([str(checkpoint), str(shared_crops), str(output), "--optim.epochs", "1"])
     (row,) = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
     assert row["mAP"] > 0.5
