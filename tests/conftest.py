@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from support import write_crops
 
 if not torch.cuda.is_available():  # read when cge_kernels is imported: kernels can be tested in the interpreter only
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -29,17 +30,6 @@ def write_market1501(root: Path) -> Path:
             if identity > IDENTITIES:
                 split = "query" if number == 0 else "bounding_box_test"
             PIL.Image.fromarray(pixels).save(root / split / f"{identity:04d}_c{camera}s1_{number:06d}_01.png")
-    return root
-
-
-def write_crops(market: Path, root: Path) -> Path:
-    """The same images as a `folder` set, with a folder for each identity."""
-    for source, split in {"bounding_box_train": "train", "query": "query", "bounding_box_test": "gallery"}.items():
-        for image in (market / source).glob("*.png"):
-            identity, camera, number, _ = image.stem.split("_")
-            target = root / split / identity / f"{camera[1:2]}_{number}.png"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(image, target)
     return root
 
 

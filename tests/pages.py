@@ -61,7 +61,9 @@ def commands_of(page: Path) -> Iterator[Command]:
         first, blank, rest = line.partition(" ")
         line = abbreviations.get(first, first) + blank + rest
         if STARTS_OURS.search(line):
-            words = list(shlex.shlex(line, posix=True, punctuation_chars=True))  # without comments
+            lexer = shlex.shlex(line, posix=True, punctuation_chars=True)  # leaves comments out
+            lexer.whitespace_split = True
+            words = list(lexer)
             while words:
                 end = next((at for at, word in enumerate(words) if set(word) <= set(";&|")), len(words))
                 yield from command(page.name, words[:end], is_mention)

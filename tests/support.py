@@ -52,6 +52,18 @@ def draw_sample(batch=3, stripes=2, classes=7, channels=5, height=5, width=2, fe
     return Sample(*(tensor.to(KERNEL_DEVICE) for tensor in sample))
 
 
+def write_crops(market: Path, root: Path) -> Path:
+    """A set in Market-1501's format as one of the format `folder`, with text for names: train/0001/c1_000000.png."""
+    folders = {"bounding_box_train": "train", "query": "query", "bounding_box_test": "gallery"}
+    for source, split in folders.items():
+        for image in (market / source).glob("*.png"):
+            identity, camera, number, _ = image.stem.split("_")
+            target = root / split / identity / f"{camera[:2]}_{number}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(image.read_bytes())
+    return root
+
+
 RANKS_TIMEOUT = 60  # seconds that a rank waits for the others
 
 

@@ -43,7 +43,11 @@ def parser_of(program: str, arguments: tuple[str, ...]) -> tuple[argparse.Argume
 
 
 def parse(program: str, arguments: tuple[str, ...]) -> None:
-    """Raises unless the program takes the arguments, and a training those after `--`, which it hands on."""
+    """Raises unless the program takes the arguments, and a training those after `--`, which it hands on.
+
+    A reader's file of settings is taken for a recipe.
+    """
+    arguments = tuple("pedestrians_cge" if word.endswith(".yaml") else word for word in arguments)
     if main_of(program) is None:
         assert not arguments, f"{program} takes no arguments"
         return

@@ -7,22 +7,28 @@ torchrun would start runs as one process.
 import re
 import shutil
 from itertools import pairwise
+from pathlib import Path
 
+import PIL.Image
 import pytest
 from conftest import small_options
-from pages import PAGES, commands_of, main_of, python_of
+from pages import PAGES, Command, commands_of, main_of, python_of
 
-from cge_fast import train
+from cge_fast import export, train
 
 TRAININGS = ("cge_fast.train", "cge_fast.experiments.variants")
 RUN = (*TRAININGS, "cge_fast.evaluate", "cge_fast.export", "cge_fast.analyze")
-WHOLE = [
-    command
-    for page in PAGES
-    for command in commands_of(page)
-    if command.program in RUN
-    and not (command.is_mention and (command.program not in TRAININGS or not command.arguments))
-]
+WRITTEN_BEFORE = (".npz", ".parquet")  # what needs them is parsed alone
+
+
+def is_run(command: Command) -> bool:
+    """Whether it trains or takes a trained network, and is whole."""
+    if command.program not in RUN or any(word.endswith(WRITTEN_BEFORE) for word in command.arguments):
+        return False
+    return not command.is_mention or (command.program in TRAININGS and bool(command.arguments))
+
+
+WHOLE = [command for page in PAGES for command in commands_of(page) if is_run(command)]
 COMMANDS = {(each.program, each.arguments): each for each in WHOLE}.values()
 BLOCKS = [page for page in PAGES if python_of(page.read_text())]
 BACKBONE = "--model.backbone compact --model.stem torchvision --model.non_local none"
@@ -32,13 +38,20 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def runs(shared_run, tmp_path, monkeypatch):
-    """Makes the runs that a text names in the current folder, which is the test's own."""
+def provide(shared_run, tmp_path, monkeypatch):
+    """Makes what a text names, in the current folder, which is the test's own: runs, photos, settings, an export."""
     monkeypatch.chdir(tmp_path)
 
     def make(text: str) -> None:
         for name in set(re.findall(r"\bruns/[\w-]+", text)):
-            shutil.copytree(shared_run, tmp_path / name, symlinks=True)
+            shutil.copytree(shared_run, name, symlinks=True)
+        for name in set(re.findall(r"\b\w+\.jpg", text)):
+            PIL.Image.effect_mandelbrot((45, 90), (-2, -1, 1, 1), 50).convert("RGB").save(name)
+        for name in set(re.findall(r"(?<!/)\b\w+\.yaml", text)):
+            Path(name).write_text("optim: {gamma: 0.2}")
+        if "model.onnx" in text or "model.pt2" in text:
+            name = "model.onnx" if "model.onnx" in text else "model.pt2"
+            export.main(["--checkpoint", str(shared_run), "--output", name])
 
     return make
 
@@ -59,7 +72,7 @@ def shortened(shared_market):
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
-def test_a_command_runs(command, runs, shortened, shared_market, shared_crops):
+def test_a_command_runs(command, provide, shortened, shared_market, shared_crops):
     arguments = list(command.arguments)
     is_new = command.program in TRAININGS and "--resume" not in arguments
     if is_new:
@@ -70,7 +83,8 @@ def test_a_command_runs(command, runs, shortened, shared_market, shared_crops):
         arguments[arguments.index("--data.name") + 1] = "market1501"
     if "--data.root" in given:
         arguments[arguments.index("--data.root") + 1] = str(shared_crops if is_folder else shared_market)
-    runs(" ".join(word for word in arguments if not is_new or word != given["--output"]))
+    written = "" if "--resume" in arguments else given.get("--output")
+    provide(" ".join(word for word in arguments if word != written))
     main_of(command.program)(arguments)
 
 
@@ -93,11 +107,11 @@ RESULTS = {"README.md": readme, "kernels.md": kernels, "analysis.md": analysis}
 
 
 @pytest.mark.parametrize("page", BLOCKS, ids=lambda page: page.name)
-def test_a_pages_python_runs(page, runs, shortened, capsys, monkeypatch):
+def test_a_pages_python_runs(page, provide, shortened, capsys, monkeypatch):
     """All of it in one scope, as a reader would type it."""
     main, scope = train.main, {}
     monkeypatch.setattr(train, "main", lambda arguments, **keywords: main(shortened(arguments), **keywords))
     code = "\n".join(python_of(page.read_text()))
-    runs(code)
+    provide(code)
     exec(code, scope)
     RESULTS.get(page.name, lambda *_: None)(scope, capsys.readouterr().out)
