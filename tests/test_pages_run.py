@@ -9,8 +9,10 @@ import shutil
 from itertools import pairwise
 from pathlib import Path
 
+import onnxruntime
 import PIL.Image
 import pytest
+import torch
 from conftest import small_options
 from pages import PAGES, Command, commands_of, main_of, python_of
 
@@ -49,8 +51,7 @@ def provide(shared_run, tmp_path, monkeypatch):
             PIL.Image.effect_mandelbrot((45, 90), (-2, -1, 1, 1), 50).convert("RGB").save(name)
         for name in set(re.findall(r"(?<!/)\b\w+\.yaml", text)):
             Path(name).write_text("optim: {gamma: 0.2}")
-        if "model.onnx" in text or "model.pt2" in text:
-            name = "model.onnx" if "model.onnx" in text else "model.pt2"
+        for name in set(re.findall(r"\bmodel\.(?:onnx|pt2)\b", text)):
             export.main(["--checkpoint", str(shared_run), "--output", name])
 
     return make
@@ -102,8 +103,21 @@ def analysis(scope, printed):
     assert printed.startswith("mine: easiest ")
 
 
+def deployment(scope, printed):
+    def embeddings(file, images):
+        return torch.from_numpy(onnxruntime.InferenceSession(file).run(None, images)[0])
+
+    assert len(scope["embeddings"]) == 5
+    told = scope["told"]
+    images = torch.randint(256, (7, 3, int(told["height"]), int(told["width"])), dtype=torch.uint8).numpy()
+    whole, half = (embeddings(file, {"images": images}) for file in ("model.onnx", "half.onnx"))
+    assert whole.dtype == half.dtype
+    assert torch.cosine_similarity(whole, half).min() > 1 - 2**-10  # float16 keeps 11 binary digits
+    assert len(embeddings("own.onnx", {"input": torch.rand(7, 3, 96, 48).numpy()})) == 7
+
+
 # What must have come of a page's Python, besides that it ran.
-RESULTS = {"README.md": readme, "kernels.md": kernels, "analysis.md": analysis}
+RESULTS = {"README.md": readme, "kernels.md": kernels, "analysis.md": analysis, "export.md": deployment}
 
 
 @pytest.mark.parametrize("page", BLOCKS, ids=lambda page: page.name)
