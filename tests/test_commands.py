@@ -13,7 +13,8 @@ from pages import PAGES, ROOT, commands_of, lines_of, main_of, spans_of
 
 import bench.__main__
 
-COMMANDS = {(each.program, each.arguments): each for page in PAGES for each in commands_of(page)}.values()
+SHOWN = sorted((each for page in PAGES for each in commands_of(page)), key=lambda each: not each.is_mention)
+COMMANDS = {(each.program, each.arguments): each for each in SHOWN}.values()  # of two alike the one that is no mention
 OURS = [each for each in COMMANDS if each.program not in ("pip", "pytest", "python")]
 WITH_OPTION = {each.program: each for each in OURS if any(word.startswith("--") for word in each.arguments)}
 PRESENT = [page for page in PAGES if page.name != "CHANGELOG.md"]  # which speaks of what earlier editions had, too
