@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from support import write_crops
 
 if not torch.cuda.is_available():  # read when cge_kernels is imported: kernels can be tested in the interpreter only
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -51,6 +52,12 @@ def market(tmp_path) -> Path:
 def shared_market(tmp_path_factory) -> Path:
     """The same folder; not to be changed."""
     return write_market1501(tmp_path_factory.mktemp("shared") / "market")
+
+
+@pytest.fixture(scope="session")
+def shared_crops(shared_market) -> Path:
+    """The same as a `folder` set; not to be changed."""
+    return write_crops(shared_market, shared_market.with_name("crops"))
 
 
 @pytest.fixture
