@@ -211,8 +211,9 @@ def build_model(
             from that cannot be had or do not fit.
     """
     model = config.model
+    size = config.data.height, config.data.width
     backbone = backbones.build(
-        model.backbone, model.pretrained, model.weights, model.non_local, model.map_norm, model.stem
+        model.backbone, model.pretrained, model.weights, model.non_local, model.map_norm, model.stem, size
     )
     channels, height, width = backbones.map_size(backbone, data.height, data.width)
     if model.cge and not 1 <= model.stripes <= height:

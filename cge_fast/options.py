@@ -4,9 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse.typing import ClosedUnitInterval, restricted_number_type
+from jsonargparse.typing import ClosedUnitInterval, restricted_number_type, restricted_string_type
 
-Backbone = Literal["compact", "resnet18", "resnet34", "resnet50", "resnet101", "resnet50_ibn_a"]
+TimmName = restricted_string_type("TimmName", r"^timm:[\w.]+$")
+Backbone = (
+    Literal["compact", "resnet18", "resnet34", "resnet50", "resnet101", "resnet50_ibn_a", "efficientnet_lite0"]
+    | TimmName
+)
 NonLocal = Literal["none", "one", "half"]
 Stem = Literal["torchvision", "without_relu", "ceil_pool"]
 Pooling = Literal["average", "gem"]
@@ -75,8 +79,9 @@ class DataConfig:
     erased: Literal["zero", "mean", "black"] = "zero"
     """What is written there: after normalisation zero (the mean colour) or ImageNet's mean (BagTricks' public code), or
     black (LUPerson's for its weights)."""
-    normalisation: Literal["imagenet", "luperson"] = "imagenet"
-    """Mean and standard deviation of the colours: ImageNet's, or LUPerson's for its weights."""
+    normalisation: Literal["imagenet", "luperson", "half"] = "imagenet"
+    """Mean and standard deviation of the colours: ImageNet's, LUPerson's for its weights, or 0.5 and 0.5 for those that
+    come from TensorFlow."""
     identities: BatchPart = 16
     """P: identities in a batch, over all ranks."""
     instances: BatchPart = 4
@@ -95,11 +100,12 @@ class ModelConfig:
     """Backbone, pooling, classifier and memory."""
 
     backbone: Backbone = "compact"
-    """Network below the head."""
+    """Network below the head; timm:NAME is one of timm's."""
     pretrained: bool = False
-    """Start from torchvision's ImageNet weights."""
+    """Start from ImageNet's weights: torchvision's, timm's, or the package's of efficientnet_lite0."""
     weights: Path | None = None
-    """Start from the backbone's weights in this file: .pth or .pt (torchvision's names, MoCo's too) or .safetensors."""
+    """Start from the backbone's weights in this file: .pth or .pt (torchvision's or timm's names, MoCo's too) or
+    .safetensors."""
     stem: Stem = "torchvision"
     """A ResNet's first layers: torchvision's, without the ReLU (BagTricks' and AGW's code), or FastReID's pooling."""
     non_local: NonLocal = "none"

