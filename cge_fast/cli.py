@@ -209,7 +209,7 @@ def as_dataclass(parser: ArgumentParser, parsed: Namespace, kind: type[Settings]
 
 
 def plain(value: Any) -> Any:
-    """Settings with ordinary numbers in place of the range-checked ones, which neither YAML nor torch.load knows."""
+    """Settings with ordinary values in place of the checked ones, which neither YAML nor torch.load knows."""
     if is_dataclass(value):
         return replace(value, **{settings.name: plain(getattr(value, settings.name)) for settings in fields(value)})
     if isinstance(value, list):
@@ -218,7 +218,7 @@ def plain(value: Any) -> Any:
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value) if isinstance(value, float) else int(value)
-    return value
+    return str(value) if isinstance(value, str) else value
 
 
 def set_defaults(parser: ArgumentParser, config: TrainConfig, *names: str) -> None:

@@ -185,6 +185,13 @@ class OptimConfig:
     """Count the milestones' epochs from the last whole epoch of the warm-up, as FastReID does."""
     gamma: PositiveFloat = 0.1
     """Factor at each milestone."""
+    schedule: Literal["multistep", "cosine", "one_cycle"] = "multistep"
+    """After the warm-up the rate falls at the milestones, or along half a cosine to its 500th part; one_cycle is the
+    latter, and its warm-up is half a cosine too."""
+    backbone_lr: PositiveFloat = 1.0
+    """Learning rate of the backbone, as a factor."""
+    freeze_backbone: NonNegativeInt = 0
+    """Epochs at the start in which the backbone does not learn, and its BatchNorm keeps and takes its statistics."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Arithmetic of the backbone, and of the classifier's and the memory's matmuls; auto: bfloat16 where the device has
     it in hardware (on a CPU for the backbone alone), else float32."""

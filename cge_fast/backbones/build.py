@@ -9,8 +9,8 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from cge_fast.backbones.ibn import with_ibn_a
 from cge_fast.backbones.non_local import with_non_local
-from cge_fast.backbones.timm_map import PACKAGED, PREFIX, TimmMap, adapted, timm_map
-from cge_fast.backbones.weights import file_tensors, imagenet_tensors, packaged_tensors, start_from
+from cge_fast.backbones.timm_map import PACKAGED, PREFIX, timm_map
+from cge_fast.backbones.weights import file_tensors, imagenet_tensors, start_from
 from cge_fast.errors import UserError
 from cge_fast.options import Backbone, NonLocal, Stem
 
@@ -46,7 +46,11 @@ def build(
         changes = {"stem": stem != "torchvision", "non_local": non_local != "none", "map_norm": map_norm}
         for setting in (setting for setting, is_asked_for in changes.items() if is_asked_for):
             raise UserError(f"model.{setting}: is for the other backbones, {name} stays as timm has it")
-        return from_timm(name, pretrained, weights, size)
+        backbone = timm_map(PACKAGED.get(name, name.removeprefix(PREFIX)), *size)
+        if pretrained or weights:
+            source = f"model.weights: {weights}" if weights else "model.pretrained: the file"
+            start_from(backbone.network, file_tensors(weights, name) if weights else imagenet_tensors(name), source)
+        return backbone
     network = network_called(name)
     if pretrained:
         start_from(network, imagenet_tensors(name), "model.pretrained: torchvision's file")
@@ -78,16 +82,6 @@ def build(
         except UserError:
             raise misfit from None
     return network
-
-
-def from_timm(name: Backbone, pretrained: bool, weights: Path | None, size: tuple[int, int]) -> TimmMap:
-    """One of timm's networks, with timm's weights, a package's, or those of a file."""
-    backbone = timm_map(PACKAGED.get(name, name.removeprefix(PREFIX)), *size, pretrained and name not in PACKAGED)
-    if pretrained and name in PACKAGED:
-        start_from(backbone.network, packaged_tensors(name), "model.pretrained: the package's file")
-    if weights:
-        start_from(backbone.network, file_tensors(weights, name), f"model.weights: {weights}", adapted)
-    return backbone
 
 
 def network_called(name: Backbone) -> nn.Sequential:

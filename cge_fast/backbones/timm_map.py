@@ -47,24 +47,19 @@ class TimmMap(nn.Module):
         return out if out.shape[1] == self.network.num_features else out.permute(0, 3, 1, 2)
 
 
-def timm_map(name: str, height: int, width: int, pretrained: bool = False) -> TimmMap:
-    """A network that timm calls `name`, for images of height x width and, where it can, of other sizes.
-
-    pretrained: with timm's weights, from its cache or fetched.
+def timm_map(name: str, height: int, width: int) -> TimmMap:
+    """A network that timm calls `name`, randomly initialised, for images of height x width and, where it can, others.
 
     Raises:
-        UserError: timm is not installed or knows no such network, which has no map or takes no such images, or there
-            are no weights, or they cannot be had.
+        UserError: timm is not installed or knows no such network, which has no map or takes no such images.
     """
     try:
         import timm
     except ImportError as error:
         raise UserError(f"model.backbone: {PREFIX}{name} needs timm: pip install 'cge-fast[timm]' ({error})") from error
     if not timm.is_model(name):
-        near = get_close_matches(name, timm.list_models(pretrained=True) + timm.list_models())
+        near = get_close_matches(name, timm.list_models())
         raise UserError(f"model.backbone: timm has no network {name}" + (f", but {', '.join(near)}" if near else ""))
-    if pretrained and not timm.get_pretrained_cfg(name).has_weights:
-        raise UserError(f"model.pretrained: timm has no weights of {name}, set it to false")
     try:
         with torch.device("meta"):
             kinds = type(timm.create_model(name)).__mro__
@@ -72,19 +67,33 @@ def timm_map(name: str, height: int, width: int, pretrained: bool = False) -> Ti
         options = {"output_stride": OUTPUT_STRIDE, "img_size": (height, width), "dynamic_img_size": True}
         options = {key: value for key, value in options.items() if key in known}
         try:
-            network = timm.create_model(name, pretrained, num_classes=0, **options)
+            network = timm.create_model(name, num_classes=0, **options)
         except (AssertionError, NotImplementedError):  # knows the option, but no other stride than its own
             del options["output_stride"]
-            network = timm.create_model(name, pretrained, num_classes=0, **options)
+            network = timm.create_model(name, num_classes=0, **options)
         return TimmMap(network, height, width)
-    except OSError as error:
-        raise UserError(
-            f"model.pretrained: timm's weights of {name} could not be had ({error}); set --model.pretrained false and "
-            "give a file by --model.weights"
-        ) from error
     except Exception as error:  # of whatever kind a network's code raises
         raise UserError(
             f"model.backbone: {PREFIX}{name} has no feature map of images of {height} x {width} ({error})"
+        ) from error
+
+
+def timm_tensors(name: str) -> dict[str, Tensor]:
+    """The weights that timm has of a network, by name, from its cache or fetched.
+
+    Raises:
+        UserError: there are none, or they cannot be had.
+    """
+    import timm
+
+    if not timm.get_pretrained_cfg(name).has_weights:
+        raise UserError(f"model.pretrained: timm has no weights of {name}, set it to false")
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # of several libraries that fetch
+        raise UserError(
+            f"model.pretrained: timm's weights of {name} could not be had ({error}); set --model.pretrained false, and "
+            "--model.weights to a file if you have one"
         ) from error
 
 

@@ -1,7 +1,6 @@
 """Weights that a backbone starts from: torchvision's for ImageNet, or those of a file."""
 
 import zipfile
-from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
 from cge_fast import checkpoint, files
-from cge_fast.backbones.timm_map import PACKAGED
+from cge_fast.backbones.timm_map import PACKAGED, PREFIX, adapted, timm_tensors
 from cge_fast.errors import UserError, notice
 
 IBN_A = "https://github.com/XingangPan/IBN-Net/releases/download/v1.0/resnet50_ibn_a-d9d0bb7b.pth"
@@ -21,16 +20,19 @@ CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "network")  # th
 # DataParallel), FastReID and our own checkpoints, BagTricks.
 WRAPPERS = {"module", "_orig_mod", "model", "net", "network", "encoder_q", "backbone", "base"}
 OTHER_PARTS = ("fc", "classifier", "queue", "queue_ptr")
-Adapted = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
 MOST_SHOWN = 5  # names in a message
 
 
 def imagenet_tensors(name: str) -> dict[str, Tensor]:
-    """torchvision's ImageNet weights (IMAGENET1K_V1) by name, from its cache or fetched.
+    """ImageNet's weights by name: torchvision's (IMAGENET1K_V1) or timm's, from a cache or fetched, or a package's.
 
     Raises:
         UserError: there are none, or they cannot be had.
     """
+    if name in PACKAGED:
+        return packaged_tensors(name)
+    if name.startswith(PREFIX):
+        return timm_tensors(name.removeprefix(PREFIX))
     if name == "compact":
         raise UserError("model.pretrained: the backbone compact has no ImageNet weights, set it to false")
     if name == "resnet50_ibn_a":
@@ -115,10 +117,8 @@ def _load(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def start_from(
-    backbone: nn.Module, tensors: dict[str, Tensor], source: str, adapted: Adapted = lambda tensors, _: tensors
-) -> None:
-    """Loads tensors into a backbone that they must match wholly, counters of batches excepted, `adapted` if need be.
+def start_from(backbone: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Loads tensors into a backbone that they must match wholly, counters of batches excepted.
 
     The tensors' names may lie below WRAPPERS. What does not lie below the same ones belongs to another part of the
     checkpoint, like MoCo's momentum encoder, and is left out, as are classifiers, queues and what the backbone has as
