@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -58,6 +58,7 @@ class Run:
     best_map: float = -math.inf
     untrained: dict[str, float] | None = None  # what evaluation gave before the first epoch
     result: dict[str, float] | None = None  # and after the last
+    frozen: list[nn.Parameter] = field(default_factory=list)  # the backbone's that learn later or again
     row: dict[str, Any] | None = None  # of metrics.jsonl, for the last epoch
 
     @property
@@ -113,7 +114,7 @@ def build_run(config: TrainConfig, device: torch.device, variants: Variants = NO
     average = Average(model, config.optim.ema) if config.optim.ema else None
     if config.optim.checkpoint_backbone:
         recompute_stages(model.backbone)
-    optimizer = build_optimizer(config.optim, [*model.parameters(), *criterion.parameters()])
+    optimizer = build_optimizer(config.optim, parameter_groups(model, criterion, config.optim.backbone_lr))
     run = Run(
         config=config,
         device=device,
@@ -136,10 +137,18 @@ def build_run(config: TrainConfig, device: torch.device, variants: Variants = NO
         compile_training(model, criterion)
     if world_size() > 1:
         # No broadcast of buffers at every step: the memory is equal anyway, statistics are shared once an epoch.
-        run.ddp_model = DistributedDataParallel(model, broadcast_buffers=False)
+        frozen = config.optim.freeze_backbone > 0  # a frozen backbone gets no gradients
+        run.ddp_model = DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=frozen)
         if run.shard is None and any(True for _ in criterion.parameters()):
             run.ddp_criterion = DistributedDataParallel(criterion, broadcast_buffers=False)
     return run
+
+
+def parameter_groups(model: ReidModel, criterion: ReidCriterion, backbone_lr: float) -> list[Any]:
+    """All parameters; the backbone's, which come first, are a group of their own if they have a rate of their own."""
+    every = [*model.parameters(), *criterion.parameters()]
+    first = len([*model.backbone.parameters()])
+    return every if backbone_lr == 1 else [{"params": every[:first]}, {"params": every[first:]}]
 
 
 def check_cuda_graph(config: TrainConfig, device: torch.device) -> None:
@@ -147,6 +156,7 @@ def check_cuda_graph(config: TrainConfig, device: torch.device) -> None:
     for is_wrong, reason in (
         (device.type != "cuda", "there is no GPU"),
         (world_size() > 1, "it is for one process, since DistributedDataParallel takes no graph"),
+        (config.optim.freeze_backbone > 0, "a frozen backbone has another graph: optim.freeze_backbone"),
         (config.optim.accumulate > 1, "a graph's gradients are overwritten by the next micro-batch: optim.accumulate"),
     ):
         if config.optim.cuda_graph and is_wrong:
@@ -225,8 +235,9 @@ def build_model(
             from that cannot be had or do not fit.
     """
     model = config.model
+    size = config.data.height, config.data.width
     backbone = backbones.build(
-        model.backbone, model.pretrained, model.weights, model.non_local, model.map_norm, model.stem
+        model.backbone, model.pretrained, model.weights, model.non_local, model.map_norm, model.stem, size
     )
     channels, height, width = backbones.map_size(backbone, data.height, data.width)
     if model.cge and not 1 <= model.stripes <= height:

@@ -64,7 +64,7 @@ def train(run: Run, profile: StepProfile | None = None) -> None:
             run.epochs_done, run.result = epoch, measured
             is_best = measured is not None and measured["mAP"] > run.best_map
             run.best_map = measured["mAP"] if is_best else run.best_map
-            run.row = {"epoch": epoch, **metrics.row(), "lr": run.optimizer.param_groups[0]["lr"]}
+            run.row = {"epoch": epoch, **metrics.row(), "lr": run.optimizer.param_groups[-1]["lr"]}
             run.row["momentum"] = momentum if run.criterion.has_memory else None
             run.row |= {"images_per_second": metrics.samples / seconds, "seconds": seconds}
             run.row |= measured or dict.fromkeys(RETRIEVAL)
@@ -88,6 +88,7 @@ def train_epoch(run: Run, epoch: int, momentum: float, bar: Any, profile: StepPr
     """
     run.model.train()
     run.criterion.train()
+    freeze_backbone(run, epoch)
     run.sampler.epoch = epoch
     torch.manual_seed(run.config.seed + epoch)  # whatever a loss may draw, a resumed run draws it too
     steps, pieces = len(run.loader), run.config.optim.accumulate
@@ -102,8 +103,7 @@ def train_epoch(run: Run, epoch: int, momentum: float, bar: Any, profile: StepPr
             pixels, drawn, labels = (tensor.to(run.device, non_blocking=True) for tensor in next(batches))
         with part("augmentation"):
             images = run.augment(pixels, drawn)
-        for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(run.config.optim, epoch - 1 + step / steps, steps)
+        set_rates(run, learning_rate(run.config.optim, epoch - 1 + step / steps, steps))
         log_step = (step + 1) % LOG_EVERY == 0 or step == steps - 1
         training_step(run, images, labels, momentum, metrics, log_step)
         with part("bookkeeping"):
@@ -127,6 +127,23 @@ def train_epoch(run: Run, epoch: int, momentum: float, bar: Any, profile: StepPr
     if run.shard is None:
         copy_from_first_rank(run.criterion.buffers())
     return metrics
+
+
+def freeze_backbone(run: Run, epoch: int) -> None:
+    """Makes the backbone learn in this epoch or not, as optim.freeze_backbone says."""
+    is_frozen = epoch <= run.config.optim.freeze_backbone
+    if is_frozen and not run.frozen:
+        run.frozen = [parameter for parameter in run.model.backbone.parameters() if parameter.requires_grad]
+    for parameter in run.frozen:
+        parameter.requires_grad_(not is_frozen)
+    run.model.backbone.train(not is_frozen)
+
+
+def set_rates(run: Run, rate: float) -> None:
+    """Sets the learning rate, of the backbone's group the share that it has."""
+    groups = run.optimizer.param_groups
+    for group, factor in zip(groups, (run.config.optim.backbone_lr, 1.0)[-len(groups) :], strict=True):
+        group["lr"] = rate * factor
 
 
 def evaluation(run: Run) -> dict[str, float] | None:

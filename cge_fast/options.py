@@ -29,7 +29,11 @@ DataSet = Literal[
     "market",
 ]
 SeveralSets = restricted_string_type("SeveralSets", r"[a-z0-9-]+(\+[a-z0-9-]+)+")
-Backbone = Literal["compact", "resnet18", "resnet34", "resnet50", "resnet101", "resnet50_ibn_a"]
+TimmName = restricted_string_type("TimmName", r"^timm:[\w.]+$")
+Backbone = (
+    Literal["compact", "resnet18", "resnet34", "resnet50", "resnet101", "resnet50_ibn_a", "efficientnet_lite0"]
+    | TimmName
+)
 NonLocal = Literal["none", "one", "half"]
 Stem = Literal["torchvision", "without_relu", "ceil_pool"]
 Pooling = Literal["average", "gem"]
@@ -82,8 +86,9 @@ class DataConfig:
     erased: Literal["zero", "mean", "black"] = "zero"
     """What is written there: after normalisation zero (the mean colour) or ImageNet's mean (BagTricks' public code), or
     black (LUPerson's for its weights)."""
-    normalisation: Literal["imagenet", "luperson"] = "imagenet"
-    """Mean and standard deviation of the colours: ImageNet's, or LUPerson's for its weights."""
+    normalisation: Literal["imagenet", "luperson", "half"] = "imagenet"
+    """Mean and standard deviation of the colours: ImageNet's, LUPerson's for its weights, or 0.5 and 0.5 for those that
+    come from TensorFlow."""
     identities: BatchPart = 16
     """P: identities in a batch, over all ranks."""
     instances: BatchPart = 4
@@ -105,11 +110,12 @@ class ModelConfig:
     """Backbone, pooling, classifier and memory."""
 
     backbone: Backbone = "compact"
-    """Network below the head."""
+    """Network below the head; timm:NAME is one of timm's."""
     pretrained: bool = False
-    """Start from torchvision's ImageNet weights."""
+    """Start from ImageNet's weights: torchvision's, timm's, or the package's of efficientnet_lite0."""
     weights: Path | None = None
-    """Start from the backbone's weights in this file: .pth or .pt (torchvision's names, MoCo's too) or .safetensors."""
+    """Start from the backbone's weights in this file: .pth or .pt (torchvision's or timm's names, MoCo's too) or
+    .safetensors."""
     stem: Stem = "torchvision"
     """A ResNet's first layers: torchvision's, without the ReLU (BagTricks' and AGW's code), or FastReID's pooling."""
     non_local: NonLocal = "none"
@@ -196,6 +202,13 @@ class OptimConfig:
     """Count the milestones' epochs from the last whole epoch of the warm-up, as FastReID does."""
     gamma: PositiveFloat = 0.1
     """Factor at each milestone."""
+    schedule: Literal["multistep", "cosine", "one_cycle"] = "multistep"
+    """After the warm-up the rate falls at the milestones, or along half a cosine to its 500th part; one_cycle is the
+    latter, and its warm-up is half a cosine too."""
+    backbone_lr: PositiveFloat = 1.0
+    """Learning rate of the backbone, as a factor."""
+    freeze_backbone: NonNegativeInt = 0
+    """Epochs at the start in which the backbone does not learn, and its BatchNorm keeps and takes its statistics."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Arithmetic of the backbone, and of the classifier's and the memory's matmuls; auto: bfloat16 where the device has
     it in hardware (on a CPU for the backbone alone), else float32."""

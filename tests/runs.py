@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
-from cge_fast import checkpoint, errors, train
+from cge_fast import checkpoint, errors, loop, train
 
 
 def run(arguments, capsys) -> tuple[int, str, str]:
@@ -17,6 +18,21 @@ def run(arguments, capsys) -> tuple[int, str, str]:
         status = exit_.code
     captured = capsys.readouterr()
     return status, captured.out, captured.err
+
+
+def killed_in_epoch(epoch: int, arguments, monkeypatch) -> None:
+    """A run that ends before its epoch's checkpoint is written."""
+    save = loop.save
+
+    def save_or_die(run, is_best):
+        if run.epochs_done == epoch:
+            raise KeyboardInterrupt
+        save(run, is_best)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "save", save_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(arguments)
 
 
 def rows(folder: Path) -> list[dict]:

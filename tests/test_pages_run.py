@@ -103,6 +103,10 @@ def analysis(scope, printed):
     assert printed.startswith("mine: easiest ")
 
 
+def evaluation(scope, printed):
+    assert scope["features"].shape == (2, 128)
+
+
 def deployment(scope, printed):
     def embeddings(file, images):
         return torch.from_numpy(onnxruntime.InferenceSession(file).run(None, images)[0])
@@ -117,7 +121,13 @@ def deployment(scope, printed):
 
 
 # What must have come of a page's Python, besides that it ran.
-RESULTS = {"README.md": readme, "kernels.md": kernels, "analysis.md": analysis, "export.md": deployment}
+RESULTS = {
+    "README.md": readme,
+    "kernels.md": kernels,
+    "analysis.md": analysis,
+    "evaluation.md": evaluation,
+    "export.md": deployment,
+}
 
 
 @pytest.mark.parametrize("page", BLOCKS, ids=lambda page: page.name)

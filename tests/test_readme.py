@@ -2,9 +2,7 @@
 
 import re
 
-import PIL.Image
 import pytest
-import torch
 import yaml
 from pages import PAGES, ROOT, python_of
 
@@ -15,37 +13,6 @@ from bench.results import by_table, read, table
 def test_the_loop_has_under_25_lines():
     (loop,) = python_of((ROOT / "README.md").read_text())
     assert len(loop.splitlines()) < 25
-
-
-@pytest.fixture
-def runs_mine(shared_run, tmp_path, monkeypatch):
-    """The folder that the pages' commands are called in: a run, and two images."""
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "mine").symlink_to(shared_run)
-    for name in ("a.jpg", "b.jpg"):
-        PIL.Image.effect_mandelbrot((45, 90), (-2, -1, 1, 1), 50).convert("RGB").save(tmp_path / name)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def test_images_are_embedded_as_the_page_says(runs_mine):
-    (block,) = examples("docs/evaluation.md")
-    scope = {}
-    exec(block, scope)
-    assert scope["features"].shape == (2, 128)
-
-
-@pytest.mark.slow
-def test_an_exported_network_is_given_images_as_the_page_says(runs_mine):
-    pytest.importorskip("onnxruntime")
-    from cge_fast import export
-
-    export.main(["--checkpoint", "runs/mine", "--output", "model.onnx"])
-    (block,) = examples("docs/export.md")
-    scope = {}
-    exec(block, scope)
-    features = cge_fast.load("runs/mine", "cpu").embed(["a.jpg"])
-    torch.testing.assert_close(torch.from_numpy(scope["embeddings"]), features, rtol=1e-3, atol=1e-3)
 
 
 def test_every_recipe_is_named():

@@ -1,4 +1,4 @@
-"""Networks from images to feature maps: the small one for the embedded data set, and torchvision's ResNets."""
+"""Networks from images to feature maps: the small one for the embedded data set, torchvision's ResNets, and timm's."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from cge_fast.backbones.ibn import with_ibn_a
 from cge_fast.backbones.non_local import with_non_local
+from cge_fast.backbones.timm_map import PACKAGED, PREFIX, timm_map
 from cge_fast.backbones.weights import file_tensors, imagenet_tensors, start_from
 from cge_fast.errors import UserError
 from cge_fast.options import Backbone, NonLocal, Stem
@@ -21,24 +22,35 @@ def build(
     non_local: NonLocal = "none",
     map_norm: bool = False,
     stem: Stem = "torchvision",
-) -> nn.Sequential:
+    size: tuple[int, int] = (256, 128),
+) -> nn.Module:
     """A backbone from (B, 3, H, W) float32 images to a (B, C, H', W') feature map, with stride 8 or 16.
 
     Args:
         name: the network.
-        pretrained: start from torchvision's ImageNet weights.
+        pretrained: start from torchvision's, timm's or a package's ImageNet weights.
         weights: start from the weights in this file.
         non_local: inner channels of AGW's non-local blocks, after the last two blocks of layer 2 and the last three of
             layer 3, or compact's last two.
         map_norm: BatchNorm of the feature map, as LUPerson's code has it for its weights.
         stem: how a ResNet's first layers depart from torchvision's.
+        size: height and width of the images that it is trained on, which timm's transformers are made for.
 
     Raises:
-        UserError: weights are asked for and cannot be had, do not fit, or are asked for twice; or compact has no such
-            stem.
+        UserError: weights are asked for and cannot be had, do not fit, or are asked for twice; or the network cannot be
+            changed so, or is timm's and cannot be had or has no feature map.
     """
     if pretrained and weights:
         raise UserError(f"model.weights: {weights} cannot be loaded as well as model.pretrained, set that to false")
+    if name.startswith(PREFIX) or name in PACKAGED:
+        changes = {"stem": stem != "torchvision", "non_local": non_local != "none", "map_norm": map_norm}
+        for setting in (setting for setting, is_asked_for in changes.items() if is_asked_for):
+            raise UserError(f"model.{setting}: is for the other backbones, {name} stays as timm has it")
+        backbone = timm_map(PACKAGED.get(name, name.removeprefix(PREFIX)), *size)
+        if pretrained or weights:
+            source = f"model.weights: {weights}" if weights else "model.pretrained: the file"
+            start_from(backbone.network, file_tensors(weights, name) if weights else imagenet_tensors(name), source)
+        return backbone
     network = network_called(name)
     if pretrained:
         start_from(network, imagenet_tensors(name), "model.pretrained: torchvision's file")
@@ -120,6 +132,10 @@ def map_size(backbone: nn.Module, height: int, width: int) -> tuple[int, int, in
     except ValueError as error:  # InstanceNorm needs more than one position
         raise UserError(
             f"data.height, data.width: images of {height} x {width} are too small for the backbone"
+        ) from error
+    except (AssertionError, RuntimeError) as error:  # of timm's networks
+        raise UserError(
+            f"data.height, data.width: the backbone takes no images of {height} x {width} ({error})"
         ) from error
     backbone.train(training)
     _, channels, rows, columns = feature_map.shape

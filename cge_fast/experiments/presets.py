@@ -45,6 +45,7 @@ class Place:
 
 
 QUIET = "--evaluation.untrained false --evaluation.every 0 --data.workers 0"
+PRETRAINED = f"--config pedestrians_pretrained {QUIET}"
 OMNIGLOT = "--data.name market1501 --data.flip 0 --model.pretrained false"
 PAPER_ROWS = 24
 
@@ -65,6 +66,13 @@ PRESETS: dict[str, dict[str, Preset]] = {
         ),
         "omniglot": Preset(
             f"{OMNIGLOT} {QUIET} --data.height 32 --data.width 32 --data.pad 2 --optim.epochs 3", rows=4
+        ),
+    },
+    "small-pretrained": {
+        "pedestrians": Preset(f"{PRETRAINED} --data.identities 8 --optim.epochs 1", rows=8),
+        "omniglot": Preset(
+            f"{PRETRAINED} --data.name market1501 --data.flip 0 --data.height 64 --data.width 64 --optim.epochs 2",
+            rows=4,
         ),
     },
     "paper": {

@@ -102,10 +102,17 @@ def test_sync_batch_norm_is_told_to_look_for_no_empty_rank_inside_only(monkeypat
     assert not torch.cuda.is_current_stream_capturing()
 
 
-class NoNorm(nn.Identity):
-    """In BNNeck's place, whose statistics would be those of one rank's share."""
+class NoNorm(nn.Module):
+    """In BNNeck's place, whose statistics would be those of one rank's share: its weight alone."""
 
     num_features = 8
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, pooled):
+        return pooled * self.weight
 
 
 def model_without_batch_norm(*arguments) -> ReidModel:
@@ -131,6 +138,7 @@ def train_without_batch_norm(rank, options):
         ["--optim.accumulate", "2", "--loss.metric_weight", "0"],
         ["--model.shard_classes", "true"],
         ["--model.cge", "false"],
+        ["--optim.freeze_backbone", "1", "--optim.backbone_lr", "0.5"],
     ],
 )
 def test_two_ranks_train_what_one_process_trains(options, tmp_path, monkeypatch, settings):

@@ -196,8 +196,28 @@ def test_the_embedded_sets_baseline_differs_from_cge_in_nothing_else():
     assert bot == cge
 
 
+def test_the_pretrained_recipe_differs_from_the_default_in_where_it_starts_and_how_fast_it_learns():
+    own, default = (asdict(read_settings(RECIPES / f"pedestrians_{kind}.yaml")) for kind in ("pretrained", "cge"))
+    assert {
+        f"{section}.{key}": value
+        for section in ("data", "model", "loss", "optim", "evaluation")
+        for key, value in own[section].items()
+        if value != default[section][key]
+    } == {
+        "data.height": 128,
+        "data.width": 64,
+        "data.normalisation": "half",
+        "model.backbone": "efficientnet_lite0",
+        "model.pretrained": True,
+        "optim.epochs": 10,
+        "optim.lr": 1e-3,
+        "optim.precision": "float32",
+    }
+
+
 def test_a_recipe_is_found_by_its_name():
-    assert recipes() == sorted([*PUBLISHED, "own", "pedestrians_bot", "pedestrians_cge"])
+    embedded = ["pedestrians_bot", "pedestrians_cge", "pedestrians_pretrained"]
+    assert recipes() == sorted([*PUBLISHED, *embedded, "own"])
     config, _, _ = train.parse(["--config", "cge_bot", "--model.cge", "false", "--data.name", "msmt17"])
     assert (config.model.backbone, config.model.cge, config.data.name) == ("resnet50", False, "msmt17")
 

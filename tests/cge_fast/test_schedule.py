@@ -1,11 +1,14 @@
 """The learning rate and the memory's momentum over the epochs."""
 
 import math
+from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cge_fast.options import OptimConfig
-from cge_fast.schedule import learning_rate, memory_momentum
+from cge_fast.schedule import LOWEST, learning_rate, memory_momentum
 
 
 def rates(optim, *epochs_done, steps_per_epoch=100):
@@ -44,6 +47,54 @@ def test_numbers_below_one_are_shares_of_the_training():
 def test_no_warmup_and_no_milestones_is_a_constant():
     optim = OptimConfig(epochs=3, lr=1.0, warmup=0, milestones=[])
     assert rates(optim, 0, 2.9) == [1.0, 1.0]
+
+
+curved = st.builds(
+    OptimConfig,
+    schedule=st.sampled_from(["cosine", "one_cycle"]),
+    epochs=st.integers(1, 200),
+    lr=st.floats(1e-6, 10),
+    warmup=st.floats(0, 250),
+    warmup_factor=st.floats(1e-3, 1),
+    by_epoch=st.booleans(),
+)
+
+
+@given(curved, st.lists(st.floats(0, 1, exclude_max=True), min_size=2))
+def test_a_cosines_rate_rises_in_the_warmup_falls_afterwards_and_stays_in_its_bounds(optim, shares):
+    done = sorted(share * optim.epochs for share in shares)
+    found = rates(optim, *done)
+    assert all(
+        min(optim.warmup_factor, LOWEST) * optim.lr <= rate * (1 + 1e-9) <= optim.lr * (1 + 2e-9) for rate in found
+    )
+    warmup = optim.warmup * optim.epochs if optim.warmup < 1 else optim.warmup
+    number = [math.floor(epoch) + 1 if optim.by_epoch else epoch for epoch in done]
+    for (first, second), (rate, later) in zip(pairwise(number), pairwise(found), strict=True):
+        if second < warmup:
+            assert later >= rate * (1 - 1e-9)
+        if first >= warmup:
+            assert later <= rate * (1 + 1e-9)
+
+
+@given(curved.filter(lambda optim: not optim.by_epoch and optim.warmup < 0.9))
+def test_a_cosine_starts_at_the_warmups_factor_reaches_the_rate_and_ends_at_its_lowest(optim):
+    warmup = optim.warmup * optim.epochs
+    middle = (warmup + optim.epochs) / 2
+    factors = [LOWEST, (1 + LOWEST) / 2, 1.0]
+    assert rates(optim, optim.epochs, middle, warmup) == pytest.approx([optim.lr * factor for factor in factors])
+    if warmup > 1e-6:
+        assert rates(optim, 0) == pytest.approx([optim.lr * optim.warmup_factor])
+        halfway = (1 + optim.warmup_factor) / 2  # of a line and of half a cosine
+        assert rates(optim, warmup / 2) == pytest.approx([optim.lr * halfway])
+
+
+def test_only_one_cycles_warmup_is_level_at_its_ends():
+    line, curve = (
+        rates(OptimConfig(schedule=schedule, epochs=100, lr=1.0, warmup=40, warmup_factor=0.1), 10, 30)
+        for schedule in ("cosine", "one_cycle")
+    )
+    assert line == pytest.approx([0.325, 0.775])
+    assert curve[0] < line[0] < line[1] < curve[1]
 
 
 @pytest.mark.parametrize(

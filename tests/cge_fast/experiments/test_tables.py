@@ -51,6 +51,7 @@ def of_paper(name: str) -> list[Row]:
 
 def test_there_are_the_papers_tables_and_figures_and_their_parts():
     assert sorted(NAMES) == [
+        "controls",
         *("figure4", "figure5", "figure5a", "figure5b", "figure6", "figure7", "table1", "table1a", "table1b", "table2"),
         *("table3", "table3a", "table3b", "table3c", "table4", "table5", "table6", "table7", "table8", "table9"),
     ]
@@ -140,6 +141,14 @@ def test_table_3_is_measured_with_the_exponential_alpha_too(part):
     for row, other in zip(exponential.rows, linear.rows, strict=True):
         assert differing(row) == differing(other) | {"memory_momentum": "exponential"}
     assert linear.seeds == exponential.seeds == 1
+
+
+def test_the_controls_are_a_table_of_their_own_too_which_small_networks_start_from_imagenets_weights():
+    assert TABLES["controls"].rows == comparison("BOT")
+    for preset in PRESETS["small-pretrained"].values():
+        config = parsed(preset.options.partition("pedestrians_pretrained")[2], "pedestrians_pretrained")
+        assert (config.model.backbone, config.model.pretrained) == ("efficientnet_lite0", True)
+        assert config.data.height // 16 == preset.rows
 
 
 @pytest.mark.parametrize("table", list("1245679"))
