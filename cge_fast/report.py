@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
-from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,8 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import cge_fast
 from cge_fast import errors, files
 from cge_fast.charts import Series, chart
-from cge_fast.checkpoint import CONFIG
-from cge_fast.cli import flat, parse_settings, program_parser, read_settings, to_yaml
+from cge_fast.cli import SECTIONS, flat, parse_settings, program_parser, read_settings, to_yaml
 from cge_fast.errors import UserError
 from cge_fast.log import read_rows, retrieval_text
 from cge_fast.options import TrainConfig
@@ -72,6 +70,8 @@ def read_run(folder: Path) -> Recorded:
     Raises:
         UserError: the folder holds no run, or one that has no figures yet.
     """
+    from cge_fast.checkpoint import CONFIG  # which imports torch
+
     if not (folder / CONFIG).is_file():
         raise UserError(f"run: {folder} is not the folder of a run, it has no {CONFIG}")
     rows = read_rows(folder / "metrics.jsonl")
@@ -86,6 +86,7 @@ def read_run(folder: Path) -> Recorded:
 def environment(device: torch.device, ranks: int) -> dict[str, str]:
     """Where a run trains, by name."""
     import torch
+    import torchvision
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}"
     return {
@@ -95,7 +96,7 @@ def environment(device: torch.device, ranks: int) -> dict[str, str]:
         "Python": platform.python_version(),
         "cge-fast": cge_fast.__version__,
         "torch": str(torch.__version__),
-        "torchvision": version("torchvision"),
+        "torchvision": torchvision.__version__,
     }
 
 
@@ -131,15 +132,20 @@ def figures(run: Recorded) -> dict[str, str]:
     of = run.evaluated
     found = {name: f"{of[key]:.1%}" for name, key in FIGURES.items()} if of else {}
     minutes = sum(row["seconds"] for row in run.trained) / 60
+    hours = minutes / 60
     return found | {
         "epochs": f"{run.rows[-1]['epoch']}/{run.config.optim.epochs}",
-        "training": f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.1f} min",
+        "training": f"{hours:.1f} h"
+        if hours >= 1.5
+        else f"{minutes:.1f} min"
+        if minutes >= 1
+        else f"{60 * minutes:.0f} s",
     }
 
 
 def settings(config: TrainConfig) -> dict[str, str]:
     """The settings as YAML by name, without the run's folder."""
-    named = {name: value for name, value in flat(asdict(config)) if not isinstance(value, dict) and name != "output"}
+    named = {name: value for name, value in flat(asdict(config)) if name not in (*SECTIONS, "output")}
     return {name: json.dumps(value, default=str).strip('"[]') for name, value in named.items()}
 
 

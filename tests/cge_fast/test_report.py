@@ -4,13 +4,14 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 from browser import assert_well_formed, needs_chromium
 from runs import run
 
 from cge_fast import errors, report
-from cge_fast.options import TrainConfig
+from cge_fast.options import LossConfig, TrainConfig
 from cge_fast.report import REPORT, read_run, series_of, settings
 
 
@@ -156,3 +157,13 @@ def test_settings_are_as_a_file_has_them():
     assert (of["backend"], of["optim.lr"]) == ("auto", "0.002")
     assert "output" not in of
     assert "data" not in of
+    variant = replace(TrainConfig(), loss=LossConfig(variant="scaled", variant_args={"scale": 0.7}))
+    assert settings(variant)["loss.variant_args"] == '{"scale": 0.7}'
+
+
+def test_a_run_that_has_its_first_evaluation_alone_has_a_page(trained):
+    file = trained / "metrics.jsonl"
+    file.write_text(file.read_text().splitlines(keepends=True)[0])
+    page = report.write(trained).read_text()
+    assert "untrained: mAP 100.0%" in page
+    assert "0/2" in page
