@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+import yaml
 from tqdm import tqdm
 
 from cge_fast import checkpoint, files
@@ -14,9 +15,10 @@ from cge_fast.build import Run
 from cge_fast.cli import to_yaml
 from cge_fast.data.sets import nothing_to_find
 from cge_fast.distributed import any_rank, collect_rows, copy_from_first_rank, rank
-from cge_fast.errors import UserError
+from cge_fast.errors import UserError, notice
 from cge_fast.evaluation.features import evaluate
-from cge_fast.log import Log
+from cge_fast.log import Log, scalars
+from cge_fast.loggers import Loggers
 from cge_fast.metrics import EpochMetrics
 from cge_fast.profile import StepProfile, part
 from cge_fast.schedule import learning_rate, memory_momentum
@@ -37,11 +39,15 @@ def train(run: Run, profile: StepProfile | None = None) -> None:
         run.untrained = evaluation(run)
     if rank() == 0:
         log = Log(config.output, run.epochs_done or None, run.row)
+        loggers = Loggers(config.loggers, config.output, yaml.safe_load(to_yaml(config)), run.epochs_done > 0)
         files.replace(config.output / checkpoint.CONFIG, to_yaml(config).encode())
         if run.epochs_done == 0 and run.untrained:
             log.write({"epoch": 0, **run.untrained})
     with tqdm(total=epochs * steps, initial=run.epochs_done * steps, unit=" step", disable=rank() > 0) as bar:
         for epoch in range(run.epochs_done + 1, epochs + 1):
+            if config.optim.patience and run.evaluations_since_best >= config.optim.patience:
+                notice(f"optim.patience: ends after epoch {run.epochs_done}, best mAP {run.best_map:.1%}")
+                break
             bar.set_description(f"epoch {epoch}/{epochs}")
             momentum = memory_momentum(config.model.memory_momentum, epoch, epochs)
             start = time.perf_counter()
@@ -56,12 +62,15 @@ def train(run: Run, profile: StepProfile | None = None) -> None:
             run.epochs_done, run.result = epoch, measured
             is_best = measured is not None and measured["mAP"] > run.best_map
             run.best_map = measured["mAP"] if is_best else run.best_map
+            if measured:
+                run.evaluations_since_best = 0 if is_best else run.evaluations_since_best + 1
             run.row = {"epoch": epoch, **metrics.row(), "lr": run.optimizer.param_groups[-1]["lr"]}
             run.row["momentum"] = momentum if run.criterion.has_memory else None
             run.row |= {"images_per_second": metrics.samples / seconds, "seconds": seconds}
             run.row |= measured or dict.fromkeys(RETRIEVAL)
             if log:
                 log.write(run.row)
+                loggers.write(scalars(run.row), epoch)
             save(run, is_best)
             if failure:
                 raise failure
@@ -69,6 +78,7 @@ def train(run: Run, profile: StepProfile | None = None) -> None:
         run.result = evaluation(run)
     if log:
         log.close()
+        loggers.close()
 
 
 def train_epoch(run: Run, epoch: int, momentum: float, bar: tqdm, profile: StepProfile | None = None) -> EpochMetrics:
@@ -186,6 +196,7 @@ def save(run: Run, is_best: bool) -> None:
         "optimizer": optimizer,
         "scaler": run.scaler.state_dict(),
         "best_map": run.best_map,
+        "evaluations_since_best": run.evaluations_since_best,
         "untrained": run.untrained,
         "result": run.result,
         "row": run.row,
@@ -212,6 +223,7 @@ def resume(run: Run) -> None:
         run.optimizer.load_state_dict(training["optimizer"])
         run.scaler.load_state_dict(training["scaler"])
         run.epochs_done, run.best_map = training["epoch"], training["best_map"]
+        run.evaluations_since_best = training.get("evaluations_since_best", 0)
         run.untrained, run.result, run.row = training["untrained"], training["result"], training.get("row")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"checkpoint {last} holds the training state of another program ({error})") from error

@@ -6,10 +6,8 @@ from typing import Literal
 
 from jsonargparse.typing import ClosedUnitInterval, restricted_number_type, restricted_string_type
 
-TimmName = restricted_string_type("TimmName", r"^timm:[\w.]+$")
-Backbone = (
-    Literal["compact", "resnet18", "resnet34", "resnet50", "resnet101", "resnet50_ibn_a", "efficientnet_lite0"]
-    | TimmName
+Backbone = restricted_string_type(
+    "Backbone", r"^(compact|resnet18|resnet34|resnet50|resnet101|resnet50_ibn_a|efficientnet_lite0|timm:[\w.]+)$"
 )
 NonLocal = Literal["none", "one", "half"]
 Stem = Literal["torchvision", "without_relu", "ceil_pool"]
@@ -17,6 +15,12 @@ Pooling = Literal["average", "gem"]
 MemoryMomentum = Literal["linear", "exponential", "constant"]
 Metric = Literal["triplet", "wrt", "wrt_published", "contrastive", "lifted", "instance", "circle", "sphere"]
 Backend = Literal["auto", "triton", "cpu", "reference"]
+SETS = (
+    "pedestrians pedestrians-trap market1501 dukemtmc occluded-duke msmt17 msmt17-train-only cuhk03-detected "
+    "cuhk03-labeled cuhk03-detected-classic cuhk03-labeled-classic veri776 vehicleid-800 vehicleid-1600 "
+    "vehicleid-2400 veri-wild-3000 veri-wild-5000 veri-wild-10000 folder"
+)
+SetNames = restricted_string_type("SetNames", rf"^(({SETS.replace(' ', '|')})(\+(?=.)|$))+$")
 # Ranges, so that a slip of the keyboard (inf, 1e30) is an error at once, and not a training without sense or memory.
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])
 ErasingArea = restricted_number_type("ErasingArea", float, [(">=", 0.02), ("<=", 1)])
@@ -35,36 +39,21 @@ Workers = restricted_number_type("Workers", int, [(">=", 0), ("<=", 512)])
 class DataConfig:
     """The data set and how its images become batches."""
 
-    name: Literal[
-        "pedestrians",
-        "pedestrians-trap",
-        "market1501",
-        "dukemtmc",
-        "occluded-duke",
-        "msmt17",
-        "msmt17-train-only",
-        "cuhk03-detected",
-        "cuhk03-labeled",
-        "cuhk03-detected-classic",
-        "cuhk03-labeled-classic",
-        "veri776",
-        "vehicleid-800",
-        "vehicleid-1600",
-        "vehicleid-2400",
-        "veri-wild-3000",
-        "veri-wild-5000",
-        "veri-wild-10000",
-        "folder",
-    ] = "pedestrians"
-    """Data set; the pedestrians are drawn on first use, the others are read from data.root."""
+    name: SetNames = "pedestrians"
+    """Data set, as docs/datasets.md lists them; pedestrians and pedestrians-trap are drawn on first use, the others are
+    read from data.root. With several, like market1501+msmt17, all are trained on and the first is evaluated."""
     root: Path | None = None
-    """Folder of a data set that is not drawn."""
+    """Folder of a data set that is not drawn; of several sets, the folder that has one for each, called as the set."""
     height: Size = 96
     """Image height after resizing, pixels."""
     width: Size = 48
     """Image width after resizing, pixels."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """How images are resized: bilinear as in BagTricks, bicubic as in FastReID."""
+    jitter: ClosedUnitInterval = 0.0
+    """Probability of a change of brightness, contrast, saturation and hue."""
+    autoaugment: ClosedUnitInterval = 0.0
+    """Probability of AutoAugment with its policy for ImageNet."""
     flip: ClosedUnitInterval = 0.5
     """Probability of a horizontal flip."""
     pad: Padding = 4
@@ -100,7 +89,8 @@ class ModelConfig:
     """Backbone, pooling, classifier and memory."""
 
     backbone: Backbone = "compact"
-    """Network below the head; timm:NAME is one of timm's."""
+    """Network below the head: compact, resnet18, resnet34, resnet50, resnet101, resnet50_ibn_a, efficientnet_lite0, or
+    timm:NAME for one of timm's."""
     pretrained: bool = False
     """Start from ImageNet's weights: torchvision's, timm's, or the package's of efficientnet_lite0."""
     weights: Path | None = None
@@ -188,6 +178,8 @@ class OptimConfig:
     schedule: Literal["multistep", "cosine", "one_cycle"] = "multistep"
     """After the warm-up the rate falls at the milestones, or along half a cosine to its 500th part; one_cycle is the
     latter, and its warm-up is half a cosine too."""
+    patience: NonNegativeInt = 0
+    """End the training after so many evaluations in a row without a better mAP; 0: never."""
     backbone_lr: PositiveFloat = 1.0
     """Learning rate of the backbone, as a factor."""
     freeze_backbone: NonNegativeInt = 0
@@ -234,5 +226,7 @@ class TrainConfig:
     """Operators: Triton kernels on a GPU and else for the CPU, or one of these, or the plain reference."""
     seed: Seed = 0
     """Seed of initialisation, sampling and augmentation."""
+    loggers: list[Literal["wandb", "mlflow"]] = field(default_factory=list)
+    """Where the figures of an epoch go besides metrics.jsonl and TensorBoard."""
     output: Path | None = None
     """Folder of the run; without it runs/<date>-<time>."""

@@ -38,7 +38,7 @@ def normalised(config: DataConfig) -> list[v2.Transform]:
 
 
 def train_transform(config: DataConfig) -> v2.Compose:
-    """Resize, flip, pad and crop, normalise, random erasing: BagTricks' order."""
+    """Resize, change colours, flip, pad and crop, normalise, random erasing: BagTricks' order."""
     size = (config.height, config.width)
     imagenet_mean, _ = NORMALISATIONS["imagenet"]
     black = [-mean / std for mean, std in zip(*mean_and_std(config), strict=True)]
@@ -48,7 +48,14 @@ def train_transform(config: DataConfig) -> v2.Compose:
     flip = v2.RandomHorizontalFlip(config.flip)
     crop = [v2.RandomCrop(size, padding=config.pad)] if config.pad else []
     erase = erasing(config.erasing, scale=area, ratio=ERASED_ASPECT, value=erased)
-    return v2.Compose([*to_size(config), flip, *crop, *normalised(config), erase])
+    return v2.Compose([*to_size(config), *colours(config), flip, *crop, *normalised(config), erase])
+
+
+def colours(config: DataConfig) -> list[v2.Transform]:
+    """Colour jitter, with FastReID's strengths, and AutoAugment, each with its probability, of a uint8 image."""
+    jitter = v2.ColorJitter(brightness=0.15, contrast=0.15, saturation=0.1, hue=0.1)
+    changes = (config.jitter, jitter), (config.autoaugment, v2.AutoAugment())
+    return [v2.RandomApply([change], p=probability) for probability, change in changes if probability]
 
 
 class UniformErasing(v2.RandomErasing):

@@ -3,6 +3,7 @@
 import os
 from collections import defaultdict
 from collections.abc import Collection
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from cge_fast.data import lists
 from cge_fast.data.counts import Counts, SetCounts
 from cge_fast.data.cuhk03 import cuhk03
 from cge_fast.data.folder import read_folder
-from cge_fast.data.images import SPLITS, Reader, ReidSet, Split, reader, without_corrupt
+from cge_fast.data.images import SPLITS, Image, Reader, ReidSet, Split, reader, without_corrupt
 from cge_fast.data.market1501 import DISTRACTOR, read_market1501
 from cge_fast.data.pedestrians import draw
 from cge_fast.data.walk import AbsentError, first_few
@@ -18,6 +19,7 @@ from cge_fast.data.whole_folder import once
 from cge_fast.errors import UserError, notice
 from cge_fast.options import DataConfig
 
+DRAWN = "pedestrians", "pedestrians-trap"
 DRAWING = 1  # number of the embedded sets' present drawing: a change of the pixels takes the next
 
 
@@ -72,7 +74,9 @@ def read(config: DataConfig, needed: Collection[Split] = SPLITS, optional: Colle
         UserError: the root is missing or does not hold such a set, a needed split has no image, people of a published
             set's training are in its test, or query and gallery are needed and have nothing to find.
     """
-    if config.name in ("pedestrians", "pedestrians-trap"):
+    if "+" in config.name:
+        return together(config, needed, optional)
+    if config.name in DRAWN:
         if config.root:
             raise UserError(f"data.root: {config.root} is not read, {config.name} is drawn; give data.name too")
         reid_set = read_market1501(pedestrians(trap=config.name == "pedestrians-trap"), needed, optional)
@@ -91,6 +95,31 @@ def read(config: DataConfig, needed: Collection[Split] = SPLITS, optional: Colle
     if why and "query" in needed and "gallery" in needed:
         raise UserError(f"data.root: {why}")
     return reid_set
+
+
+def together(config: DataConfig, needed: Collection[Split], optional: Collection[Split]) -> ReidSet:
+    """The first of several sets, to whose training images those of the others are added: other people and cameras.
+
+    Raises:
+        UserError: `read` does for one of them, or one is there twice.
+    """
+    names, root = config.name.split("+"), config.root
+    if len(set(names)) < len(names):
+        raise UserError(f"data.name: each set can be there once, got {config.name}")
+    configs = [replace(config, name=name, root=None if name in DRAWN else root and root / name) for name in names]
+    first = read(configs[0], needed, optional)
+    if "train" not in {*needed, *optional}:
+        return first
+    train, test = list(first.train), first.query + first.gallery
+    for other in configs[1:]:
+        identities, cameras = (1 + max(getattr(image, key) for image in train + test) for key in ("identity", "camera"))
+        added = read(other, ["train"]).train
+        lowest = min(image.identity for image in added), min(image.camera for image in added)
+        train += [
+            Image(image.path, identities + image.identity - lowest[0], cameras + image.camera - lowest[1])
+            for image in added
+        ]
+    return ReidSet(train, first.query, first.gallery)
 
 
 def check_people(name: str, reid_set: ReidSet) -> None:

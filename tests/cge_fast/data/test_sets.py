@@ -1,11 +1,12 @@
 """Readers: what they find, and what they say when they do not."""
 
 import shutil
-from typing import get_args, get_type_hints
 
 import PIL.Image
 import pytest
+from conftest import write_market1501
 
+from cge_fast import options
 from cge_fast.data import read
 from cge_fast.data.pedestrians import draw
 from cge_fast.data.sets import SETS, pedestrians
@@ -102,8 +103,7 @@ def test_duke_and_occluded_duke_are_of_market1501s_format(market):
 
 
 def test_every_set_with_a_reader_can_be_chosen():
-    chosen = get_args(get_type_hints(DataConfig)["name"])
-    assert {*SETS, "pedestrians", "pedestrians-trap"} == set(chosen)
+    assert {*SETS, "pedestrians", "pedestrians-trap"} == set(options.SETS.split())
 
 
 def test_a_set_without_a_root_asks_for_it():
@@ -234,3 +234,36 @@ def test_a_cache_that_lost_images_is_named(tmp_path, monkeypatch):
     lost.unlink()
     with pytest.raises(UserError, match=r"pedestrians-1 holds 23 of its 24 files: remove it, and it is made anew"):
         read(DataConfig())
+
+
+def test_several_sets_are_trained_on_as_different_people_and_the_first_is_evaluated(tmp_path):
+    for name in ("market1501", "dukemtmc"):
+        write_market1501(tmp_path / name)
+    alone, both = (
+        read(DataConfig(name=name, root=root))
+        for name, root in (("market1501", tmp_path / "market1501"), ("market1501+dukemtmc", tmp_path))
+    )
+    assert (both.query, both.gallery) == (alone.query, alone.gallery)
+    assert both.train[: len(alone.train)] == alone.train
+    added = both.train[len(alone.train) :]
+    assert [image.path.name for image in added] == [image.path.name for image in alone.train]
+    assert {image.path.parents[1].name for image in added} == {"dukemtmc"}
+    every = alone.train + alone.query + alone.gallery
+    for key in ("identity", "camera"):
+        assert not {getattr(image, key) for image in added} & {getattr(image, key) for image in every}
+        kinds = {(getattr(old, key), getattr(new, key)) for old, new in zip(alone.train, added, strict=True)}
+        assert len(kinds) == len({getattr(image, key) for image in alone.train}), "one for one"
+    assert read(DataConfig(name="market1501+dukemtmc", root=tmp_path), ["query", "gallery"]).train == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("market1501+market1501", r"data\.name: each set can be there once"),
+        ("market1501+msmt17", r".*msmt17"),
+    ],
+)
+def test_a_set_of_several_that_cannot_be_read_is_named(tmp_path, name, message):
+    write_market1501(tmp_path / "market1501")
+    with pytest.raises(UserError, match=f"^{message}"):
+        read(DataConfig(name=name, root=tmp_path))
