@@ -22,6 +22,7 @@ from cge_fast.data.batches import train_labels, train_loader
 from cge_fast.data.sampler import PKSampler
 from cge_fast.distributed import rank, world_size
 from cge_fast.errors import UserError
+from cge_fast.loggers import check_loggers
 from cge_fast.losses.cge import CGELoss
 from cge_fast.losses.criterion import ReidCriterion
 from cge_fast.losses.metric import CenterLoss, MetricLoss
@@ -56,6 +57,7 @@ class Run:
     scaler: torch.amp.GradScaler
     epochs_done: int = 0
     best_map: float = -math.inf
+    evaluations_since_best: int = 0
     untrained: dict[str, float] | None = None  # what evaluation gave before the first epoch
     result: dict[str, float] | None = None  # and after the last
     frozen: list[nn.Parameter] = field(default_factory=list)  # the backbone's that learn later or again
@@ -91,6 +93,7 @@ def build_run(config: TrainConfig, device: torch.device, variants: Variants = NO
         UserError: data and settings do not fit, or the device cannot compute so.
     """
     check_backend(config.backend, device)
+    check_loggers(config.loggers)
     torch.manual_seed(config.seed)
     reid_set = data.read(config.data, ["train"], optional=["query", "gallery"])
     labels = train_labels(reid_set.train)

@@ -58,12 +58,8 @@ class Log:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            for name, value in row.items():
-                several = isinstance(value, list)
-                for number, scalar in enumerate(value if several else [value]):
-                    if name != "epoch" and scalar is not None:
-                        tag = Summary.Value(tag=f"{name}/{number}" if several else name, simple_value=scalar)
-                        self.event(step=row["epoch"], summary=Summary(value=[tag]))
+            for name, value in scalars(row).items():
+                self.event(step=row["epoch"], summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]))
             self.events.flush()
         except OSError as error:  # which does not say where
             raise OSError(error.errno, error.strerror, str(self.file.parent)) from error
@@ -71,6 +67,14 @@ class Log:
     def close(self) -> None:
         """Closes."""
         self.events.close()
+
+
+def scalars(row: dict[str, Any]) -> dict[str, float]:
+    """The figures of an epoch by name; those of a list are called name/0, name/1, ..."""
+    named: dict[str, Any] = {}
+    for name, value in row.items():
+        named |= {f"{name}/{at}": one for at, one in enumerate(value)} if isinstance(value, list) else {name: value}
+    return {name: value for name, value in named.items() if name != "epoch" and value is not None}
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

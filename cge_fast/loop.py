@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from cge_fast import checkpoint, files
 from cge_fast.build import Run
@@ -19,7 +20,8 @@ from cge_fast.data.sets import nothing_to_find
 from cge_fast.distributed import any_rank, collect_rows, copy_from_first_rank, rank, world_size
 from cge_fast.errors import UserError, notice
 from cge_fast.evaluation.features import evaluate
-from cge_fast.log import Log, epoch_line, retrieval_text
+from cge_fast.log import Log, epoch_line, retrieval_text, scalars
+from cge_fast.loggers import Loggers
 from cge_fast.metrics import EpochMetrics
 from cge_fast.profile import StepProfile, part
 from cge_fast.progress import progress, say
@@ -42,6 +44,7 @@ def train(run: Run, profile: StepProfile | None = None) -> None:
         run.untrained = evaluation(run)
     if rank() == 0:
         log = Log(config.output, run.epochs_done or None, run.row)
+        loggers = Loggers(config.loggers, config.output, yaml.safe_load(to_yaml(config)), run.epochs_done > 0)
         files.replace(config.output / checkpoint.CONFIG, to_yaml(config).encode())
         files.replace(config.output / ENVIRONMENT, json.dumps(environment(run.device, world_size())).encode())
         if run.epochs_done == 0 and run.untrained:
@@ -50,6 +53,9 @@ def train(run: Run, profile: StepProfile | None = None) -> None:
     done = run.epochs_done * steps
     with progress(what="training", unit="steps", total=epochs * steps, initial=done, show=rank() == 0) as bar:
         for epoch in range(run.epochs_done + 1, epochs + 1):
+            if config.optim.patience and run.evaluations_since_best >= config.optim.patience:
+                notice(f"optim.patience: ends after epoch {run.epochs_done}, best mAP {run.best_map:.1%}")
+                break
             bar.set_description_str(f"epoch {epoch}/{epochs}")
             momentum = memory_momentum(config.model.memory_momentum, epoch, epochs)
             start = time.perf_counter()
@@ -64,12 +70,15 @@ def train(run: Run, profile: StepProfile | None = None) -> None:
             run.epochs_done, run.result = epoch, measured
             is_best = measured is not None and measured["mAP"] > run.best_map
             run.best_map = measured["mAP"] if is_best else run.best_map
+            if measured:
+                run.evaluations_since_best = 0 if is_best else run.evaluations_since_best + 1
             run.row = {"epoch": epoch, **metrics.row(), "lr": run.optimizer.param_groups[-1]["lr"]}
             run.row["momentum"] = momentum if run.criterion.has_memory else None
             run.row |= {"images_per_second": metrics.samples / seconds, "seconds": seconds}
             run.row |= measured or dict.fromkeys(RETRIEVAL)
             if log:
                 log.write(run.row)
+                loggers.write(scalars(run.row), epoch)
                 say(epoch_line(run.row, epochs))
             save(run, is_best)
             if failure:
@@ -78,6 +87,7 @@ def train(run: Run, profile: StepProfile | None = None) -> None:
         run.result = evaluation(run)
     if log:
         log.close()
+        loggers.close()
 
 
 def train_epoch(run: Run, epoch: int, momentum: float, bar: Any, profile: StepProfile | None = None) -> EpochMetrics:
@@ -199,6 +209,7 @@ def save(run: Run, is_best: bool) -> None:
         "model": run.model.state_dict() if run.average else None,
         "scaler": run.scaler.state_dict(),
         "best_map": run.best_map,
+        "evaluations_since_best": run.evaluations_since_best,
         "untrained": run.untrained,
         "result": run.result,
         "row": run.row,
@@ -231,6 +242,7 @@ def resume(run: Run) -> None:
         run.optimizer.load_state_dict(training["optimizer"])
         run.scaler.load_state_dict(training["scaler"])
         run.epochs_done, run.best_map = training["epoch"], training["best_map"]
+        run.evaluations_since_best = training.get("evaluations_since_best", 0)
         run.untrained, run.result, run.row = training["untrained"], training["result"], training.get("row")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"checkpoint {last} holds the training state of another program ({error})") from error

@@ -40,6 +40,12 @@ Pooling = Literal["average", "gem"]
 MemoryMomentum = Literal["linear", "exponential", "constant"]
 Metric = Literal["triplet", "wrt", "wrt_published", "contrastive", "lifted", "instance", "circle", "sphere"]
 Backend = Literal["auto", "triton", "cpu", "reference"]
+SETS = (
+    "pedestrians pedestrians-trap market1501 dukemtmc occluded-duke msmt17 msmt17-train-only cuhk03-detected "
+    "cuhk03-labeled cuhk03-detected-classic cuhk03-labeled-classic veri776 vehicleid-800 vehicleid-1600 "
+    "vehicleid-2400 veri-wild-3000 veri-wild-5000 veri-wild-10000 folder"
+)
+SetNames = restricted_string_type("SetNames", rf"^(({SETS.replace(' ', '|')})(\+(?=.)|$))+$")
 # Ranges, so that a slip of the keyboard (inf, 1e30) is an error at once, and not a training without sense or memory.
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])
 ErasingArea = restricted_number_type("ErasingArea", float, [(">=", 0.02), ("<=", 1)])
@@ -60,7 +66,8 @@ class DataConfig:
     """The data set and how its images become batches."""
 
     name: DataSet | SeveralSets = "pedestrians"
-    """Data set; the pedestrians are drawn on first use, the others are read from data.root. Several: like a+b."""
+    """Data set; the pedestrians are drawn on first use, the others are read from data.root. Of several, like a+b, all
+    are trained on and the first is evaluated; the program evaluate takes each by itself."""
     root: Path | None = None
     """Folder of a data set that is not drawn; of several sets that of all, or one for each, like A+B."""
     held_out: ClosedUnitInterval = 0.0
@@ -72,6 +79,10 @@ class DataConfig:
     """Image width after resizing, pixels."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """How images are resized: bilinear as in BagTricks, bicubic as in FastReID."""
+    jitter: ClosedUnitInterval = 0.0
+    """Probability of a change of brightness, contrast, saturation and hue."""
+    autoaugment: ClosedUnitInterval = 0.0
+    """Probability of AutoAugment with its policy for ImageNet."""
     flip: ClosedUnitInterval = 0.5
     """Probability of a horizontal flip."""
     pad: Padding = 4
@@ -110,7 +121,8 @@ class ModelConfig:
     """Backbone, pooling, classifier and memory."""
 
     backbone: Backbone = "compact"
-    """Network below the head; timm:NAME is one of timm's."""
+    """Network below the head: compact, resnet18, resnet34, resnet50, resnet101, resnet50_ibn_a, efficientnet_lite0, or
+    timm:NAME for one of timm's."""
     pretrained: bool = False
     """Start from ImageNet's weights: torchvision's, timm's, or the package's of efficientnet_lite0."""
     weights: Path | None = None
@@ -205,6 +217,8 @@ class OptimConfig:
     schedule: Literal["multistep", "cosine", "one_cycle"] = "multistep"
     """After the warm-up the rate falls at the milestones, or along half a cosine to its 500th part; one_cycle is the
     latter, and its warm-up is half a cosine too."""
+    patience: NonNegativeInt = 0
+    """End the training after so many evaluations in a row without a better mAP; 0: never."""
     backbone_lr: PositiveFloat = 1.0
     """Learning rate of the backbone, as a factor."""
     freeze_backbone: NonNegativeInt = 0
@@ -256,6 +270,8 @@ class TrainConfig:
     """Operators: Triton kernels on a GPU and else for the CPU, or one of these, or the plain reference."""
     seed: Seed = 0
     """Seed of initialisation, sampling and augmentation."""
+    loggers: list[Literal["wandb", "mlflow"]] = field(default_factory=list)
+    """Where the figures of an epoch go besides metrics.jsonl and TensorBoard."""
     output: Path | None = None
     """Folder of the run; without it runs/<date>-<time>."""
 
@@ -263,4 +279,5 @@ class TrainConfig:
 # What evaluation and analyses do not read, and what only those read that rank.
 TRAINING_ONLY = {"data.flip", "data.pad", "data.erasing", "data.erasing_aspect", "data.erasing_area", "data.erased"}
 TRAINING_ONLY |= {"data.identities", "data.instances", "data.sampler", "evaluation.every", "evaluation.untrained"}
+TRAINING_ONLY |= {"data.jitter", "data.autoaugment"}
 RANKING_ONLY = {"evaluation.metric", "evaluation.neck", "evaluation.flip_test", "evaluation.rerank"}

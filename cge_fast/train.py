@@ -154,7 +154,8 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, bool, bool]:
         parsed = parse_settings(parser, arguments)
     config = as_dataclass(parser, parsed, TrainConfig)
     if config.data.root:
-        config.data.root = config.data.root.absolute()  # a checkpoint may be used from another folder
+        roots = str(config.data.root).split("+") if "+" in config.data.name else [config.data.root]
+        config.data.root = Path("+".join(str(Path(root).absolute()) for root in roots))  # used from another folder too
     return config, parsed.resume, parsed.profile
 
 

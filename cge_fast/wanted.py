@@ -9,13 +9,15 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from cge_fast.options import TrainConfig
+from cge_fast.options import SeveralSets, TimmName, TrainConfig
 
 # Of jsonargparse's messages, those that name a setting: a value of the wrong kind, and names that are not known.
 WRONG_VALUE = re.compile(r'Parser key "([\w.]+)":')
 UNKNOWN = re.compile(
     r"unrecognized arguments: --([^\s=]+)|Group '(\w+)' does not accept option '(.+)'|Option '(.+)' is"
 )
+
+STRINGS = {SeveralSets: "several of them, like a+b", TimmName: "timm:NAME"}
 
 
 def types_of(kind: type) -> dict[str, Any]:
@@ -42,8 +44,8 @@ def wanted(kind: Any) -> str:
         return f"a mapping like {{name: 1}}, each value {wanted(get_args(kind)[1])}"
     if get_args(kind):
         return ", or ".join(map(wanted, get_args(kind)))
-    if isinstance(kind, type) and issubclass(kind, str) and kind is not str:
-        return "several of them, like a+b"
+    if kind in STRINGS:
+        return STRINGS[kind]
     if bounds := getattr(kind, "_expression", ""):
         for sign, word in (("v>=", "at least "), ("v<=", "at most "), ("v>", "above "), ("v<", "below ")):
             bounds = bounds.replace(sign, word)

@@ -63,7 +63,7 @@ def timm_map(name: str, height: int, width: int) -> TimmMap:
     try:
         with torch.device("meta"):
             kinds = type(timm.create_model(name)).__mro__
-        known = {option for kind in kinds for option in inspect.signature(kind).parameters}
+        known = {option for kind in kinds for option in inspect.signature(vars(kind).get("__init__", print)).parameters}
         options = {"output_stride": OUTPUT_STRIDE, "img_size": (height, width), "dynamic_img_size": True}
         options = {key: value for key, value in options.items() if key in known}
         try:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
 
 from cge_fast.data.augment import Normalise, draw
 from cge_fast.data.decoded import decoded
@@ -14,16 +15,31 @@ from cge_fast.distributed import rank
 from cge_fast.options import DataConfig
 from cge_fast.progress import progress
 
+COLOURS = 1 << 62  # of a seed, so that colours are drawn apart from `augment.draw`
+
+
+def colours(config: DataConfig) -> list[v2.Transform]:
+    """Colour jitter, with FastReID's strengths, and AutoAugment, each with its probability, of a uint8 image."""
+    jitter = v2.ColorJitter(brightness=0.15, contrast=0.15, saturation=0.1, hue=0.1)
+    changes = (config.jitter, jitter), (config.autoaugment, v2.AutoAugment())
+    return [v2.RandomApply([change], p=probability) for probability, change in changes if probability]
+
 
 class TrainImages(Dataset):
     """Images with what is to be done to them and their labels, by (index, seed): the seed alone decides the former."""
 
     def __init__(self, images: Sequence[Image], labels: Sequence[int], config: DataConfig):
         self.pixels, self.labels, self.config = decoded(images, config), labels, config
+        self.colours = v2.Compose(colours(config)) if colours(config) else None
 
     def __getitem__(self, index_and_seed: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
         index, seed = index_and_seed
-        return self.pixels[index], draw(self.config, seed), self.labels[index]
+        pixels = self.pixels[index]
+        if self.colours:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed ^ COLOURS)
+                pixels = self.colours(pixels.permute(2, 0, 1)).permute(1, 2, 0).contiguous()
+        return pixels, draw(self.config, seed), self.labels[index]
 
 
 def train_labels(images: Sequence[Image]) -> list[int]:

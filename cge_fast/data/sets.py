@@ -101,12 +101,12 @@ def read(config: DataConfig, needed: Collection[Split] = SPLITS, optional: Colle
         UserError: the root is missing or does not hold such a set, a needed split has no image, people of a published
             set's training are in its test, or query and gallery are needed and have nothing to find.
     """
+    if "+" in config.name:
+        return together(config, needed, optional)
     if config.name in DRAWN:
         if config.root:
             raise UserError(f"data.root: {config.root} is not read, {config.name} is drawn; give data.name too")
         reid_set = read_market1501(pedestrians(trap=config.name == "pedestrians-trap"), needed, optional)
-    elif "+" in config.name:
-        raise UserError(f"data.name: must be one data set here, got {config.name}")
     elif config.root is None:
         raise UserError(f"data.root: the data set {config.name} needs the folder where it lies")
     else:
@@ -125,6 +125,34 @@ def read(config: DataConfig, needed: Collection[Split] = SPLITS, optional: Colle
     if why and "query" in needed and "gallery" in needed:
         raise UserError(f"data.root: {why}")
     return reid_set
+
+
+def together(config: DataConfig, needed: Collection[Split], optional: Collection[Split]) -> ReidSet:
+    """The first of several sets, to whose training images those of the others are added: other people and cameras.
+
+    Raises:
+        UserError: `read` or `each_set` does, or a set is there twice.
+    """
+    configs = each_set(config)
+    if len({(each.name, each.root) for each in configs}) < len(configs):
+        raise UserError(f"data.name: each set can be there once, got {config.name}")
+    first = read(configs[0], needed, optional)
+    if "train" not in {*needed, *optional}:
+        return first
+    train, test = list(first.train), first.query + first.gallery
+    for other in configs[1:]:
+        identities, cameras = (1 + max(getattr(image, key) for image in train + test) for key in ("identity", "camera"))
+        added = read(other, ["train"]).train
+        lowest = min(image.identity for image in added), min(image.camera for image in added)
+        train += [
+            replace(
+                image,
+                identity=identities + image.identity - lowest[0],
+                camera=cameras + image.camera - lowest[1],
+            )
+            for image in added
+        ]
+    return ReidSet(train, first.query, first.gallery)
 
 
 def check_people(name: str, reid_set: ReidSet) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from runs import assert_same_weights, killed_in_epoch, rows, run, weights
 
-from cge_fast import backbones
+from cge_fast import backbones, loop
 
 
 @pytest.mark.parametrize("kind", ["cge", "baseline"])
@@ -42,3 +42,16 @@ def test_the_backbones_rate_is_a_factor_of_the_others(options, tmp_path, capsys)
         torch.testing.assert_close(less, moved / 4, rtol=1e-2, atol=1e-7)
     assert torch.equal(same["neck.weight"], quarter["neck.weight"])
     assert rows(tmp_path / "0.25")[-1]["lr"] == 0.001, "what is logged is the others'"
+
+
+def test_a_training_ends_early_and_a_resumed_one_at_once_unless_it_may_go_on(options, tmp_path, capsys, monkeypatch):
+    found = iter([0.5, 0.4, 0.5, 0.6, 0.1, 0.1, 0.1])
+    monkeypatch.setattr("cge_fast.loop.evaluation", lambda run: dict.fromkeys(loop.RETRIEVAL, next(found)))
+    options = [*options, "--evaluation.untrained", "false", "--evaluation.every", "1", "--optim.epochs", "9"]
+    assert run([*options, "--optim.patience", "2"], capsys)[0] == 0
+    assert [row["mAP"] for row in rows(tmp_path / "run")] == [0.5, 0.4, 0.5], "as good is not better"
+    status, out, err = run(["--output", str(tmp_path / "run"), "--resume"], capsys)
+    assert (status, "mAP 50.0%" in out) == (0, True)
+    assert "optim.patience: ends after epoch 3, best mAP 50.0%" in err
+    assert run(["--output", str(tmp_path / "run"), "--resume", "--optim.patience", "3"], capsys)[0] == 0
+    assert len(rows(tmp_path / "run")) == 7

@@ -81,3 +81,18 @@ def test_batches_are_the_same_for_any_number_of_workers_and_any_cache(images, wo
         pixels, drawn, labels = other
         assert (pixels.shape, pixels.dtype, drawn.shape) == ((4, 16, 8, 3), torch.uint8, (4, 7))
         assert set(Counter(labels.tolist()).values()) == {2}
+
+
+@pytest.mark.parametrize("change", ["jitter", "autoaugment"])
+def test_colours_change_with_their_probability_by_the_images_seed(images, change):
+    def drawn(**options):
+        settings = config(flip=0, pad=0, erasing=0, **options)
+        train = TrainImages(images[:1], [0], settings)
+        return [train[0, seed][0] for seed in range(40)]
+
+    plain, always, again, half = drawn(), drawn(**{change: 1}), drawn(**{change: 1}), drawn(**{change: 0.5})
+    assert all(torch.equal(image, plain[0]) for image in plain)
+    assert all(torch.equal(one, other) for one, other in zip(always, again, strict=True))
+    changed = [sum(not torch.equal(image, plain[0]) for image in found) for found in (always, half)]
+    assert changed[0] > 30
+    assert 0 < changed[1] < changed[0]

@@ -7,6 +7,7 @@ from typing import get_args
 
 import PIL.Image
 import pytest
+from conftest import write_market1501
 
 from cge_fast.data import read
 from cge_fast.data.pedestrians import draw
@@ -275,3 +276,34 @@ def test_a_cache_that_lost_images_is_named(tmp_path, monkeypatch):
     lost.unlink()
     with pytest.raises(UserError, match=r"pedestrians-1 holds 23 of its 24 files: remove it, and it is made anew"):
         read(DataConfig())
+
+
+def test_several_sets_are_trained_on_as_different_people_and_the_first_is_evaluated(tmp_path):
+    for name in ("market1501", "dukemtmc"):
+        write_market1501(tmp_path / name)
+    alone, both = (
+        read(DataConfig(name=name, root=root))
+        for name, root in (
+            ("market1501", tmp_path / "market1501"),
+            ("market1501+dukemtmc", Path(f"{tmp_path / 'market1501'}+{tmp_path / 'dukemtmc'}")),
+        )
+    )
+    assert (both.query, both.gallery) == (alone.query, alone.gallery)
+    assert both.train[: len(alone.train)] == alone.train
+    added = both.train[len(alone.train) :]
+    assert [image.path.name for image in added] == [image.path.name for image in alone.train]
+    assert {image.path.parents[1].name for image in added} == {"dukemtmc"}
+    every = alone.train + alone.query + alone.gallery
+    for key in ("identity", "camera"):
+        assert not {getattr(image, key) for image in added} & {getattr(image, key) for image in every}
+        kinds = {(getattr(old, key), getattr(new, key)) for old, new in zip(alone.train, added, strict=True)}
+        assert len(kinds) == len({getattr(image, key) for image in alone.train}), "one for one"
+    assert read(DataConfig(name="market1501+dukemtmc", root=tmp_path / "market1501"), ["query"]).train == []
+
+
+def test_a_set_of_several_that_cannot_be_read_or_comes_twice_is_named(tmp_path):
+    write_market1501(tmp_path)
+    with pytest.raises(UserError, match=r"data\.name: each set can be there once, got market1501\+market1501"):
+        read(DataConfig(name="market1501+market1501", root=tmp_path))
+    with pytest.raises(UserError, match="msmt17"):
+        read(DataConfig(name="market1501+msmt17", root=tmp_path))
