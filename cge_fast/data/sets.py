@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -74,8 +74,9 @@ def read(config: DataConfig, needed: Collection[Split] = SPLITS, optional: Colle
         UserError: the root is missing or does not hold such a set, a needed split has no image, people of a published
             set's training are in its test, or query and gallery are needed and have nothing to find.
     """
-    if "+" in config.name:
-        return together(config, needed, optional)
+    names = str(config.name).split("+")
+    if len(names) > 1:
+        return together(config, names, needed, optional)
     if config.name in DRAWN:
         if config.root:
             raise UserError(f"data.root: {config.root} is not read, {config.name} is drawn; give data.name too")
@@ -97,13 +98,15 @@ def read(config: DataConfig, needed: Collection[Split] = SPLITS, optional: Colle
     return reid_set
 
 
-def together(config: DataConfig, needed: Collection[Split], optional: Collection[Split]) -> ReidSet:
+def together(
+    config: DataConfig, names: Sequence[str], needed: Collection[Split], optional: Collection[Split]
+) -> ReidSet:
     """The first of several sets, to whose training images those of the others are added: other people and cameras.
 
     Raises:
         UserError: `read` does for one of them, or one is there twice.
     """
-    names, root = config.name.split("+"), config.root
+    root = config.root
     if len(set(names)) < len(names):
         raise UserError(f"data.name: each set can be there once, got {config.name}")
     configs = [replace(config, name=name, root=None if name in DRAWN else root and root / name) for name in names]
