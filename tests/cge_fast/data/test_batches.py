@@ -94,5 +94,4 @@ def test_colours_change_with_their_probability_by_the_images_seed(images, change
     assert all(torch.equal(image, plain[0]) for image in plain)
     assert all(torch.equal(one, other) for one, other in zip(always, again, strict=True))
     changed = [sum(not torch.equal(image, plain[0]) for image in found) for found in (always, half)]
-    assert changed[0] > 30
     assert 0 < changed[1] < changed[0]
