@@ -141,10 +141,9 @@ def test_several_sets_have_settings_of_their_own(name, root, expected):
     ],
 )
 def test_several_sets_that_do_not_fit_their_roots_are_named(name, root, message):
-    with pytest.raises(UserError, match=re.escape(message)):
-        each_set(DataConfig(name=name, root=Path(root)))
-    with pytest.raises(UserError, match=r"data.name: must be one data set here, got folder"):
-        read(DataConfig(name=name, root=Path(root)))
+    for taken in (each_set, read):
+        with pytest.raises(UserError, match=re.escape(message)):
+            taken(DataConfig(name=name, root=Path(root)))
 
 
 def test_a_folder_of_crops_names_identities_and_cameras_as_it_likes(tmp_path):
@@ -305,5 +304,5 @@ def test_a_set_of_several_that_cannot_be_read_or_comes_twice_is_named(tmp_path):
     write_market1501(tmp_path)
     with pytest.raises(UserError, match=r"data\.name: each set can be there once, got market1501\+market1501"):
         read(DataConfig(name="market1501+market1501", root=tmp_path))
-    with pytest.raises(UserError, match="msmt17"):
+    with pytest.raises(UserError, match="there is no file .*list_train.txt"):
         read(DataConfig(name="market1501+msmt17", root=tmp_path))
