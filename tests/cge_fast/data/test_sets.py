@@ -304,5 +304,5 @@ def test_a_set_of_several_that_cannot_be_read_or_comes_twice_is_named(tmp_path):
     write_market1501(tmp_path)
     with pytest.raises(UserError, match=r"data\.name: each set can be there once, got market1501\+market1501"):
         read(DataConfig(name="market1501+market1501", root=tmp_path))
-    with pytest.raises(UserError, match="there is no file .*list_train.txt"):
+    with pytest.raises(UserError, match=r"there is no file .*list_train\.txt"):
         read(DataConfig(name="market1501+msmt17", root=tmp_path))
