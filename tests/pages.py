@@ -17,6 +17,7 @@ STARTS_OURS = re.compile(r"(?:^|[\s/])(?:python3?|torchrun|pip|pytest|cge-(?!fas
 LAUNCHERS = ("torch.distributed.run", "cge_fast.torchrun")
 # What stands for something of the reader's, and what a command is tried with; other such words do as they are.
 STANDS_FOR = {"COMMAND": "operators", "NAME": "market1501", "S": "0", "$seed": "0", "...": ""}
+RECIPE = "pedestrians_cge"  # for a reader's file of settings
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,16 @@ def commands_of(page: Path) -> Iterator[Command]:
                 words = words[end + 1 :]
 
 
+def filled(words: list[str]) -> list[str]:
+    """The words with something in the place of what is the reader's."""
+    pairs = zip(["", *words], words, strict=False)
+    found = [RECIPE if pair == ("--config", "NAME") else STANDS_FOR.get(pair[1], pair[1]) for pair in pairs]
+    return [word for word in found if word]
+
+
 def command(page: str, words: list[str], is_mention: bool) -> Iterator[Command]:
     """The command of these words of a shell, or none."""
-    words = [STANDS_FOR.get(word, word) for word in words if STANDS_FOR.get(word, word)]
+    words = filled(words)
     while words and re.fullmatch(r"\w+=.*|do|time|nice|-n|\d+", words[0]):
         words = words[1:]
     name, *rest = words or [""]

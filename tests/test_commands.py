@@ -9,7 +9,7 @@ from functools import cache
 
 import jsonargparse
 import pytest
-from pages import PAGES, ROOT, commands_of, lines_of, main_of, spans_of
+from pages import PAGES, RECIPE, ROOT, commands_of, filled, lines_of, main_of, spans_of
 
 import bench.__main__
 
@@ -48,7 +48,7 @@ def parse(program: str, arguments: tuple[str, ...]) -> None:
 
     A reader's file of settings is taken for a recipe.
     """
-    arguments = tuple("pedestrians_cge" if word.endswith(".yaml") else word for word in arguments)
+    arguments = tuple(RECIPE if word.endswith(".yaml") else word for word in arguments)
     if main_of(program) is None:
         assert not arguments, f"{program} takes no arguments"
         return
@@ -103,7 +103,7 @@ def known_options() -> set[str]:
 @pytest.mark.parametrize("span", OPTIONS)
 def test_an_option_in_a_sentence_is_one_of_the_programs(span):
     """Where all are a training's, their values too are what it takes."""
-    words = span.split()
+    words = filled(span.split())
     for option in (word.partition("=")[0] for word in words if word.startswith("--")):
         stem, star, _ = option.partition("*")
         known = [name for name in known_options() if (name.startswith(stem) if star else name == option)]
