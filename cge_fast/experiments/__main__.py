@@ -73,7 +73,8 @@ def option_parser() -> ArgumentParser:
     parser.add_argument("--data", choices=DATA, nargs="+", default=[DRAWN], help="data sets")
     roots = "folders of the data sets that are not drawn, one each"
     parser.add_argument("--root", type=Path, nargs="+", default=[], help=roots)
-    presets = "paper: the recipe untouched; small: short trainings for two cores, of pedestrians and omniglot"
+    presets = "paper: the recipe untouched; small: short trainings for two cores, of pedestrians and omniglot; "
+    presets += "small-pretrained: the same from ImageNet's weights (needs the extra timm)"
     parser.add_argument("--preset", choices=list(PRESETS), default="paper", help=presets)
     parser.add_argument("--seeds", type=PositiveInt, help="trainings of each row; default 3, of table 3 one")
     parser.add_argument("--output", type=Path, default=Path("experiments"), help="folder of the trainings and tables")
