@@ -21,6 +21,7 @@ from cge_fast.losses.criterion import CriterionOutput, ReidCriterion
 from cge_fast.losses.metric import CenterLoss, MetricLoss
 from cge_fast.losses.softmax import SoftmaxLoss
 from cge_fast.metrics import EpochMetrics
+from cge_fast.optimizer import Average
 from cge_fast.options import DataConfig, LossConfig, TrainConfig
 from cge_fast.step import training_step
 from cge_kernels import ClassShard
@@ -194,6 +195,12 @@ def test_a_step_never_waits_for_the_device(meta, metric, pieces):
     assert waits_of_a_step(make_run("meta", CGELoss(8, 4, memory_dtype=torch.bfloat16), metric), pieces) == []
     assert {"stripe_pool_backward_kernel", "grad_logits_kernel", "write_memory_kernel"} <= set(meta)
     assert waits_of_a_step(make_run("meta", SoftmaxLoss(8, 4), metric), pieces) == []
+
+
+def test_nor_do_clipping_and_the_average(meta):
+    run = make_run("meta")
+    run.config.optim.clip, run.average = 1.0, Average(run.model, 0.5)
+    assert waits_of_a_step(run) == []
 
 
 def test_nor_does_augmentation():
