@@ -1,7 +1,8 @@
 """The whole program from disk to gradient, beside what it would be without this project's parts. Contenders take turns.
 
-- step: images per second of training steps of ResNet-18 with torch.compile, decoded images kept in memory and the
-  kernels, beside the same program with the plain reference and none of it. Images are loaded within the step.
+- step: images per second of training steps of ResNet-18 with decoded images kept in memory, the kernels and the
+  device's precision, also compiled, or in float32; beside the same program with the plain reference, in float32, and
+  none of it. Images are loaded within the step.
 - loader: images per second until batches are augmented, float and on the device, beside a plain torchvision dataset
   with the same transforms and as many workers.
 """
@@ -35,7 +36,7 @@ from cge_fast.options import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from cge_fast.step import training_step
 
 PARTS = ["step", "loader"]
-BACKBONE, PRECISIONS = "resnet18", ["auto", "float32"]
+BACKBONE = "resnet18"
 STEP = DataConfig(height=128, width=64, identities=16, instances=4, workers=0)
 LOADER = DataConfig(height=384, width=128, identities=16, instances=4, workers=2, pad=10)
 BATCHES = 12  # of a turn of the loader
@@ -49,13 +50,11 @@ def add_options(parser: ArgumentParser) -> None:
 
 def measure(parts: list[str], rounds: int) -> Iterator[Figure]:
     """Images per second of the parts; writes no run."""
-    for precision in PRECISIONS if "step" in parts else ():
-        place = f"{BACKBONE}, {STEP.height}x{STEP.width}, B {STEP.identities * STEP.instances}", precision
-        on = TrainConfig(replace(STEP, cache="ram"), optim=OptimConfig(precision=precision, compile=True))
-        off = TrainConfig(STEP, optim=OptimConfig(precision=precision), backend="reference")
+    if "step" in parts:
+        place = f"{BACKBONE}, {STEP.height}x{STEP.width}, B {STEP.identities * STEP.instances}", "images"
         with TemporaryDirectory() as folder:
             runs = {}
-            for contender, config in (("cge_fast", on), ("reference", off)):
+            for contender, config in programs().items():
                 config.model, config.output = ModelConfig(BACKBONE), Path(folder)
                 run = build_run(config, default_device())
                 runs[contender] = partial(timed_step, run, endless(run))
@@ -64,6 +63,17 @@ def measure(parts: list[str], rounds: int) -> Iterator[Figure]:
         config = replace(LOADER, cache=cache)
         place = f"{LOADER.height}x{LOADER.width}, {LOADER.workers} workers", f"data.cache {cache}"
         yield from compared("program, loader", *place, loaders(config, default_device()), rounds)
+
+
+def programs() -> dict[str, TrainConfig]:
+    """This program, also compiled and in float32, and what it would be without its parts."""
+    kept = replace(STEP, cache="ram")
+    return {
+        "cge_fast": TrainConfig(kept),
+        "cge_fast, compiled": TrainConfig(kept, optim=OptimConfig(compile=True)),
+        "cge_fast, float32": TrainConfig(kept, optim=OptimConfig(precision="float32")),
+        "reference": TrainConfig(STEP, optim=OptimConfig(precision="float32"), backend="reference"),
+    }
 
 
 def compared(bench: str, setting: str, subject: str, runs: dict[str, Any], rounds: int) -> Iterator[Figure]:

@@ -125,7 +125,8 @@ def disturb(kind: str, number: int, tmp_path: Path, market: Path, whole: Path) -
     assert_same_weights(output, whole)
     assert [row["epoch"] for row in rows(output)] == list(range(EPOCHS + 1))
     assert {path.name for path in (output / "checkpoints").iterdir()} == {"last", "best"}
-    assert {path.name for path in output.iterdir()} == {"checkpoints", "config.yaml", "metrics.jsonl", "tensorboard"}
+    written = {"checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "report.html", "tensorboard"}
+    assert {path.name for path in output.iterdir()} == written
     shutil.rmtree(folder)
     return process.exitcode != 0 or kind == "writer"
 
