@@ -1,7 +1,8 @@
 """Augmentation: its numbers are drawn for each image from a seed, and applied to whole batches on their device.
 
-Images are uint8 (B, H, W, 3), as Pillow has them, until here. On a CPU nearly all of the time goes into new memory, so
-there is one tensor of floats, changed in place, in rows of W * 3 numbers.
+Images are uint8 (B, H, W, 3), as Pillow has them, until here. Then there is one tensor of floats, changed in place, in
+rows of W * 3 numbers. On a CPU new memory would take several times as long as all else, since the system maps and
+zeroes it page by page: a batch takes that of an earlier one which nobody holds any more.
 """
 
 import math
@@ -72,11 +73,27 @@ class Normalise(nn.Module):
         super().__init__()
         for name, values in zip(("mean", "std"), mean_and_std(config), strict=True):
             self.register_buffer(name, torch.tensor(values), persistent=False)
+        self.kept: list[torch.UntypedStorage] = []  # a loop holds one batch while it makes the next
 
     def rows(self, images: Tensor) -> Tensor:
         """(B, H, W * 3) float32 of uint8 images (B, H, W, 3)."""
-        rows, width = images.flatten(2).to(torch.float32), images.shape[2]
+        return self.normalised(self.empty(images.flatten(2)).copy_(images.flatten(2)))
+
+    def normalised(self, rows: Tensor) -> Tensor:
+        """Rows (..., W * 3) float32 of values from 0 to 255, changed in place."""
+        width = rows.shape[-1] // 3
         return rows.mul_(1 / 255).sub_(self.mean.repeat(width)).div_(self.std.repeat(width))
+
+    def empty(self, like: Tensor) -> Tensor:
+        """An uninitialised float32 tensor of the same shape and device."""
+        if like.device.type != "cpu":
+            return torch.empty_like(like, dtype=torch.float32)
+        for storage in self.kept:
+            if torch._C._storage_Use_Count(storage._cdata) == 1 and storage.nbytes() == 4 * like.numel():
+                return torch.empty(0).set_(storage, 0, like.shape)  # type: ignore[call-overload]
+        fresh = torch.empty(like.shape)
+        self.kept = [*self.kept[-1:], fresh.untyped_storage()]
+        return fresh
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) float32, in memory as channels_last, of uint8 images (B, H, W, 3)."""
@@ -97,6 +114,10 @@ class Augment(Normalise):
 
     def forward(self, images: Tensor, drawn: Tensor) -> Tensor:  # type: ignore[override]
         """As Normalise's, of images to each of which is done what `draw` gave, (B, 7)."""
+        return (self.one_by_one if images.device.type == "cpu" else self.all_at_once)(images, drawn)
+
+    def all_at_once(self, images: Tensor, drawn: Tensor) -> Tensor:
+        """On a GPU: in as few launches as that takes."""
         batch, height, width, _ = images.shape
         flipped, y, x, top, left, h, w = drawn[:, :, None].unbind(1)
         number, row, column = (torch.arange(size, device=images.device) for size in (batch, height, width))
@@ -109,3 +130,16 @@ class Augment(Normalise):
         is_erased = in_row[:, :, None] & in_column[:, :, None].expand(-1, -1, 3).flatten(1)[:, None]
         torch.where(is_erased, self.erased.repeat(width), rows, out=rows)
         return rows.view(images.shape).permute(0, 3, 1, 2)
+
+    def one_by_one(self, images: Tensor, drawn: Tensor) -> Tensor:
+        """On a CPU: an image stays in the cache from its crop to its erasing."""
+        height, width = images.shape[1:3]
+        result = self.empty(images)
+        padded = pad(images, [0, 0] + [self.pad] * 4)
+        for image, out, (flipped, y, x, top, left, h, w) in zip(padded, result, drawn.tolist(), strict=True):
+            x = 2 * self.pad - x if flipped else x
+            crop = image[y : y + height, x : x + width]
+            out.copy_(crop.flip(1) if flipped else crop)
+            self.normalised(out.flatten(1))
+            out[top : top + h, left : left + w] = self.erased
+        return result.permute(0, 3, 1, 2)

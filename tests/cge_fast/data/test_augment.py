@@ -69,12 +69,30 @@ def configs(draw):
 @example(DataConfig(height=384, width=128, pad=10, erasing=1, erasing_aspect="uniform"), [2**63 - 1, 5])
 def test_a_batch_is_what_torchvision_makes_of_each_image(config, seeds):
     images = torch.randint(256, (len(seeds), config.height, config.width, 3), dtype=torch.uint8)
-    found = Augment(config)(images, torch.stack([draw(config, seed) for seed in seeds]))
+    augment, drawn = Augment(config), torch.stack([draw(config, seed) for seed in seeds])
+    found = augment(images, drawn)
+    assert torch.equal(augment.all_at_once(images, drawn), found)
     for image, image_found, seed in zip(images, found, seeds, strict=True):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             expected = torchvisions(config)(PIL.Image.fromarray(image.numpy()))
         assert torch.equal(image_found, expected)
+
+
+def test_memory_is_taken_again_but_not_from_a_batch_that_is_held():
+    config = DataConfig(height=4, width=2, pad=0, flip=0, erasing=0)
+    augment, drawn = Augment(config), torch.stack([draw(config, 0)])
+    batches = [torch.full((1, 4, 2, 3), value, dtype=torch.uint8) for value in range(4)]
+    held = [augment(batch, drawn) for batch in batches]
+    assert [batch.unique().numel() for batch in held] == [3] * 4
+    assert len({batch.data_ptr() for batch in held}) == 4
+    for batch, other in zip(batches, held, strict=True):
+        assert torch.equal(Augment(config)(batch, drawn), other)
+    places, batch = set(), None
+    for _ in range(6):
+        batch = augment(batches[0], drawn)  # as in a loop, the last one is held until it is replaced
+        places.add(batch.data_ptr())
+    assert len(places) == 2
 
 
 def augmented(image, config: DataConfig, seed: int = 0) -> torch.Tensor:
