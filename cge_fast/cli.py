@@ -283,7 +283,7 @@ def plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value) if isinstance(value, float) else int(value)
-    return str(value) if isinstance(value, str) else value
+    return value
 
 
 def set_defaults(parser: ArgumentParser, config: TrainConfig, *names: str) -> None:

@@ -26,6 +26,8 @@ from cge_fast.ranks import start_ranks, stop_ranks
 PROGRAM = "cge_fast.embed"
 MADE_WITH = {"data": ("height", "width", "interpolation", "normalisation"), "evaluation": ("neck", "flip_test")}
 
+UNREAD = ("evaluation.metric", "evaluation.rerank")  # which compare features
+
 
 @dataclass
 class EmbedConfig:
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The program; `arguments` default to the command line's."""
     purpose = "Writes images' features to a file, with their paths and labels."
     parser = program_parser(PROGRAM, purpose, "--checkpoint DIR --output FILE [--SETTING VALUE ...]")
-    config = settings(parser, sys.argv[1:] if arguments is None else arguments, EmbedConfig)
+    config = settings(parser, sys.argv[1:] if arguments is None else arguments, EmbedConfig, UNREAD)
     feature_file.check_output(config.output)
     images = listed(config)
 

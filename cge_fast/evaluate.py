@@ -50,16 +50,16 @@ class EvaluateConfig:
 
 
 def settings(
-    parser: ArgumentParser, arguments: Sequence[str], kind: type[Settings], added: Collection[str] = ()
+    parser: ArgumentParser, arguments: Sequence[str], kind: type[Settings], unread: Collection[str] = ()
 ) -> Settings:
     """The settings on the command line; of data, evaluation and backend the checkpoint's, if there is one, come first.
 
-    added: those that the parser has already.
+    unread: those that the program does not read, besides TRAINING_ONLY, or that the parser has already.
 
     Raises:
         ArgumentError, UserError: the command line or the checkpoint cannot be read.
     """
-    add_settings(parser, kind, TRAINING_ONLY | {*added})
+    add_settings(parser, kind, TRAINING_ONLY | {*unread})
     if folder := parse_settings(parser, arguments).checkpoint:
         set_defaults(parser, read_settings(checkpoint.config_file(folder)), "data", "evaluation", "backend")
     return as_dataclass(parser, parse_settings(parser, arguments), kind)

@@ -122,14 +122,14 @@ def train_epoch(run: Run, epoch: int, momentum: float, bar: Any, profile: StepPr
                 losses = metrics.fold()  # of the micro-batches since the last log step
                 for ago, loss in enumerate(losses[::-1]):
                     if not math.isfinite(loss):
-                        raise not_finite(run, f"the loss of step {step + 1 - ago // pieces} of epoch {epoch}")
+                        raise not_finite(f"the loss of step {step + 1 - ago // pieces} of epoch {epoch}")
                 show(run, bar, losses[-1], metrics)
     if profile:
         profile.stop()
     tensors = (*run.model.state_dict().values(), *run.criterion.state_dict().values())
     finite = all(tensor.isfinite().all() for tensor in tensors)
     if any_rank(not finite, run.device):  # with shards it may be in one rank's rows alone
-        raise not_finite(run, f"a parameter or buffer after epoch {epoch}")
+        raise not_finite(f"a parameter or buffer after epoch {epoch}")
     metrics.all_reduce()
     copy_from_first_rank(run.model.buffers())
     if run.average:
@@ -169,7 +169,7 @@ def show(run: Run, bar: Any, loss: float, metrics: EpochMetrics) -> None:
     bar.set_postfix_str(f"loss {loss:.3f}, accuracy {metrics.accuracy:.1%}, {images_per_second:.0f} images/s")
 
 
-def not_finite(run: Run, what: str) -> UserError:
+def not_finite(what: str) -> UserError:
     """The error of a diverged training."""
     return UserError(f"{what} is not finite; try a smaller optim.lr or optim.precision float32")
 

@@ -40,12 +40,6 @@ Pooling = Literal["average", "gem"]
 MemoryMomentum = Literal["linear", "exponential", "constant"]
 Metric = Literal["triplet", "wrt", "wrt_published", "contrastive", "lifted", "instance", "circle", "sphere"]
 Backend = Literal["auto", "triton", "cpu", "reference"]
-SETS = (
-    "pedestrians pedestrians-trap market1501 dukemtmc occluded-duke msmt17 msmt17-train-only cuhk03-detected "
-    "cuhk03-labeled cuhk03-detected-classic cuhk03-labeled-classic veri776 vehicleid-800 vehicleid-1600 "
-    "vehicleid-2400 veri-wild-3000 veri-wild-5000 veri-wild-10000 folder"
-)
-SetNames = restricted_string_type("SetNames", rf"^(({SETS.replace(' ', '|')})(\+(?=.)|$))+$")
 # Ranges, so that a slip of the keyboard (inf, 1e30) is an error at once, and not a training without sense or memory.
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])
 ErasingArea = restricted_number_type("ErasingArea", float, [(">=", 0.02), ("<=", 1)])
@@ -105,8 +99,8 @@ class DataConfig:
     instances: BatchPart = 4
     """K: images of each identity in a batch."""
     sampler: Literal["balanced", "naive", "random"] = "balanced"
-    """Identities of a batch: each once before any twice, or those with K unseen images left, until there are fewer than
-    P, over the epochs (naive, FastReID) or anew in each, which ends then (random, BagTricks)."""
+    """Identities of a batch: each once before any twice, or (naive, FastReID) those with K unseen images left, in
+    passes that go on over the epochs, or (random, BagTricks) the same, where an epoch is one pass."""
     workers: Workers = 2
     """Processes that load images; 0 loads in the training process. The batches are the same for any number."""
     cache: Literal["none", "ram", "disk"] = "none"
@@ -194,12 +188,12 @@ class OptimConfig:
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """Adam, AdamW (whose weight decay is decoupled), or SGD with momentum 0.9."""
     weight_decay: NonNegativeFloat = 5e-4
-    """Weight decay on every parameter, of adam and sgd coupled L2."""
+    """Weight decay of every parameter: with adam and sgd L2 in the gradient, with adamw decoupled."""
     clip: NonNegativeFloat = 0.0
-    """Largest norm of all gradients together, to which greater ones are scaled; 0: they are left as they are."""
+    """Gradient clipping: the largest norm of all gradients together, to which they are scaled down; 0: none."""
     ema: Decay = 0.0
-    """How much of the weights' running average, which is then evaluated and deployed, a step keeps, 0.999 say; 0: there
-    is no average."""
+    """Decay of the weights' exponential moving average, 0.999 say, which is then evaluated and deployed; 0: there is no
+    average."""
     warmup: NonNegativeFloat = 0.1
     """Length of the linear warm-up: epochs, or below 1 a share of all epochs."""
     warmup_steps: NonNegativeInt = 0
@@ -215,22 +209,23 @@ class OptimConfig:
     gamma: PositiveFloat = 0.1
     """Factor at each milestone."""
     schedule: Literal["multistep", "cosine", "one_cycle"] = "multistep"
-    """After the warm-up the rate falls at the milestones, or along half a cosine to its 500th part; one_cycle is the
-    latter, and its warm-up is half a cosine too."""
+    """After the warm-up the rate falls at the milestones, or (cosine) along half a cosine to 0.002 of it, or
+    (one_cycle) the same, after a warm-up that is half a cosine too."""
     patience: NonNegativeInt = 0
-    """End the training after so many evaluations in a row without a better mAP; 0: never."""
+    """Early stopping: end the training after so many evaluations in a row without a better mAP; 0: never."""
     backbone_lr: PositiveFloat = 1.0
     """Learning rate of the backbone, as a factor."""
     freeze_backbone: NonNegativeInt = 0
-    """Epochs at the start in which the backbone does not learn, and its BatchNorm keeps and takes its statistics."""
+    """Epochs at the start in which the backbone does not learn, and its BatchNorm takes its running statistics as they
+    are."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Arithmetic of the backbone, and of the classifier's and the memory's matmuls; auto: bfloat16 where the device has
     it in hardware (on a CPU for the backbone alone), else float32."""
     accumulate: BatchPart = 1
     """Micro-batches that a batch is cut into (P / ranks divisible by it), to train with less device memory."""
     checkpoint_backbone: bool = False
-    """Keep only the inputs of the backbone's stages for the backward, and compute the rest again: less device memory,
-    for the time of one more forward."""
+    """Activation checkpointing: keep only the inputs of the backbone's stages for the backward, and compute the rest
+    again; less device memory, for the time of one more forward."""
     compile: bool = False
     """Compile the network and the classification loss for training with torch.compile, in the first step."""
     cuda_graph: bool = False

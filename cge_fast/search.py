@@ -25,6 +25,7 @@ from cge_fast.options import Backend, DataConfig, EvaluationConfig
 
 PROGRAM = "cge_fast.search"
 MOST_DRAWN = 50  # queries, and images of each: PNG has its bounds
+UNREAD = ("data.name", "data.root", "data.held_out", "data.cache", "data.skip_corrupt", "evaluation.rerank")
 Row = dict[str, Any]
 
 
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     purpose = "Finds the images of a gallery that are most like others."
     parser = program_parser(PROGRAM, purpose, "--checkpoint DIR --gallery DIR --query IMAGE ... [--SETTING VALUE ...]")
     parser.add_argument("--query", type=Path, nargs="+", required=True, help="images that are looked for")
-    config = settings(parser, sys.argv[1:] if arguments is None else arguments, SearchConfig, ["query"])
+    config = settings(parser, sys.argv[1:] if arguments is None else arguments, SearchConfig, ["query", *UNREAD])
     check_output(config.output)
     read = None if config.gallery.is_dir() else feature_file.read(config.gallery, "gallery", ["paths"])
     paths = image_files(config.gallery, "gallery") if read is None else []

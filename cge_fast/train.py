@@ -26,6 +26,7 @@ from cge_fast.cli import (
     set_defaults,
 )
 from cge_fast.errors import UserError
+from cge_fast.files import at_home
 from cge_fast.options import TrainConfig
 
 if TYPE_CHECKING:
@@ -155,7 +156,8 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, bool, bool]:
     config = as_dataclass(parser, parsed, TrainConfig)
     if config.data.root:
         roots = str(config.data.root).split("+") if "+" in config.data.name else [config.data.root]
-        config.data.root = Path("+".join(str(Path(root).absolute()) for root in roots))  # used from another folder too
+        absolute = (str(at_home(Path(root)).absolute()) for root in roots)  # used from another folder too
+        config.data.root = Path("+".join(absolute))
     return config, parsed.resume, parsed.profile
 
 

@@ -92,7 +92,7 @@ def explained(message: str, known: Iterable[str], arguments: Sequence[str] = (),
     line, given = value_in(file, name) if file else (0, value_given(name, arguments))
     where = f"{file}, line {line}: " if line else f"{file}: " if file else ""
     if unknown and name in TYPES:
-        return f"{where}{name} is read in training alone"
+        return f"{where}{name} is not read here"
     if unknown:
         names = [*known]
         close = get_close_matches(name, names, n=1) or [other for other in names if other.endswith(f".{name}")]

@@ -49,7 +49,7 @@ def open_checkpoint(
 
 def run_name(folder: Path) -> str:
     """The name of the run that a checkpoint belongs to; of a checkpoint that lies elsewhere, its own."""
-    whole = folder.absolute()  # not resolved: `last` is a link, whose target's name says less
+    whole = folder.absolute()  # not resolved: in runs of 0.1 `last` is a link, whose target's name says less
     return whole.parents[1].name if whole.parent.name == "checkpoints" else whole.name
 
 

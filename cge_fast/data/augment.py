@@ -1,4 +1,4 @@
-"""Augmentation: its numbers are drawn for each image from a seed, and applied to whole batches on their device.
+"""Augmentation: its numbers are drawn for each image from a seed, and applied to batches on their device.
 
 Images are uint8 (B, H, W, 3), as Pillow has them, until here. Then there is one tensor of floats, changed in place, in
 rows of W * 3 numbers. On a CPU new memory would take several times as long as all else, since the system maps and

@@ -20,7 +20,6 @@ PAPER, OTHERS = (Path(__file__).parent / f"{name}.csv" for name in ("paper", "pa
 MARKED = re.compile("(<!-- measured -->).*(<!-- end of measured -->)", re.DOTALL)
 PROGRAM = "python -m cge_fast.experiments"
 NOTHING = "-"
-MATCHED = ", logits x mean w"  # ends the name of the control that a row is compared with
 ALWAYS = ("row", "mAP %", "rank-1 %")  # columns that stay where nothing was measured
 DIFFERENCES = {  # what the paper's table 8 says of the AGWs of Ye et al. and of Fu et al., and where that stands here
     "image": ("256x128", "384x128", "{data[height]}x{data[width]}"),

@@ -71,6 +71,7 @@ def test_the_file_says_what_its_features_are_of(embedded, shared_run):
     ("options", "message"),
     [
         (["--output", "f.csv"], "output: must be a file that ends in .npz or .parquet, got f.csv"),
+        (["--evaluation.rerank", "true"], "evaluation.rerank is not read here"),
         (["--images", "/nix"], "images: there is no folder /nix"),
         (["--split", "test"], "split"),
         (["--data.root", "/nix"], "data.root: there is no folder /nix"),

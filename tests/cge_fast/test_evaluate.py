@@ -51,7 +51,7 @@ def test_what_only_training_reads_is_neither_listed_nor_taken(last, capsys, monk
         evaluate.main(["--help"])
     listed = set(re.findall(r"--(\w+\.\w+)", capsys.readouterr().out))
     assert listed == {name for name in TYPES if name.startswith(("data.", "evaluation."))} - TRAINING_ONLY
-    with pytest.raises(errors.UserError, match=r"^data.erasing is read in training alone$"):
+    with pytest.raises(errors.UserError, match=r"^data.erasing is not read here$"):
         evaluate.main(["--checkpoint", str(last), "--data.erasing", "0"])
     monkeypatch.setattr("cge_fast.evaluate.as_dataclass", lambda *arguments: without_unlisted(as_dataclass(*arguments)))
     assert evaluated(capsys, "--checkpoint", last).startswith("mAP")

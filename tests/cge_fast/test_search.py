@@ -109,6 +109,7 @@ def test_an_image_finds_itself_first_however_it_is_called(searched, crops):
         (["--gallery", "CROPS", "--query", "/nix.png"], "image /nix.png cannot be read"),
         (["--gallery", "CROPS", "--output", "a.jpg"], "output: must be a file that ends in .png, got a.jpg"),
         (["--gallery", "CROPS", "--top", "0"], "top: "),
+        (["--gallery", "CROPS", "--data.name", "folder"], "data.name is not read here"),
     ],
 )
 def test_wrong_calls_are_one_line(shared_run, crops, tmp_path, capsys, options, message):

@@ -120,6 +120,7 @@ def test_a_set_without_a_root_asks_for_it():
         ("folder", "A+B", [("folder", "A+B")]),
         ("msmt17+folder", "A+B", [("msmt17", "A"), ("folder", "B")]),
         ("vehicleid-800+vehicleid-1600", "A", [("vehicleid-800", "A"), ("vehicleid-1600", "A")]),
+        ("msmt17+folder", "A+~/B", [("msmt17", "A"), ("folder", str(Path.home() / "B"))]),
         ("pedestrians+folder", "A", [("pedestrians", None), ("folder", "A")]),
         ("pedestrians+folder", "+A", [("pedestrians", None), ("folder", "A")]),
         ("pedestrians+pedestrians-trap", None, [("pedestrians", None), ("pedestrians-trap", None)]),
