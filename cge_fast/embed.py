@@ -84,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with chosen_backend(config.backend):
         check_backend(config.backend, device)
         opened = load(config.checkpoint, device, config.data, config.evaluation)
-        features = embed(opened.model, images, config.data, config.evaluation, "images")
+        whose = "the folder's" if config.images else config.split
+        features = embed(opened.model, images, config.data, config.evaluation, whose)
     if rank() == 0:
         identities, cameras = zip(*(image.labels for image in images), strict=True)
         labels = {} if config.images else {"identities": np.array(identities), "cameras": np.array(cameras)}

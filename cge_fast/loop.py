@@ -256,7 +256,7 @@ def resume(run: Run) -> None:
         notice(
             "data: queries or gallery have changed: figures, and the choice of `best`, are of the new ones from now on"
         )
-        run.best_map, run.untrained, run.result = -math.inf, None, None
+        run.best_map, run.evaluations_since_best, run.untrained, run.result = -math.inf, 0, None, None
     if run.config.optim.epochs < run.epochs_done:
         raise UserError(f"optim.epochs: {run.config.optim.epochs}, but the run has done {run.epochs_done}")
     for group in run.optimizer.param_groups:

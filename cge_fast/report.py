@@ -194,7 +194,7 @@ def at_end(run: Run, ranks: int) -> None:
 
     folder = run.checkpoints.parent
     try:
-        trained = Trained(run.checkpoints / "last", run.model.eval(), run.config, folder.name)
+        trained = Trained(run.checkpoints / "last", run.deployed.eval(), run.config, folder.name)
         has_pictures = run.result is not None and ranks == 1  # several ranks would have to embed together
         path = write(folder, pictures_of(lambda: trained) if has_pictures else {})
         errors.notice(f"report: {path}")

@@ -7,9 +7,11 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from browser import assert_well_formed, needs_chromium
 from runs import run
 
+import cge_fast
 from cge_fast import errors, report
 from cge_fast.options import LossConfig, TrainConfig
 from cge_fast.report import REPORT, read_run, series_of, settings
@@ -91,6 +93,16 @@ def test_ctrl_c_leaves_a_page_about_what_was_trained(options, tmp_path, capsys, 
     assert status == 130
     assert "1/2" in page
     assert "Ranked lists" not in page
+
+
+def test_its_pictures_are_of_the_average_that_is_deployed(options, tmp_path, capsys, monkeypatch):
+    looked_at = []
+    monkeypatch.setattr("cge_fast.report.pictures_of", lambda opened: looked_at.append(opened().model) or {})
+    status, _, _ = run([*options, "--optim.ema", "0.5"], capsys)
+    assert status == 0
+    deployed = cge_fast.load(tmp_path / "run").model.state_dict()
+    for name, tensor in looked_at[0].state_dict().items():
+        assert torch.equal(tensor.cpu(), deployed[name].cpu()), name
 
 
 def test_an_end_before_the_first_figure_leaves_no_page(options, tmp_path, capsys, monkeypatch):
