@@ -28,7 +28,7 @@ from cge_fast.losses.criterion import ReidCriterion
 from cge_fast.losses.metric import CenterLoss, MetricLoss
 from cge_fast.losses.softmax import SoftmaxLoss
 from cge_fast.model import ReidModel
-from cge_fast.optimizer import Average, build_optimizer
+from cge_fast.optimizer import Average, build_optimizer, parameter_groups
 from cge_fast.options import Backend, DataConfig, TrainConfig
 from cge_kernels import ClassShard
 from cge_kernels.common.dispatch import runs_on_triton
@@ -117,7 +117,7 @@ def build_run(config: TrainConfig, device: torch.device, variants: Variants = NO
     average = Average(model, config.optim.ema) if config.optim.ema else None
     if config.optim.checkpoint_backbone:
         recompute_stages(model.backbone)
-    optimizer = build_optimizer(config.optim, parameter_groups(model, criterion, config.optim.backbone_lr))
+    optimizer = build_optimizer(config.optim, parameter_groups(config.optim, model.backbone, model, criterion))
     run = Run(
         config=config,
         device=device,
@@ -145,13 +145,6 @@ def build_run(config: TrainConfig, device: torch.device, variants: Variants = NO
         if run.shard is None and any(True for _ in criterion.parameters()):
             run.ddp_criterion = DistributedDataParallel(criterion, broadcast_buffers=False)
     return run
-
-
-def parameter_groups(model: ReidModel, criterion: ReidCriterion, backbone_lr: float) -> list[Any]:
-    """All parameters; the backbone's, which come first, are a group of their own if they have a rate of their own."""
-    every = [*model.parameters(), *criterion.parameters()]
-    first = len([*model.backbone.parameters()])
-    return every if backbone_lr == 1 else [{"params": every[:first]}, {"params": every[first:]}]
 
 
 def check_cuda_graph(config: TrainConfig, device: torch.device) -> None:

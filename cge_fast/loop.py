@@ -150,10 +150,9 @@ def freeze_backbone(run: Run, epoch: int) -> None:
 
 
 def set_rates(run: Run, rate: float) -> None:
-    """Sets the learning rate, of the backbone's group the share that it has."""
-    groups = run.optimizer.param_groups
-    for group, factor in zip(groups, (run.config.optim.backbone_lr, 1.0)[-len(groups) :], strict=True):
-        group["lr"] = rate * factor
+    """Sets the learning rate, of each group the share that it has."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate * group.get("factor", 1.0)  # a checkpoint of before has none
 
 
 def evaluation(run: Run) -> dict[str, float] | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from functools import partial
+from itertools import groupby
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -26,6 +27,39 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 def build_optimizer(config: OptimConfig, parameters: Iterable[Any]) -> torch.optim.Optimizer:
     """The optimizer that the settings name, in one kernel for all parameters of a group."""
     return OPTIMIZERS[config.optimizer](parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def parameter_groups(config: OptimConfig, backbone: nn.Module, *modules: nn.Module) -> list[dict[str, Any]]:
+    """The modules' parameters in their order, in groups with `factor`, the share of the learning rate that each has."""
+    layers = layers_of(backbone)
+    depths = {id(parameter): 0 for parameter in backbone.parameters()}  # of a network itself, like position embeddings
+    depths |= {id(parameter): depth for depth, layer in enumerate(layers) for parameter in layer}
+
+    def factor(parameter: nn.Parameter) -> float:
+        if id(parameter) not in depths:
+            return 1.0
+        return config.backbone_lr * config.layer_decay ** (len(layers) - 1 - depths[id(parameter)])
+
+    every = (parameter for module in modules for parameter in module.parameters())
+    return [{"params": [*parameters], "factor": share} for share, parameters in groupby(every, factor)]
+
+
+def layers_of(backbone: nn.Module) -> list[list[nn.Parameter]]:
+    """Parameters of a network's layers from its input to its output.
+
+    A layer is a child, or a block of a child that is a sequence of them. What has no parts that learn, like a norm,
+    goes with the layer before it.
+    """
+    children = [*backbone.children()]
+    while len(children) == 1:
+        children = [*children[0].children()]
+    sequences = [child if isinstance(child, nn.Sequential | nn.ModuleList) else [child] for child in children]
+    layers: list[list[nn.Parameter]] = [[]]
+    for module in (module for sequence in sequences for module in sequence):
+        if layers[-1] and any(True for part in module.children() for _ in part.parameters()):
+            layers.append([])
+        layers[-1] += module.parameters()
+    return layers
 
 
 @torch.no_grad()

@@ -49,6 +49,7 @@ PositiveFloat = restricted_number_type("BoundedPositiveFloat", float, [(">", 0),
 NonNegativeFloat = restricted_number_type("BoundedNonNegativeFloat", float, [(">=", 0), ("<=", 10**6)])
 FiniteFloat = restricted_number_type("FiniteFloat", float, [(">=", -(10**6)), ("<=", 10**6)])
 Decay = restricted_number_type("Decay", float, [(">=", 0), ("<", 1)])
+PositiveShare = restricted_number_type("PositiveShare", float, [(">", 0), ("<=", 1)])
 Size = restricted_number_type("Size", int, [(">", 0), ("<=", 4096)])
 Padding = restricted_number_type("Padding", int, [(">=", 0), ("<=", 4096)])
 BatchPart = restricted_number_type("BatchPart", int, [(">", 0), ("<=", 65536)])
@@ -215,6 +216,8 @@ class OptimConfig:
     """Early stopping: end the training after so many evaluations in a row without a better mAP; 0: never."""
     backbone_lr: PositiveFloat = 1.0
     """Learning rate of the backbone, as a factor."""
+    layer_decay: PositiveShare = 1.0
+    """Learning rate of each layer of the backbone, as a share of the next one's; 1 for all alike."""
     freeze_backbone: NonNegativeInt = 0
     """Epochs at the start in which the backbone does not learn, and its BatchNorm takes its running statistics as they
     are."""

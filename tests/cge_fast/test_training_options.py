@@ -5,6 +5,8 @@ import torch
 from runs import assert_same_weights, killed_in_epoch, rows, run, weights
 
 from cge_fast import backbones, loop
+from cge_fast.optimizer import parameter_groups
+from cge_fast.options import OptimConfig
 
 
 @pytest.mark.parametrize("kind", ["cge", "baseline"])
@@ -42,6 +44,31 @@ def test_the_backbones_rate_is_a_factor_of_the_others(options, tmp_path, capsys)
         torch.testing.assert_close(less, moved / 4, rtol=1e-2, atol=1e-7)
     assert torch.equal(same["neck.weight"], quarter["neck.weight"])
     assert rows(tmp_path / "0.25")[-1]["lr"] == 0.001, "what is logged is the others'"
+
+
+@pytest.mark.parametrize("name", ["compact", "resnet18", "timm:test_vit", "timm:test_efficientnet"])
+def test_layers_learn_at_a_share_of_the_next_ones_rate_from_the_input_on(name):
+    if name.startswith("timm:"):
+        pytest.importorskip("timm")
+    backbone, head = backbones.build(name), torch.nn.Linear(2, 2)
+    groups = parameter_groups(OptimConfig(backbone_lr=0.5, layer_decay=0.8), backbone, backbone, head)
+    every = [*backbone.parameters(), *head.parameters()]
+    found = [parameter for group in groups for parameter in group["params"]]
+    assert [id(parameter) for parameter in found] == [id(parameter) for parameter in every], "in their order"
+    factors = [group["factor"] for group in groups]
+    assert factors == sorted(factors)
+    layers = len(groups) - 1
+    assert layers > 3
+    assert factors == pytest.approx([0.5 * 0.8 ** (layers - 1 - depth) for depth in range(layers)] + [1.0])
+    assert [group["factor"] for group in parameter_groups(OptimConfig(), backbone, backbone, head)] == [1.0]
+
+
+def test_a_run_whose_layers_have_rates_of_their_own_is_resumed_bit_for_bit(options, tmp_path, capsys, monkeypatch):
+    options = [*options, "--optim.epochs", "2", "--optim.layer_decay", "0.5", "--evaluation.untrained", "false"]
+    killed_in_epoch(2, options, monkeypatch)
+    assert run(["--output", str(tmp_path / "run"), "--resume"], capsys)[0] == 0
+    assert run([*options, "--output", str(tmp_path / "whole")], capsys)[0] == 0
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_training_ends_early_and_a_resumed_one_at_once_unless_it_may_go_on(options, tmp_path, capsys, monkeypatch):
