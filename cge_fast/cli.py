@@ -4,6 +4,7 @@ import re
 from argparse import SUPPRESS
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -116,7 +117,7 @@ def parse_settings(parser: ArgumentParser, arguments: Sequence[str]) -> Namespac
     Raises:
         UserError: a key is unknown or an old name, a value of the wrong type or out of range, a file not readable.
     """
-    arguments, files = completed(arguments), []
+    arguments, loaded = completed(arguments), []
     for index, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
         value = value if equals else "".join(arguments[index + 1 : index + 2])
@@ -127,13 +128,13 @@ def parse_settings(parser: ArgumentParser, arguments: Sequence[str]) -> Namespac
         if option[2:] in NULLABLE and not value:
             raise UserError(f"{option[2:]}: must be a path, got nothing")
         if option == "--config" and value and option in parser._option_string_actions:
-            files.append(Path(value))
-            for name, setting in flat(load_yaml(files[-1])):
+            loaded.append(load_yaml(Path(value)))
+            for name, setting in flat(loaded[-1]):
                 refuse_old_name(name, setting, f"{value}: ")
-            with one_line_of_jsonargparse(parser, file=files[-1]):
-                parser.parse_object(load_yaml(files[-1]))
-    for file in files if {"-h", "--help"} & {*arguments} else ():
-        parser.set_defaults({name: value for name, value in flat(load_yaml(file)) if name not in SECTIONS})
+            with one_line_of_jsonargparse(parser, file=Path(value)):
+                parser.parse_object(deepcopy(loaded[-1]))  # which changes what it is given
+    for settings in loaded if {"-h", "--help"} & {*arguments} else ():
+        parser.set_defaults({name: value for name, value in flat(settings) if name not in SECTIONS})
     with one_line_of_jsonargparse(parser, arguments):
         return parser.parse_args(arguments)
 

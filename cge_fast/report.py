@@ -131,16 +131,15 @@ def figures(run: Recorded) -> dict[str, str]:
     """The main figures by name."""
     of = run.evaluated
     found = {name: f"{of[key]:.1%}" for name, key in FIGURES.items()} if of else {}
-    minutes = sum(row["seconds"] for row in run.trained) / 60
-    hours = minutes / 60
-    return found | {
-        "epochs": f"{run.rows[-1]['epoch']}/{run.config.optim.epochs}",
-        "training": f"{hours:.1f} h"
-        if hours >= 1.5
-        else f"{minutes:.1f} min"
-        if minutes >= 1
-        else f"{60 * minutes:.0f} s",
-    }
+    seconds = sum(row["seconds"] for row in run.trained)
+    return found | {"epochs": f"{run.rows[-1]['epoch']}/{run.config.optim.epochs}", "training": duration(seconds)}
+
+
+def duration(seconds: float) -> str:
+    """In the unit that a person would take."""
+    if seconds >= 1.5 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 def settings(config: TrainConfig) -> dict[str, str]:

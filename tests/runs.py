@@ -20,6 +20,16 @@ def run(arguments, capsys) -> tuple[int, str, str]:
     return status, captured.out, captured.err
 
 
+def refused(main, program: str, arguments, capsys) -> str:
+    """The one line that a wrong call of a program ends with, with status 2."""
+    with pytest.raises(SystemExit) as exit_:
+        errors.run(lambda: main(arguments), program)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
+    return error
+
+
 def killed_in_epoch(epoch: int, arguments, monkeypatch) -> None:
     """A run that ends before its epoch's checkpoint is written."""
     save = loop.save

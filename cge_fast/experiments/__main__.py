@@ -33,10 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tables = {key: table for key, table in TABLES.items() if key.startswith(name)}
         written, failed = [report.of_recipes()] if name == OF_RECIPES else [], {}
         for place in places if tables else ():
-            rows = [row for table in tables.values() for row in place.fitted(table.rows)]
-            that_fit = [row for row in rows if row.stripes <= place.preset.rows]
+            rows = [row for table in tables.values() for row in place.trained(table.rows)]
             seeds = options.seeds or max(table.seeds for table in tables.values())
-            failed_here = run_rows(place.output, that_fit, seeds, place.common, options.jobs)
+            failed_here = run_rows(place.output, rows, seeds, place.common, options.jobs)
             command = [name, "--preset", options.preset, "--data", place.data]
             command += ["--root", "DIR"] if place.data != DRAWN else []
             command += ["--seeds", str(options.seeds)] if options.seeds else []

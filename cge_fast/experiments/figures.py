@@ -22,7 +22,7 @@ ACROSS_SETS = "figure4"  # one picture of all sets; the others are of one
 
 def fits(key: str, place: Place) -> bool:
     """Whether the feature maps there have rows enough for one of the figure's trainings."""
-    return any(row.stripes <= place.preset.rows for row in place.fitted(TABLES[key].rows))
+    return bool(place.trained(TABLES[key].rows))
 
 
 def require_fit(key: str, places: Sequence[Place]) -> None:
@@ -40,8 +40,7 @@ def draw(key: str, places: Sequence[Place], output: Path) -> str:
     runs = {
         place.data if key == ACROSS_SETS else row.name: folder_of(place.output, row, seed=0)
         for place in places
-        for row in place.fitted(TABLES[key].rows)
-        if row.stripes <= place.preset.rows
+        for row in place.trained(TABLES[key].rows)
     }
     if key in ANALYSES:
         opened = [open_checkpoint(run / "checkpoints" / "last", label) for label, run in runs.items()]

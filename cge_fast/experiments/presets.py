@@ -43,6 +43,10 @@ class Place:
 
         return [replace(row, options=without_upt(row.options), scaled_by=without_upt(row.scaled_by)) for row in rows]
 
+    def trained(self, rows: Sequence[Row]) -> list[Row]:
+        """Those of the fitted rows whose stripes the feature map has rows for."""
+        return [row for row in self.fitted(rows) if row.stripes <= self.preset.rows]
+
 
 QUIET = "--evaluation.untrained false --evaluation.every 0 --data.workers 0"
 PRETRAINED = f"--config pedestrians_pretrained {QUIET}"
