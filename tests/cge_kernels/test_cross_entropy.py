@@ -158,6 +158,13 @@ def test_a_class_never_seen_weighs_one_half(any_backend):
     assert stripe_correct.all()  # every score is 0, and class 0 comes first
 
 
+@pytest.mark.usefixtures("scratch")
+def test_more_sigmoids_than_a_float32_holds_the_product_of(backend):
+    arguments = draw(2, 140, 5, 3)
+    arguments["memory"] = -normalize(arguments["local_features"][0].unsqueeze(1).expand(-1, 5, -1), dim=2)
+    check(arguments, backend)
+
+
 def test_features_of_length_zero_have_finite_gradients(any_backend):
     arguments = draw()
     arguments["local_features"][1] = 0

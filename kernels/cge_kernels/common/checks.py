@@ -63,6 +63,11 @@ def look_at_labels(labels: Tensor, classes: int) -> None:
         raise ValueError(f"labels must lie in [0, {classes}), got {wrong[0]}")
 
 
+def were_checked(labels: Tensor) -> bool:
+    """Whether `check_labels` has looked, so that none is wrong."""
+    return not is_traced(labels) and host_may_look(labels)
+
+
 @torch.library.custom_op("cge_kernels::valid_labels", mutates_args=())
 def valid_labels(labels: Tensor, classes: int) -> Tensor:
     """(B,) bool: which labels lie in [0, classes).

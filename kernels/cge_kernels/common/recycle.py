@@ -5,7 +5,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-LARGE = 32 << 20  # bytes; from here on the CPU's allocator gives freed memory back to the system
+LARGE = 1 << 20  # bytes; the CPU's allocator may give freed memory of this size back to the system
 
 _lock = Lock()
 _last: torch.UntypedStorage | None = None

@@ -5,14 +5,15 @@ with classifier and memory, whose rows are long, are taken the fast way around.
 """
 
 from collections.abc import Iterator
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from cge_kernels.common.budget import chunk_of_logits, empty_saved
-from cge_kernels.common.checks import accumulation_dtype
+from cge_kernels.common.checks import accumulation_dtype, were_checked
 from cge_kernels.cross_entropy.inputs import Inputs, Loss, Saved, Statistics
-from cge_kernels.revise_logits.cpu import NORM_EPS, inverse_norms
+from cge_kernels.revise_logits.cpu import NORM_EPS, inverse_norms, weights_of
 
 CHUNK = 2048  # classes whose scores of a usual batch stay in the cache while they are gone over
 
@@ -41,64 +42,63 @@ def chunks(
             torch.mm(part.weight.to(memory_dtype).to(dtype), columns, out=scores[0])
             if part.bias is not None:
                 scores[0] += part.bias.to(dtype).unsqueeze(1)
-            for i in range(stripes):
-                torch.mm(part.memory[i].to(dtype), local_columns[i], out=scores[i + 1])
+            for score, row, column in zip(scores[1:], part.memory, local_columns, strict=True):
+                torch.mm(row.to(dtype), column, out=score)
         yield rows, part, scores
 
 
-def log_weights(scores: Tensor) -> Tensor:
-    """log w (classes, B) of the stripes' scores (n, classes, B): the mean of log sigmoid."""
-    total = torch.exp(-scores[0]).log1p_()
-    for score in scores[1:]:
-        total += torch.exp(-score).log1p_()
-    return total.div_(-len(scores))
+def places_of_labels(part: Inputs) -> tuple[Tensor, Tensor]:
+    """(1, B) each: a row of the part for every sample, and whether it is that of the sample's label."""
+    row = part.labels.unsqueeze(0)
+    if part.first_class:
+        row = row - part.first_class
+    place = row.clamp(0, len(part.weight) - 1)
+    return place, place == row
 
 
-def labels_here(part: Inputs) -> tuple[Tensor, Tensor]:
-    """The samples whose label is one of the part's classes, and its row for each.
+def statistics_of(part: Inputs, scores: Tensor) -> Statistics:
+    """The statistics of the part's classes from their logits and scores (n+1, rows, B)."""
+    row_max, argmax = scores.new_empty(scores[:, 0].shape), part.labels.new_empty(scores[:, 0].shape)
+    sums = row_max.new_empty(2, row_max.shape[1])
+    revised = weights_of(torch.sigmoid(scores[1:])).mul_(scores[0])
+    # In place of argmax, which takes twice as long as max with its index.
+    torch.max(revised, dim=0, out=(row_max[0], argmax[0]))
+    torch.max(scores[1:], dim=1, out=(row_max[1:], argmax[1:]))
+    place, is_label = places_of_labels(part)
+    label_logit = torch.where(is_label, revised.gather(0, place), 0)[0]
+    torch.sum(revised, dim=0, out=sums[1])
+    torch.sum(revised.sub_(row_max[0]).exp_(), dim=0, out=sums[0])
+    return Statistics(row_max, argmax + part.first_class if part.first_class else argmax, sums, label_logit)
 
-    Of all classes every label is one: who takes a wrong one masks the sample afterwards.
-    """
-    row, rows = part.labels.long() - part.first_class, len(part.weight)
-    if rows == part.all_classes:
-        return torch.arange(len(row), device=row.device), row.clamp_(0, rows - 1)
-    here = ((row >= 0) & (row < rows)).nonzero().squeeze(1)
-    return here, row[here]
+
+def merged(lower: Statistics, higher: Statistics) -> Statistics:
+    """The statistics over the classes of both; of classes that tie the lower one wins."""
+    row_max = torch.maximum(lower.row_max, higher.row_max)
+    argmax = torch.where(higher.row_max > lower.row_max, higher.argmax, lower.argmax)
+    sums = lower.sums + higher.sums
+    sums[0] = sum(part.sums[0] * (part.row_max[0] - row_max[0]).exp_() for part in (lower, higher))
+    return Statistics(row_max, argmax, sums, lower.label_logit + higher.label_logit)
 
 
 def revised_statistics(inputs: Inputs) -> tuple[Statistics, Tensor, Tensor]:
     """The statistics of the rows' classes, saved_logits and inv_norm as in `Saved`."""
-    batch, stripes, _ = inputs.sizes
+    batch, _, _ = inputs.sizes
     dtype = accumulation_dtype(inputs.features, inputs.weight, inputs.local_features, inputs.memory)
     inv_norm = inverse_norms(inputs.local_features, dtype)
     saved_logits, _ = empty_saved(batch, inputs.memory, dtype, on_triton=False)
-    saved_logits[:, :, batch:] = 0
-    row_max = inv_norm.new_full((stripes + 1, batch), -torch.inf)
-    argmax = inputs.labels.new_zeros((stripes + 1, batch), dtype=torch.int64)
-    most, place = torch.empty_like(row_max), torch.empty_like(argmax)
-    sums, label_logit = inv_norm.new_zeros(2, batch), inv_norm.new_zeros(batch)
-    sum_exp, total = sums
-    for _, part, scores in chunks(inputs, inv_norm, saved_logits, is_filled=False):
-        revised = log_weights(scores[1:]).exp_().mul_(scores[0])
-        # In place of argmax, which takes twice as long as max with its index.
-        torch.max(revised, dim=0, out=(most[0], place[0]))
-        torch.max(scores[1:], dim=1, out=(most[1:], place[1:]))
-        argmax = torch.where(most > row_max, place + part.first_class, argmax)
-        before, row_max = row_max, torch.maximum(row_max, most)
-        here, row = labels_here(part)
-        label_logit[here] = revised[row, here]
-        total += revised.sum(dim=0)
-        sum_exp *= (before[0] - row_max[0]).exp_()
-        sum_exp += revised.sub_(row_max[0]).exp_().sum(dim=0)
-    return Statistics(row_max, argmax, sums, label_logit), saved_logits, inv_norm
+    if saved_logits.shape[2] > batch:
+        saved_logits[:, :, batch:] = 0
+    parts = chunks(inputs, inv_norm, saved_logits, is_filled=False)
+    return reduce(merged, (statistics_of(part, scores) for _, part, scores in parts)), saved_logits, inv_norm
 
 
 def loss_of_statistics(statistics: Statistics, labels: Tensor, classes: int, label_smoothing: float) -> Loss:
     """The loss from the statistics over all N classes."""
-    row_max, argmax, sums, label_logit = statistics
-    lse = row_max[0] + sums[0].log()
-    loss = lse - (1 - label_smoothing) * label_logit - label_smoothing * (sums[1] / classes)
-    loss = torch.where((labels >= 0) & (labels < classes), loss, torch.nan)
+    row_max, argmax, (sum_exp, total), label_logit = statistics
+    lse = sum_exp.log().add_(row_max[0])
+    loss = torch.sub(lse, label_logit, alpha=1 - label_smoothing).sub_(total, alpha=label_smoothing / classes)
+    if not were_checked(labels):
+        loss = torch.where((labels >= 0) & (labels < classes), loss, torch.nan)
     correct = argmax == labels
     return Loss(loss, lse, correct[0].clone(), correct[1:].T.contiguous())
 
@@ -124,20 +124,23 @@ def revised_cross_entropy_backward(
     lse, saved_logits, inv_norm = saved
     features, weight, local_features, labels = inputs.features, inputs.weight, inputs.local_features, inputs.labels
     (_, stripes, _), memory_dtype, dtype = inputs.sizes, inputs.memory.dtype, inv_norm.dtype
-    grad = torch.where((labels >= 0) & (labels < inputs.all_classes), grad, 0).to(dtype)
+    grad = grad.to(dtype)
+    if not were_checked(labels):
+        grad = torch.where((labels >= 0) & (labels < inputs.all_classes), grad, 0)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad_bias = weight.new_empty(0) if inputs.bias is None else torch.empty_like(inputs.bias)
     grad_features = features.new_zeros(features.shape, dtype=dtype)
     grad_local = local_features.new_zeros(local_features.shape if local_gradient else 0, dtype=dtype)
     features_cast = features.to(memory_dtype).to(dtype)
     for rows, part, scores in chunks(inputs, inv_norm, saved_logits, is_filled=saved_logits.shape[1] > 0):
-        weights = log_weights(scores[1:]).exp_()
+        sigmoids = torch.sigmoid(scores[1:])
+        weights = weights_of(sigmoids)
         revised = weights * scores[0]
         grad_revised = (revised - lse).exp_()
         if label_smoothing:
             grad_revised -= label_smoothing / inputs.all_classes
-        here, row = labels_here(part)
-        grad_revised[row, here] -= 1 - label_smoothing
+        place, is_label = places_of_labels(part)
+        grad_revised.scatter_add_(0, place, is_label.to(dtype).mul_(label_smoothing - 1))
         grad_revised *= grad
         grad_logits = weights.mul_(grad_revised)
         if grad_weight.dtype == dtype:
@@ -149,9 +152,9 @@ def revised_cross_entropy_backward(
             grad_bias[rows] = grad_logits.sum(dim=1)
         if local_gradient:
             common = grad_revised.mul_(revised).div_(stripes)
-            for i in range(stripes):
-                grad_scores = torch.exp(scores[i + 1], out=revised).add_(1).reciprocal_().mul_(common)
-                grad_local[:, i].addmm_(grad_scores.T, part.memory[i].to(dtype))
+            grad_scores = torch.addcmul(common, common, sigmoids, value=-1)
+            for total, grad_score, row in zip(grad_local.unbind(1), grad_scores, part.memory, strict=True):
+                total.addmm_(grad_score.T, row.to(dtype))
     if local_gradient:
         normalize_backward_(grad_local, local_features.to(dtype), inv_norm)
     return grad_features.to(features.dtype), grad_weight, grad_local.to(local_features.dtype), grad_bias

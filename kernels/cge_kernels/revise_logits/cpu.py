@@ -1,15 +1,16 @@
 """revise_logits for the CPU; classes in chunks that fit the scratch budget where the scores are not kept."""
 
 from collections.abc import Iterable, Iterator
+from functools import reduce
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from cge_kernels.common.budget import chunk_of_classes, empty_scores
 from cge_kernels.common.checks import accumulation_dtype
 
 NORM_EPS = 1e-12  # lower bound of a local feature's length
+FACTORS = 64  # of which a float32 holds the product: the sigmoid of a cosine is at least 0.26
 
 
 def inverse_norms(local_features: Tensor, dtype: torch.dtype) -> Tensor:
@@ -38,9 +39,10 @@ def chunks_of_scores(
         yield part, scores
 
 
-def weights_of(scores: Tensor) -> Tensor:
-    """w (B, classes), the geometric mean of the stripes' sigmoids."""
-    return logsigmoid(scores).mean(dim=0).exp_()
+def weights_of(sigmoids: Tensor) -> Tensor:
+    """w, the geometric mean over the first dimension."""
+    logs = [group.prod(dim=0).log_() for group in sigmoids.split(FACTORS)]
+    return reduce(Tensor.add_, logs).div_(len(sigmoids)).exp_()
 
 
 def revise_logits(
@@ -52,7 +54,7 @@ def revise_logits(
     scores[:, :, memory.shape[1] :] = 0
     revised = torch.empty_like(logits, memory_format=torch.contiguous_format)
     for part, chunk in chunks_of_scores(local_features, memory, inv_norm, scores):
-        revised[:, part] = weights_of(chunk).mul_(logits[:, part])
+        revised[:, part] = weights_of(torch.sigmoid(chunk)).mul_(logits[:, part])
     return revised, scores, inv_norm
 
 
@@ -70,10 +72,12 @@ def revise_logits_backward(
     if not scores.shape[2]:
         parts = chunks_of_scores(local_features, memory, inv_norm, scores)
     for part, score in parts:
-        grad_part = weights_of(score).mul_(grad[:, part])
+        sigmoids = torch.sigmoid(score)
+        grad_part = weights_of(sigmoids).mul_(grad[:, part])
         grad_logits[:, part] = grad_part
         if local_gradient:
-            grad_scores = score.neg().sigmoid_().mul_(grad_part.mul_(logits[:, part]).div_(stripes))
+            common = grad_part.mul_(logits[:, part]).div_(stripes)
+            grad_scores = torch.addcmul(common, common, sigmoids, value=-1)
             projection += (grad_scores * score).sum(dim=2)
             for i in range(stripes):
                 grad_local[:, i].addmm_(grad_scores[i], memory[i, part].to(dtype))

@@ -129,8 +129,8 @@ def stripe_pool_backward(
     if grad_global is not None:
         features.append((whole_map[0], height * width, grad_global, global_feature))
     if grad_local is not None:
-        for i, (bands, rows) in enumerate(each_stripe):
-            features.append((bands, rows * width, grad_local[:, i], local_features[:, i]))
+        for (bands, rows), *of_stripe in zip(each_stripe, grad_local.unbind(1), local_features.unbind(1), strict=True):
+            features.append((bands, rows * width, *of_stripe))
     if p is None:
         return average_backward(features, feature_map, local_features)
     return gem_backward(features, feature_map, local_features, p.item(), eps)
@@ -141,7 +141,7 @@ def average_backward(features: list[tuple], feature_map: Tensor, local_features:
     stripes = local_features.shape[1]
     share = empty_by_bands(feature_map, stripes).zero_()
     for bands, count, grad, _ in features:
-        share[:, :, bands].add_((grad / count).unsqueeze(2))
+        share[:, :, bands].add_(grad.unsqueeze(2), alpha=1 / count)
     grad_map = recycled_empty_like(feature_map)
     for bands, rows in by_bands(grad_map, stripes):
         rows.copy_(share[:, :, bands, None, None])

@@ -42,7 +42,7 @@ def write_on_cpu(
     norms = means.norm(dim=2, keepdim=True)
     update = means / norms.clamp(min=NORM_EPS)
     old = memory[:, identities]
-    blended = normalize((momentum * old).add_((1 - momentum) * update), dim=2, eps=NORM_EPS)
+    blended = normalize(update.lerp(old, momentum), dim=2, eps=NORM_EPS)
     rows = torch.where(old.any(dim=2, keepdim=True), blended, update)  # a row of zeros was never written
     rows = torch.where(norms < NORM_EPS, old, rows)
     memory[:, identities] = rows
