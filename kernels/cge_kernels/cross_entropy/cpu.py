@@ -152,7 +152,7 @@ def revised_cross_entropy_backward(
             grad_bias[rows] = grad_logits.sum(dim=1)
         if local_gradient:
             common = grad_revised.mul_(revised).div_(stripes)
-            grad_scores = torch.addcmul(common, common, sigmoids, value=-1)
+            grad_scores = torch.addcmul(common, common, sigmoids, value=-1, out=sigmoids)
             for total, grad_score, row in zip(grad_local.unbind(1), grad_scores, part.memory, strict=True):
                 total.addmm_(grad_score.T, row.to(dtype))
     if local_gradient:

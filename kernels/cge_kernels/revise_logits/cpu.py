@@ -41,8 +41,8 @@ def chunks_of_scores(
 
 def weights_of(sigmoids: Tensor) -> Tensor:
     """w, the geometric mean over the first dimension."""
-    logs = [group.prod(dim=0).log_() for group in sigmoids.split(FACTORS)]
-    return reduce(Tensor.add_, logs).div_(len(sigmoids)).exp_()
+    logs = [group.prod(dim=0).log2_() for group in sigmoids.split(FACTORS)]
+    return reduce(Tensor.add_, logs).div_(len(sigmoids)).exp2_()  # much faster than exp
 
 
 def revise_logits(
@@ -77,7 +77,7 @@ def revise_logits_backward(
         grad_logits[:, part] = grad_part
         if local_gradient:
             common = grad_part.mul_(logits[:, part]).div_(stripes)
-            grad_scores = torch.addcmul(common, common, sigmoids, value=-1)
+            grad_scores = torch.addcmul(common, common, sigmoids, value=-1, out=sigmoids)
             projection += (grad_scores * score).sum(dim=2)
             for i in range(stripes):
                 grad_local[:, i].addmm_(grad_scores[i], memory[i, part].to(dtype))

@@ -129,8 +129,9 @@ def stripe_pool_backward(
     if grad_global is not None:
         features.append((whole_map[0], height * width, grad_global, global_feature))
     if grad_local is not None:
-        for (bands, rows), *of_stripe in zip(each_stripe, grad_local.unbind(1), local_features.unbind(1), strict=True):
-            features.append((bands, rows * width, *of_stripe))
+        gradients, pooled = grad_local.unbind(1), local_features.unbind(1)
+        for (bands, rows), grad, feature in zip(each_stripe, gradients, pooled, strict=True):
+            features.append((bands, rows * width, grad, feature))
     if p is None:
         return average_backward(features, feature_map, local_features)
     return gem_backward(features, feature_map, local_features, p.item(), eps)
