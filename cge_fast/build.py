@@ -166,6 +166,7 @@ def capture(model: ReidModel, config: TrainConfig) -> None:
     torch.cuda.make_graphed_callables(model.train(), (torch.zeros(shape, device=model.neck.weight.device),))
     for name, buffer in model.named_buffers():  # BatchNorm has seen these images some times over
         buffer.copy_(buffers[name])
+    model.neck.not_yet_tracked = 0
 
 
 def check_batch(config: TrainConfig) -> None:

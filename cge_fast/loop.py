@@ -220,7 +220,7 @@ def save(run: Run, is_best: bool) -> None:
 
 
 def resume(run: Run) -> None:
-    """Takes up the run's last checkpoint: the epochs that follow are those of an uninterrupted run, bit for bit.
+    """Takes up the run's last checkpoint: the epochs that follow are those of an uninterrupted run.
 
     Raises:
         UserError: there is no checkpoint, or it does not fit the settings or the images.

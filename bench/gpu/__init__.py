@@ -8,9 +8,11 @@ needs only jsonargparse; what needs more is skipped by name.
 
 import json
 import os
+import signal
 import sys
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,14 +28,16 @@ from bench.results import Figure, by_table, origin, table
 from cge_fast.errors import UserError
 from cge_kernels.common.device_functions import INTERPRETED
 
-PARTS = {  # and the seconds that each may take
-    "parity": (checks.parity, 110),
-    "steps": (checks.steps, 50),
-    "heads": (speed.heads, 80),
-    "kernels": (speed.kernels, 130),
-    "network": (speed.network, 90),
-    "peers": (speed.peers, 20),
+Part = Callable[[checks.Place], Iterator[Item]]
+PARTS: dict[str, tuple[Part, int]] = {  # and the seconds that each may take
+    "parity": (checks.parity, 180),
+    "steps": (checks.steps, 80),
+    "heads": (speed.heads, 100),
+    "network": (speed.network, 150),
+    "peers": (speed.peers, 60),
+    "kernels": (speed.kernels, 240),
 }
+DEADLINE = 470  # seconds for all
 DRY = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -55,9 +59,11 @@ def measure(output: Path, dry: bool) -> Iterator[Figure]:
     output.mkdir(parents=True, exist_ok=True)
     figures: list[Figure] = []
     expectations: list[Expectation] = []
-    for part, (_, seconds) in PARTS.items():
+    end = time.monotonic() + DEADLINE
+    for part, (function, longest) in PARTS.items():
+        seconds = max(1, min(longest, round(end - time.monotonic())))
         print(f"{part}: at most {seconds} s", file=sys.stderr)
-        for item in run(part, dry, seconds):
+        for item in run(part, function, dry, seconds):
             figures += [item] if isinstance(item, Figure) else []
             expectations += [item] if isinstance(item, Expectation) else []
             yield from figures[-1:] if isinstance(item, Figure) else ()
@@ -69,33 +75,41 @@ def measure(output: Path, dry: bool) -> Iterator[Figure]:
         raise SystemExit(1)
 
 
-def run(part: str, dry: bool, seconds: float) -> list[Item]:
+def run(part: str, function: Part, dry: bool, seconds: float) -> list[Item]:
     """A part's items, from a process of its own; where kernels are interpreted anyway, a dry one runs in this one."""
     with TemporaryDirectory() as folder:
         file, end = Path(folder) / "items", ""
         file.touch()
         if dry and INTERPRETED.value:
-            write_items(part, dry, file)
+            write_items(part, function, dry, file)
         else:
-            process = get_context("spawn").Process(target=write_items, args=(part, dry, file))
+            process = get_context("spawn").Process(target=write_items_apart, args=(part, function, dry, file))
             with patch.dict(os.environ, DRY if dry else {}):
                 process.start()
-            process.join(seconds)
-            end = f"status {process.exitcode}" if process.exitcode else ""
-            if process.is_alive():
-                process.kill()
-                process.join()
-                end = f"it took longer than {seconds} s"
+            try:
+                process.join(seconds)
+                end = f"status {process.exitcode}" if process.exitcode else ""
+            finally:
+                if process.is_alive():
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.join()
+                    end = f"it took longer than {seconds} s"
         lines = map(json.loads, file.read_text().splitlines())
         items = [Figure(**fields) if "bench" in fields else Expectation(**fields) for fields in lines]
     return [*items, *([Expectation(f"{part} runs to its end", False, end)] if end else [])]
 
 
-def write_items(part: str, dry: bool, file: Path) -> None:
+def write_items_apart(part: str, function: Part, dry: bool, file: Path) -> None:
+    """`write_items` in a session of its own, so that it can be killed with the processes that it has started."""
+    os.setsid()
+    write_items(part, function, dry, file)
+
+
+def write_items(part: str, function: Part, dry: bool, file: Path) -> None:
     """Runs a part and writes each item, a line of JSON, as soon as it is there."""
     with file.open("w", buffering=1) as opened:
         try:
-            for item in PARTS[part][0](checks.place(dry)):
+            for item in function(checks.place(dry)):
                 print(json.dumps(asdict(item)), file=opened)
         except Exception as error:
             traceback.print_exc()

@@ -1,12 +1,15 @@
 """The command for a GPU: without one, all of it runs in the interpreter, and what fails is named and hides nothing."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from gpu_parts import FIGURE, broken, fine, hangs_with_another
 
 import bench.predict
 from bench import gpu
@@ -20,17 +23,6 @@ from bench.shapes import SHAPES
 from cge_fast.errors import UserError
 
 NEEDED_BY_TRAINING = ("torchvision", "pytorch_metric_learning", "tqdm", "matplotlib", "tensorboard", "safetensors")
-FIGURE = Figure("steps", "tiny", "head", OURS, "step", "s", 2e-3)
-
-
-def fine(at):
-    yield FIGURE
-    yield Expectation("it is fine", True)
-
-
-def broken(at):
-    yield Expectation("it cannot be tried", None, "no network")
-    raise RuntimeError("the kernel\nfailed")
 
 
 @pytest.mark.slow
@@ -74,14 +66,29 @@ def test_what_fails_is_named_and_hides_nothing(tmp_path, monkeypatch, capsys):
     assert "| head    | 2 ms |" in page
 
 
-def test_a_part_that_takes_too_long_is_ended(monkeypatch):
+@pytest.mark.slow
+def test_a_part_that_takes_too_long_is_ended_with_all_that_it_has_started(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gpu.INTERPRETED, "value", False)  # so that it has a process of its own
-    assert gpu.run("parity", True, seconds=0.1) == [
-        Expectation("parity runs to its end", False, "it took longer than 0.1 s")
-    ]
+    too_long = Expectation("slow runs to its end", False, "it took longer than 30 s")
+    assert gpu.run("slow", hangs_with_another, dry=True, seconds=30) == [FIGURE, too_long]
+    with Path("held").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def start_another(at):
+    code = "import pathlib, time; time.sleep(2); pathlib.Path('finished').touch()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    yield FIGURE
+
+
+def test_nothing_that_it_has_started_goes_on(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu.INTERPRETED, "value", False)
+    ...
+
+
 def test_without_a_gpu_it_says_what_can_be_done(tmp_path):
     with pytest.raises(UserError, match="gpu: PyTorch finds none here; --dry"):
         next(gpu.measure(tmp_path, dry=False))
@@ -113,24 +120,30 @@ def test_kernels_stand_beside_their_predictions(card, known, monkeypatch):
 
     def predict(figures, problem):
         asked.append(figures["family"])
-        return {(Case("stripe_pool", "gem"), "forward"): ([kernel, kernel._replace(name="never_launched")], [])}
+        halves = [kernel._replace(name=f"one_pass_kernel, {part}") for part in ("pooling", "revision")]
+        never = kernel._replace(name="never_launched")
+        return {(Case("stripe_pool", "gem"), "forward"): ([kernel, never, *halves], [])}
 
     monkeypatch.setattr(bench.predict, "predict", predict)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: card)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    measured = {("stripe_pool, gem", "stripe_pool_kernel"): 60e-6}
-    found = list(speed.predictions(Problem(SHAPES["tiny"]), measured, bandwidth=3e12, flops=1e15))
-    figures = {one.contender: one.value for one in found if isinstance(one, Figure)}
+    measured = {("stripe_pool, gem", "stripe_pool_kernel"): 60e-6, ("stripe_pool, gem", "one_pass_kernel"): 70e-6}
+    found = list(speed.predictions(Problem(SHAPES["tiny"]), measured, empty=4e-6, bandwidth=3e12, flops=1e15))
+    figures = {(one.subject.split()[-1], one.contender): one.value for one in found if isinstance(one, Figure)}
     assert asked == ["sm_90"]
-    assert figures.pop("of the copy's rate") == pytest.approx(100 * 51e6 / 60e-6 / 3e12)
-    (expected,) = (one for one in found if isinstance(one, Expectation))
+    assert figures["stripe_pool_kernel", "of the copy's rate"] == pytest.approx(100 * 51e6 / 60e-6 / 3e12)
+    assert figures["one_pass_kernel", "of the copy's rate"] == pytest.approx(100 * 2 * 51e6 / 70e-6 / 3e12)
+    whole, *others = (one for one in found if isinstance(one, Expectation))
     if known:
-        assert figures["predicted"] == bench.predict.times(kernel, GPUS["h100"])["predicted"]
-        assert (expected.holds, expected.detail) == (False, "3.4 times")
-        assert expected.what.startswith("stripe_pool, gem: stripe_pool_kernel takes at most 2")
+        predicted = bench.predict.times(kernel, GPUS["h100"])["predicted"]
+        assert figures["stripe_pool_kernel", "predicted"] == predicted
+        assert figures["one_pass_kernel", "predicted"] == 2 * predicted
+        assert (whole.holds, whole.detail) == (False, "3.4 times")
+        assert whole.what.startswith("stripe_pool, gem: stripe_pool_kernel takes at most 2")
+        assert [one.holds for one in others] == [True]
     else:
-        assert "predicted" not in figures
-        assert (expected.holds, expected.detail) == (None, "bench/gpus.toml has no figures of NVIDIA Unheard Of")
+        assert not any(contender == "predicted" for _, contender in figures)
+        assert (whole.holds, whole.detail) == (None, "bench/gpus.toml has no figures of NVIDIA Unheard Of")
 
 
 def test_the_network_is_the_papers():

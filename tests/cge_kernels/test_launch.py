@@ -14,7 +14,7 @@ import cge_kernels
 from cge_kernels import Launch, Target
 from cge_kernels.common.budget import chunk_of_classes
 from cge_kernels.common.device_functions import jit, tl
-from cge_kernels.common.launch import INTERPRETER, Tiles, bind, current_target, float32_precision
+from cge_kernels.common.launch import HAS_FP32_PRECISION, INTERPRETER, Tiles, bind, current_target, float32_precision
 from cge_kernels.common.plan import Plan
 from cge_kernels.tools.sample_calls import Shape, call_cross_entropy, call_pooling, call_revision, call_write
 
@@ -113,6 +113,18 @@ def test_float32_products_follow_torchs_setting_as_far_as_the_target_can(target,
         assert float32_precision(target) == wanted
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.skipif(not HAS_FP32_PRECISION, reason="torch 2.8 has no other setting")
+def test_operators_run_under_torchs_newer_setting_and_follow_it():
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for setting in ("tf32", "ieee"):
+            torch.backends.cuda.matmul.fp32_precision = setting
+            assert float32_precision(H100) == setting
+            cge_kernels.stripe_pool(torch.rand(1, 2, 3, 1), 1)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_scratch_stays_in_its_budget(monkeypatch):

@@ -41,6 +41,7 @@ class Target:
         return int(self.arch) >= 80 if self.backend == "cuda" else self.arch == "gfx942"
 
 
+HAS_FP32_PRECISION = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 # Programs of the interpreter run one after another: a grid-wide barrier works with one program only.
 INTERPRETER = Target("cuda", 80, 32, multiprocessors=1, shared_bytes=163 * 1024)
 
@@ -134,7 +135,7 @@ def bind(kernel: Any, tensors: dict[str, Tensor | None], /, **scalars: Any) -> d
 
 def current_state() -> tuple:
     """All that tiles, grids and the way of launching depend on but the tensors."""
-    return _target, _hook is None, torch.get_float32_matmul_precision()
+    return _target, _hook is None, takes_tf32()
 
 
 def taker() -> Callable[[Launch], Any]:
@@ -174,7 +175,17 @@ def device_target(index: int) -> Target:
     return Target(active.backend, active.arch, active.warp_size, multiprocessors, shared_bytes)
 
 
+def takes_tf32() -> bool:
+    """Whether torch lets float32 matmuls round to TF32, by whichever of its two settings that was asked for.
+
+    They are torch.set_float32_matmul_precision and, from torch 2.9 on, torch.backends.cuda.matmul.fp32_precision. The
+    latter knows of the former; the former's getter raises once the latter is "tf32".
+    """
+    if HAS_FP32_PRECISION:
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return torch.get_float32_matmul_precision() != "highest"
+
+
 def float32_precision(target: Target) -> str:
-    """tl.dot's input_precision: what torch.set_float32_matmul_precision asks for, as far as the target has it."""
-    wants_tf32 = torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if wants_tf32 and target.has_tf32 else "ieee"
+    """tl.dot's input_precision: TF32 where torch takes it and the target has it."""
+    return "tf32" if takes_tf32() and target.has_tf32 else "ieee"

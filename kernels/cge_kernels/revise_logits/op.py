@@ -72,7 +72,7 @@ def revise_logits(logits: Tensor, local_features: Tensor, memory: Tensor, local_
 
     s_i[k] = <f_i, M[i,k]> / max(||f_i||, 1e-12);  w = (prod_i sigmoid(s_i))^(1/n);  revised = logits * w.
     Both factors of the product are cast to the memory's dtype; sums are float32 (float64 if an argument is). float32
-    products follow torch.get_float32_matmul_precision().
+    products follow torch's setting for float32 matmuls.
 
     Args:
         logits: (B, N), floating.

@@ -158,14 +158,14 @@ def write_memory_(
 
 
 def constant(shape: tuple[()], number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.full, remembered. What a CUDA graph's capture makes has its value only when the graph runs: not kept."""
+    """torch.full, remembered; but a CUDA graph in capture gets one of its own, which nobody else lets go of."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.full(shape, number, dtype=dtype, device=device)
     key = number, dtype, device
     made = _constants.get(key)
     if made is None:
-        made = torch.full(shape, number, dtype=dtype, device=device)
-        if not (made.is_cuda and torch.cuda.is_current_stream_capturing()):
-            _constants.clear()  # momentum changes once an epoch: only the last one is worth keeping
-            _constants[key] = made
+        _constants.clear()  # momentum changes once an epoch: only the last one is worth keeping
+        made = _constants[key] = torch.full(shape, number, dtype=dtype, device=device)
     return made
 
 
