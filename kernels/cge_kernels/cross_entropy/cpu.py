@@ -28,7 +28,7 @@ def chunks(
     """
     batch, stripes, classes = inputs.sizes
     memory_dtype, dtype = inputs.memory.dtype, inv_norm.dtype
-    chunk = min(CHUNK, chunk_of_logits(batch, stripes, classes))
+    chunk = min(CHUNK, chunk_of_logits(batch, stripes + 2, classes))  # the backward has as many beside kept ones
     scratch = None if saved_logits.shape[1] else inv_norm.new_empty(stripes + 1, min(chunk, classes), batch)
     if not is_filled:
         columns = inputs.features.to(memory_dtype).to(dtype).T
@@ -56,14 +56,19 @@ def places_of_labels(part: Inputs) -> tuple[Tensor, Tensor]:
     return place, place == row
 
 
-def statistics_of(part: Inputs, scores: Tensor) -> Statistics:
+def sigmoids_of(scores: Tensor, is_kept: bool) -> Tensor:
+    """Of the stripes' scores (n, rows, B), in their place unless these are kept for the backward."""
+    return scores.sigmoid() if is_kept else scores.sigmoid_()
+
+
+def statistics_of(part: Inputs, scores: Tensor, is_kept: bool) -> Statistics:
     """The statistics of the part's classes from their logits and scores (n+1, rows, B)."""
     row_max, argmax = scores.new_empty(scores[:, 0].shape), part.labels.new_empty(scores[:, 0].shape)
     sums = row_max.new_empty(2, row_max.shape[1])
-    revised = weights_of(torch.sigmoid(scores[1:])).mul_(scores[0])
     # In place of argmax, which takes twice as long as max with its index.
-    torch.max(revised, dim=0, out=(row_max[0], argmax[0]))
     torch.max(scores[1:], dim=1, out=(row_max[1:], argmax[1:]))
+    revised = weights_of(sigmoids_of(scores[1:], is_kept)).mul_(scores[0])
+    torch.max(revised, dim=0, out=(row_max[0], argmax[0]))
     place, is_label = places_of_labels(part)
     label_logit = torch.where(is_label, revised.gather(0, place), 0)[0]
     torch.sum(revised, dim=0, out=sums[1])
@@ -88,8 +93,8 @@ def revised_statistics(inputs: Inputs) -> tuple[Statistics, Tensor, Tensor]:
     saved_logits, _ = empty_saved(batch, inputs.memory, dtype, on_triton=False)
     if saved_logits.shape[2] > batch:
         saved_logits[:, :, batch:] = 0
-    parts = chunks(inputs, inv_norm, saved_logits, is_filled=False)
-    return reduce(merged, (statistics_of(part, scores) for _, part, scores in parts)), saved_logits, inv_norm
+    parts, is_kept = chunks(inputs, inv_norm, saved_logits, is_filled=False), saved_logits.shape[1] > 0
+    return reduce(merged, (statistics_of(part, scores, is_kept) for _, part, scores in parts)), saved_logits, inv_norm
 
 
 def loss_of_statistics(statistics: Statistics, labels: Tensor, classes: int, label_smoothing: float) -> Loss:
@@ -132,8 +137,9 @@ def revised_cross_entropy_backward(
     grad_features = features.new_zeros(features.shape, dtype=dtype)
     grad_local = local_features.new_zeros(local_features.shape if local_gradient else 0, dtype=dtype)
     features_cast = features.to(memory_dtype).to(dtype)
-    for rows, part, scores in chunks(inputs, inv_norm, saved_logits, is_filled=saved_logits.shape[1] > 0):
-        sigmoids = torch.sigmoid(scores[1:])
+    is_kept = saved_logits.shape[1] > 0
+    for rows, part, scores in chunks(inputs, inv_norm, saved_logits, is_filled=is_kept):
+        sigmoids = sigmoids_of(scores[1:], is_kept)
         weights = weights_of(sigmoids)
         revised = weights * scores[0]
         grad_revised = (revised - lse).exp_()
