@@ -68,6 +68,19 @@ def beside(path: Path, token: str = "") -> Path:
 
 
 @contextmanager
+def turn_in(folder: Path) -> Iterator[bool]:
+    """Waits until no other process is inside, for this folder; gives False on a disk without locks."""
+    descriptor, has_locks = os.open(folder, os.O_RDONLY), False
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            has_locks = True
+        yield has_locks
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Gives a folder to write to, which becomes `folder` at the end; after an exception nothing is left.
 
@@ -78,25 +91,22 @@ def new_folder(folder: Path) -> Iterator[Path]:
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = beside(folder)
-    descriptor = os.open(folder.parent, os.O_RDONLY)
-    try:
-        left: list[Path] = []
-        with suppress(OSError):  # a disk without locks, where another process may be writing
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            left = [*folder.parent.glob(beside(Path(glob.escape(folder.name)), "[0-9a-f]" * 8).name)]
+    with turn_in(folder.parent) as has_locks:
+        name = beside(Path(glob.escape(folder.name)), "[0-9a-f]" * 8).name
+        left = [*folder.parent.glob(name)] if has_locks else []  # else another process may be writing it
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise UserError(f"{folder} exists already and is not an empty folder")
         for path in left:
             remove(path)
-        unfinished.mkdir()
-        yield unfinished
-        write(unfinished / COUNT, str(len([*unfinished.glob("*/*")])).encode())
-        os.sync()  # all at once; to wait for each of thousands of files takes minutes
-        unfinished.rename(folder)
-        sync(folder.parent)
-    finally:
-        remove(unfinished)
-        os.close(descriptor)
+        try:
+            unfinished.mkdir()
+            yield unfinished
+            write(unfinished / COUNT, str(len([*unfinished.glob("*/*")])).encode())
+            os.sync()  # all at once; to wait for each of thousands of files takes minutes
+            unfinished.rename(folder)
+            sync(folder.parent)
+        finally:
+            remove(unfinished)
 
 
 def once(folder: Path, make: Callable[[Path], None]) -> None:

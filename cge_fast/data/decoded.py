@@ -107,7 +107,9 @@ def on_disk(source: Decoded, config: DataConfig, of: str) -> Tensor:
     shape = len(source), config.height, config.width, 3
     if why := unusable(folder, of):
         notice(f"data.cache: {folder} {why}, it is made anew")
-        files.remove(folder)
+        with files.turn_in(folder.parent):
+            if unusable(folder, of):  # still, and not what another process has made anew
+                files.remove(folder)
     files.once(folder, partial(write, source=source, config=config, of=of))
     size = (folder / PIXELS).stat().st_size
     return torch.from_file(str(folder / PIXELS), size=size, dtype=torch.uint8).view(shape)

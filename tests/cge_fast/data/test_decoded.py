@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from multiprocessing import get_context
 
 import numpy as np
@@ -9,6 +10,7 @@ import PIL.Image
 import pytest
 import torch
 
+from cge_fast import files
 from cge_fast.data import Image, decoded
 from cge_fast.data.decoded import MANIFEST, PIXELS, Decoded
 from cge_fast.data.images import open_rgb
@@ -158,6 +160,26 @@ def test_a_damaged_or_stale_file_is_made_anew_with_one_line(images, cache_home, 
     decoded._kept.clear()
     pixels_of(images, cache="disk")
     assert "anew" not in capsys.readouterr().err
+
+
+def test_what_another_process_makes_anew_meanwhile_is_not_removed(images, cache_home, monkeypatch):
+    pixels_of(images, cache="disk")
+    (folder,) = cache_home.iterdir()
+    whole = (folder / PIXELS).read_bytes()
+    damage(folder, images)
+    decoded._kept.clear()
+    has_seen_it = threading.Event()
+    monkeypatch.setattr(decoded, "notice", lambda line: has_seen_it.set())
+    monkeypatch.setattr(decoded, "write", lambda folder, **of: pytest.fail("it is there"))
+    with files.turn_in(cache_home):
+        late = threading.Thread(target=pixels_of, args=[images], kwargs={"cache": "disk"})
+        late.start()
+        assert has_seen_it.wait(10)
+        late.join(0.2)
+        (folder / PIXELS).write_bytes(whole)
+    late.join(10)
+    assert (folder / PIXELS).read_bytes() == whole
+    assert torch.equal(pixels_of(images, cache="disk"), pixels_of(images))
 
 
 def test_too_little_memory_is_said(images, monkeypatch):
