@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from gpu_parts import FIGURE, broken, fine, hangs_with_another
+from support import on_the_interpreter
 
 import bench.predict
 from bench import gpu
@@ -94,6 +95,7 @@ def test_without_a_gpu_it_says_what_can_be_done(tmp_path):
         next(gpu.measure(tmp_path, dry=False))
 
 
+@on_the_interpreter
 def test_a_difference_of_bits_is_seen(monkeypatch):
     at, seeds = checks.place(dry=True), iter(range(99))
     monkeypatch.setattr(checks.torch, "manual_seed", lambda _: torch.random.default_generator.manual_seed(next(seeds)))

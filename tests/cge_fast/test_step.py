@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from support import GPU
+from support import GPU, KERNEL_DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -56,7 +56,7 @@ def make_run(device="cpu", classification=None, metric="triplet", optimizer=torc
 
 @pytest.fixture
 def run() -> Run:
-    return make_run(optimizer=torch.optim.Adam, fused=True)
+    return make_run(KERNEL_DEVICE, optimizer=torch.optim.Adam, fused=True)
 
 
 def batch(device) -> tuple[torch.Tensor, torch.Tensor]:

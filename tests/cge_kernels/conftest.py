@@ -30,7 +30,8 @@ def scratch(request, monkeypatch):
 def poison():
     """torch.empty and its relatives give NaN: an output that is not wholly overwritten fails its parity test."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    # On a GPU the reference's pooling has no deterministic backward, and need not have one.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(1).isnan()
     assert torch.zeros(1).new_empty(1).isnan()
     yield

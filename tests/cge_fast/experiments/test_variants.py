@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import on_the_interpreter
 from torch import nn
 from torch.nn.functional import conv2d, cross_entropy, linear
 
@@ -18,7 +19,7 @@ from cge_fast.options import LossConfig, ModelConfig, TrainConfig
 from cge_reference import stripe_pool
 
 BATCH, CHANNELS, CLASSES = 6, 8, 5
-BACKENDS = ("cpu", "triton", "reference")
+BACKENDS = ("cpu", pytest.param("triton", marks=on_the_interpreter), "reference")
 
 
 @pytest.fixture
