@@ -80,8 +80,8 @@ def calls_from_step() -> list[str]:
     return names
 
 
-def test_it_is_few_calls_to_the_first_line_of_triton(run):
-    chains = {}
+def test_it_is_few_calls_to_the_first_line_of_triton():
+    run, chains = make_run(KERNEL_DEVICE, optimizer=torch.optim.Adam, fused=True), {}
 
     def launched(launch):
         chains.setdefault(launch.kernel.__name__, calls_from_step())
