@@ -63,7 +63,7 @@ class Loggers:
     def __init__(self, names: Sequence[str], folder: Path, settings: dict[str, Any], resuming: bool):
         self.open: dict[str, Logger] = {}
         file = folder / IDENTITIES
-        known = json.loads(file.read_bytes()) if names and resuming and file.exists() else {}
+        known = files.read_json(file) if names and resuming and file.exists() else {}
         for name in names:
             begun = self.attempt(name, LOGGERS[name], folder, settings, known.get(name))
             if begun:

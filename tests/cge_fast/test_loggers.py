@@ -57,6 +57,13 @@ def test_both_are_given_every_epoch_and_the_settings_and_a_resumed_run_goes_on_t
     assert [taken["step"] for name, _, taken in calls if name == "wandb.log"] == [3]
 
 
+def test_damaged_identities_are_named(trained, capsys, calls):
+    (trained / IDENTITIES).write_text('{"wandb": "of-')
+    status, _, err = run(["--output", str(trained), "--resume", "--loggers", "[wandb]", "--optim.epochs", "3"], capsys)
+    assert status == 2
+    assert f"{trained / IDENTITIES} is damaged: it must hold a JSON object" in err
+
+
 @pytest.mark.parametrize("failing", ["init", "log"])
 def test_a_network_that_is_down_is_one_line_and_the_training_goes_on(
     options, tmp_path, capsys, calls, monkeypatch, failing
