@@ -56,6 +56,12 @@ def _receive(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
 
+def noticed() -> None:
+    """Says that a signal that has come is not lost: it need not be repeated into what the program still has to do."""
+    if _received:
+        _is_ending.set()
+
+
 def _in_child() -> None:
     """A loader's process leaves Ctrl-C, a closed terminal and what there is to say to the process that it works for."""
     if signal.getsignal(signal.SIGTERM) is _receive:

@@ -1,6 +1,7 @@
 """A run's figures: metrics.jsonl (one object per epoch) and TensorBoard."""
 
 import json
+import math
 import os
 import socket
 import sys
@@ -73,8 +74,9 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
     """The figures of an epoch by name; those of a list are called name/0, name/1, ..."""
     named: dict[str, Any] = {}
     for name, value in row.items():
-        named |= {f"{name}/{at}": one for at, one in enumerate(value)} if isinstance(value, list) else {name: value}
-    return {name: value for name, value in named.items() if name != "epoch" and value is not None}
+        if value is not None and name != "epoch":
+            named |= {f"{name}/{at}": one for at, one in enumerate(value)} if isinstance(value, list) else {name: value}
+    return named
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -89,10 +91,13 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(file.read_bytes().splitlines(keepends=True), start=1):
         if line.endswith(b"\n"):
             try:
-                rows.append(json.loads(line))
-                rows[-1]["epoch"] += 0
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(f"{file}, line {number}: must be an object with the number of an epoch") from error
+                row = json.loads(line)
+                rows.append(row)
+                if not math.isfinite(sum(scalars(row).values(), row["epoch"])):  # fails too where one is no number
+                    raise ValueError("not finite")
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                wanted = "must be an object with the number of an epoch and its figures"
+                raise UserError(f"{file}, line {number}: {wanted}") from error
     return rows
 
 

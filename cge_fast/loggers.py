@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cge_fast import files
-from cge_fast.errors import UserError, notice, one_line
+from cge_fast.errors import UserError, notice, noticed, one_line
 
 IDENTITIES = "loggers.json"  # in a run's folder, what each logger calls it, so that a resumed run goes on there
 
@@ -17,7 +17,7 @@ class Logger(NamedTuple):
 
     identity: str
     write: Callable[[dict[str, float], int], Any]  # figures by name, and the epoch
-    close: Callable[[], Any]
+    close: Callable[[bool], Any]  # whether the training has failed
 
 
 def wandb(folder: Path, settings: dict[str, Any], identity: str | None) -> Logger:
@@ -25,7 +25,7 @@ def wandb(folder: Path, settings: dict[str, Any], identity: str | None) -> Logge
     import wandb
 
     run = wandb.init(id=identity, resume="allow", name=folder.name, dir=folder, config=settings)
-    return Logger(run.id, lambda figures, epoch: run.log(figures, step=epoch), run.finish)
+    return Logger(run.id, lambda figures, epoch: run.log(figures, step=epoch), lambda failed: run.finish(int(failed)))
 
 
 def mlflow(folder: Path, settings: dict[str, Any], identity: str | None) -> Logger:
@@ -37,7 +37,11 @@ def mlflow(folder: Path, settings: dict[str, Any], identity: str | None) -> Logg
         for name, value in settings.items():
             section = value if isinstance(value, dict) else {"": value}
             mlflow.log_params({f"{name}.{key}".rstrip("."): setting for key, setting in section.items()})
-    return Logger(run.info.run_id, lambda figures, epoch: mlflow.log_metrics(figures, step=epoch), mlflow.end_run)
+    return Logger(
+        run.info.run_id,
+        lambda figures, epoch: mlflow.log_metrics(figures, step=epoch),
+        lambda failed: mlflow.end_run("FAILED" if failed else "FINISHED"),
+    )
 
 
 LOGGERS = {"wandb": wandb, "mlflow": mlflow}
@@ -63,7 +67,7 @@ class Loggers:
     def __init__(self, names: Sequence[str], folder: Path, settings: dict[str, Any], resuming: bool):
         self.open: dict[str, Logger] = {}
         file = folder / IDENTITIES
-        known = json.loads(file.read_bytes()) if names and resuming and file.exists() else {}
+        known = files.read_json(file) if names and resuming and file.exists() else {}
         for name in names:
             begun = self.attempt(name, LOGGERS[name], folder, settings, known.get(name))
             if begun:
@@ -84,7 +88,8 @@ class Loggers:
         for name, logger in list(self.open.items()):
             self.attempt(name, logger.write, figures, epoch)
 
-    def close(self) -> None:
-        """Ends the runs."""
+    def close(self, error: type[BaseException] | None, *_: object) -> None:
+        """Ends the runs, as what they are after an error or none."""
+        noticed()  # what is sent last takes its time
         for name, logger in list(self.open.items()):
-            self.attempt(name, logger.close)
+            self.attempt(name, logger.close, error is not None)

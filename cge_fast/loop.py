@@ -5,6 +5,7 @@ import json
 import math
 import shlex
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,20 @@ def train(run: Run, profile: StepProfile | None = None) -> None:
     config, epochs, steps, log = run.config, run.config.optim.epochs, len(run.loader), None
     if run.epochs_done == 0 and config.evaluation.untrained:
         run.untrained = evaluation(run)
-    if rank() == 0:
-        log = Log(config.output, run.epochs_done or None, run.row)
-        loggers = Loggers(config.loggers, config.output, yaml.safe_load(to_yaml(config)), run.epochs_done > 0)
-        files.replace(config.output / checkpoint.CONFIG, to_yaml(config).encode())
-        files.replace(config.output / ENVIRONMENT, json.dumps(environment(run.device, world_size())).encode())
-        if run.epochs_done == 0 and run.untrained:
-            log.write({"epoch": 0, **run.untrained})
-            say(f"untrained: {retrieval_text(run.untrained)}")
-    done = run.epochs_done * steps
-    with progress(what="training", unit="steps", total=epochs * steps, initial=done, show=rank() == 0) as bar:
+    with ExitStack() as stack:  # closes the logs after an error too
+        if rank() == 0:
+            log = Log(config.output, run.epochs_done or None, run.row)
+            stack.callback(log.close)
+            loggers = Loggers(config.loggers, config.output, yaml.safe_load(to_yaml(config)), run.epochs_done > 0)
+            stack.push(loggers.close)
+            files.replace(config.output / checkpoint.CONFIG, to_yaml(config).encode())
+            files.replace(config.output / ENVIRONMENT, json.dumps(environment(run.device, world_size())).encode())
+            if run.epochs_done == 0 and run.untrained:
+                log.write({"epoch": 0, **run.untrained})
+                say(f"untrained: {retrieval_text(run.untrained)}")
+        total, done = epochs * steps, run.epochs_done * steps
+        shown = progress(what="training", unit="steps", total=total, initial=done, show=rank() == 0)
+        bar = stack.enter_context(shown)
         for epoch in range(run.epochs_done + 1, epochs + 1):
             if config.optim.patience and run.evaluations_since_best >= config.optim.patience:
                 notice(f"optim.patience: ends after epoch {run.epochs_done}, best mAP {run.best_map:.1%}")
@@ -85,9 +90,6 @@ def train(run: Run, profile: StepProfile | None = None) -> None:
                 raise failure
     if run.result is None:  # the last epoch was trained, but its evaluation failed
         run.result = evaluation(run)
-    if log:
-        log.close()
-        loggers.close()
 
 
 def train_epoch(run: Run, epoch: int, momentum: float, bar: Any, profile: StepProfile | None = None) -> EpochMetrics:

@@ -6,6 +6,8 @@ from typing import Literal
 
 from jsonargparse.typing import ClosedUnitInterval, restricted_number_type, restricted_string_type
 
+from cge_fast.files import at_home
+
 DataSet = Literal[
     "pedestrians",
     "pedestrians-trap",
@@ -109,6 +111,12 @@ class DataConfig:
     (~/.cache/cge-fast) that all processes share and later runs find again."""
     skip_corrupt: bool = False
     """Leave out images that cannot be read, and say how many, instead of ending with an error."""
+
+    @property
+    def roots(self) -> list[Path | None]:
+        """The folders in `root`, one but for several sets, like A+B; None for one that is left out, like A in +B."""
+        named = [] if self.root is None else str(self.root).split("+") if "+" in self.name else [str(self.root)]
+        return [at_home(Path(root)) if root else None for root in named]
 
 
 @dataclass

@@ -61,7 +61,7 @@ class Recorded(NamedTuple):
     @property
     def evaluated(self) -> dict[str, Any] | None:
         """The last row with an evaluation of a trained network."""
-        return next((row for row in reversed(self.trained) if row["mAP"] is not None), None)
+        return next((row for row in reversed(self.trained) if row.get("mAP") is not None), None)
 
 
 def read_run(folder: Path) -> Recorded:
@@ -77,10 +77,12 @@ def read_run(folder: Path) -> Recorded:
     rows = read_rows(folder / "metrics.jsonl")
     if not rows:
         raise UserError(f"run: {folder} has no figures in metrics.jsonl yet")
-    noted = folder / ENVIRONMENT
-    return Recorded(
-        folder, read_settings(folder / CONFIG), rows, json.loads(noted.read_text()) if noted.exists() else {}
-    )
+    noted, where = folder / ENVIRONMENT, {}
+    try:
+        where = files.read_json(noted) if noted.exists() else {}
+    except UserError as error:  # the page can do without
+        errors.notice(f"left out: {error}")
+    return Recorded(folder, read_settings(folder / CONFIG), rows, where)
 
 
 def environment(device: torch.device, ranks: int) -> dict[str, str]:
@@ -104,7 +106,7 @@ def series_of(rows: Sequence[Mapping[str, Any]], name: str, key: str) -> list[Se
     """The values of a figure over the epochs, one series for each number of a list; none where it is 0 throughout."""
     points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
     if points and isinstance(points[0][1], list):
-        several = zip(*(values for _, values in points), strict=True)
+        several = zip(*(values for _, values in points), strict=False)
         epochs = [epoch for epoch, _ in points]
         return [
             Series(f"{name} {place}", list(zip(epochs, values, strict=True)))
@@ -130,8 +132,8 @@ def curves(run: Recorded) -> str:
 def figures(run: Recorded) -> dict[str, str]:
     """The main figures by name."""
     of = run.evaluated
-    found = {name: f"{of[key]:.1%}" for name, key in FIGURES.items()} if of else {}
-    seconds = sum(row["seconds"] for row in run.trained)
+    found = {name: f"{of[key]:.1%}" for name, key in FIGURES.items() if of.get(key) is not None} if of else {}
+    seconds = sum(row.get("seconds") or 0 for row in run.trained)
     return found | {"epochs": f"{run.rows[-1]['epoch']}/{run.config.optim.epochs}", "training": duration(seconds)}
 
 
@@ -152,12 +154,12 @@ def html(run: Recorded, pictures: Mapping[str, str]) -> bytes:
     """The page about a run; `pictures` are HTML by heading."""
     config, defaults = run.config, settings(TrainConfig())
     kind = f"CGE, {config.model.stripes} stripes" if config.model.cge else "without CGE"
-    untrained = next((row for row in run.rows if not row["epoch"]), None)
+    untrained = next((row for row in run.rows if not row["epoch"] and None not in map(row.get, ("mAP", "rank1"))), None)
     floor = f"; untrained: {retrieval_text(untrained)}" if untrained else ""
     changed = [(name, value, defaults[name]) for name, value in settings(config).items() if value != defaults[name]]
     recipe = table(changed, ("setting", "here", "default")) if changed else "<p>All settings are the defaults.</p>"
     whole = f"<details><summary>All settings</summary><pre>{escape(to_yaml(config))}</pre></details>"
-    where = table([*run.environment.items()]) if run.environment else ""
+    where = table([(name, str(value)) for name, value in run.environment.items()]) if run.environment else ""
     sections = {"": cards(figures(run)), "Training": curves(run), **pictures, "Settings": recipe + whole}
     subtitle = f"{config.data.name}, {config.model.backbone}, {kind}{floor}"
     return page(run.folder.resolve().name, subtitle, sections | {"Environment": where})

@@ -26,7 +26,6 @@ from cge_fast.cli import (
     set_defaults,
 )
 from cge_fast.errors import UserError
-from cge_fast.files import at_home
 from cge_fast.options import TrainConfig
 
 if TYPE_CHECKING:
@@ -154,10 +153,8 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, bool, bool]:
         set_defaults(parser, read_settings(checkpoint.config_file(Path(parsed.output) / "checkpoints" / "last")))
         parsed = parse_settings(parser, arguments)
     config = as_dataclass(parser, parsed, TrainConfig)
-    if config.data.root:
-        roots = str(config.data.root).split("+") if "+" in config.data.name else [config.data.root]
-        absolute = (str(at_home(Path(root)).absolute()) for root in roots)  # used from another folder too
-        config.data.root = Path("+".join(absolute))
+    if config.data.root:  # used from another folder too
+        config.data.root = Path("+".join(str(root.absolute()) if root else "" for root in config.data.roots))
     return config, parsed.resume, parsed.profile
 
 

@@ -120,11 +120,11 @@ def unusable(folder: Path, of: str) -> str:
     if not folder.exists():
         return ""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = files.read_json(folder / MANIFEST)
         if manifest["of"] != of:
             return "is of images or of a Pillow that have changed since"
         return "" if files.sha256(folder / PIXELS) == manifest["sha256"] else "is damaged"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, UserError, KeyError):
         return "is damaged"
 
 

@@ -17,7 +17,7 @@ from cge_fast.data.market1501 import DISTRACTOR, read_market1501
 from cge_fast.data.pedestrians import draw
 from cge_fast.data.walk import AbsentError, first_few
 from cge_fast.errors import UserError, notice
-from cge_fast.files import at_home, cache_home, once
+from cge_fast.files import cache_home, once
 from cge_fast.options import DataConfig
 
 DRAWN = ("pedestrians", "pedestrians-trap")
@@ -80,7 +80,7 @@ def each_set(config: DataConfig) -> list[DataConfig]:
     names = config.name.split("+")
     if len(names) == 1:
         return [config]
-    roots = [] if config.root is None else str(config.root).split("+")
+    roots = config.roots
     if len(roots) == 1:
         roots *= len(names)
     for name in names:
@@ -89,8 +89,7 @@ def each_set(config: DataConfig) -> list[DataConfig]:
     if roots and len(roots) != len(names):
         raise UserError(f"data.root: must be one folder for all, or {len(names)} like A+B, got {len(roots)}")
     return [
-        replace(config, name=name, root=None if name in DRAWN or not root else at_home(Path(root)))
-        for name, root in zip_longest(names, roots)
+        replace(config, name=name, root=None if name in DRAWN else root) for name, root in zip_longest(names, roots)
     ]
 
 

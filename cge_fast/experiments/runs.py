@@ -67,7 +67,7 @@ def precision(folder: Path) -> list[float]:
 
 def seconds(folder: Path) -> float:
     """How long a training took."""
-    return json.loads((folder / FINISHED).read_text())["seconds"]
+    return files.read_json(folder / FINISHED)["seconds"]
 
 
 def require_same(folder: Path, is_same: bool) -> None:
@@ -125,7 +125,7 @@ def run_rows(
                 if arguments is None:
                     failures[folder] = "the training that it takes the mean weight of failed"
                 elif is_whole(folder):
-                    require_same(folder, json.loads((folder / FINISHED).read_text())["arguments"] == arguments)
+                    require_same(folder, files.read_json(folder / FINISHED)["arguments"] == arguments)
                 else:
                     missing[folder] = arguments
             for folder, failure in map_unordered(run_or_fail, missing.items()):

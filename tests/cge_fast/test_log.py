@@ -53,7 +53,10 @@ def test_beginning_anew_drops_all_rows(tmp_path):
     assert read_rows(tmp_path / "metrics.jsonl") == []
 
 
-@pytest.mark.parametrize("line", ["garbage", "[1]", "{}", '{"epoch": "one"}'])
+NO_FIGURES = ['{"epoch": 1, "loss": "x"}', '{"epoch": 1, "loss": NaN}', '{"epoch": 1, "levels": [0.5, null]}']
+
+
+@pytest.mark.parametrize("line", ["garbage", "[1]", "{}", '{"epoch": "one"}', *NO_FIGURES])
 def test_a_line_that_is_no_row_is_named(tmp_path, line):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"epoch": 0}\n' + line + "\n")

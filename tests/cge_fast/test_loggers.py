@@ -1,13 +1,17 @@
 """Weights & Biases and MLflow: what they are given, that a resumed run goes on there, and that they end no training."""
 
 import json
+import os
+import signal
 import sys
+import time
 from types import ModuleType, SimpleNamespace
 
 import pytest
 from runs import rows, run
 
-from cge_fast.log import scalars
+from cge_fast import loop
+from cge_fast.log import Log, scalars
 from cge_fast.loggers import IDENTITIES
 
 
@@ -47,7 +51,8 @@ def test_both_are_given_every_epoch_and_the_settings_and_a_resumed_run_goes_on_t
     for name, arguments, _ in calls:
         parameters |= arguments[0] if name == "mlflow.log_params" else {}
     assert (parameters["optim.epochs"], parameters["seed"]) == (2, 0)
-    assert [name for name, _, _ in calls[-2:]] == ["wandb.finish", "mlflow.end_run"]
+    ended = [(name, arguments) for name, arguments, _ in calls[-2:]]
+    assert ended == [("wandb.finish", (0,)), ("mlflow.end_run", ("FINISHED",))]
     assert json.loads((tmp_path / "run" / IDENTITIES).read_text()) == {"wandb": "of-wandb", "mlflow": "of-mlflow"}
 
     calls.clear()
@@ -55,6 +60,40 @@ def test_both_are_given_every_epoch_and_the_settings_and_a_resumed_run_goes_on_t
     assert [taken["id"] for name, _, taken in calls if name == "wandb.init"] == ["of-wandb"]
     assert [taken["run_id"] for name, _, taken in calls if name == "mlflow.start_run"] == ["of-mlflow"]
     assert [taken["step"] for name, _, taken in calls if name == "wandb.log"] == [3]
+
+
+def test_a_signal_leaves_the_loggers_the_time_to_send_what_is_left_and_the_run_is_no_finished_one(
+    options, tmp_path, capsys, calls, monkeypatch
+):
+    finish, train_epoch = sys.modules["wandb"].init().finish, loop.train_epoch
+
+    def slow(code):
+        time.sleep(1.5)  # longer than a signal waits before it is repeated
+        finish(code)
+
+    def interrupted(run, epoch, *others):
+        if epoch == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_epoch(run, epoch, *others)
+
+    monkeypatch.setattr(sys.modules["wandb"].init(), "finish", slow)
+    monkeypatch.setattr("cge_fast.loop.train_epoch", interrupted)
+    closed = []
+    monkeypatch.setattr(Log, "close", lambda log, close=Log.close: closed.append(close(log)))
+    status, _, err = run([*options, "--loggers", "[wandb, mlflow]"], capsys)
+    assert status == 128 + signal.SIGTERM
+    assert "interrupted by SIGTERM; the last checkpoint is" in err
+    ended = [(name, arguments) for name, arguments, _ in calls[-2:]]
+    assert ended == [("wandb.finish", (1,)), ("mlflow.end_run", ("FAILED",))]
+    assert [arguments[0]["seconds"] > 0 for name, arguments, _ in calls if name == "wandb.log"] == [True]
+    assert closed == [None]
+
+
+def test_damaged_identities_are_named(trained, capsys, calls):
+    (trained / IDENTITIES).write_text('{"wandb": "of-')
+    status, _, err = run(["--output", str(trained), "--resume", "--loggers", "[wandb]", "--optim.epochs", "3"], capsys)
+    assert status == 2
+    assert f"{trained / IDENTITIES} is damaged: it must hold a JSON object" in err
 
 
 @pytest.mark.parametrize("failing", ["init", "log"])

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 from browser import assert_well_formed, needs_chromium
-from runs import run
+from runs import refused, run
 
 import cge_fast
-from cge_fast import errors, report
+from cge_fast import compare, errors, report
 from cge_fast.options import LossConfig, TrainConfig
 from cge_fast.report import REPORT, read_run, series_of, settings
 
@@ -149,6 +149,43 @@ def test_a_run_of_an_earlier_version_has_no_environment(trained):
     (trained / report.ENVIRONMENT).unlink()
     assert read_run(trained).environment == {}
     assert "<h2>Environment" not in report.write(trained).read_text()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"device": "CP', b"[1, 2]", b"\xff\x00"])
+def test_a_damaged_environment_is_left_out_with_one_line(trained, capsys, content):
+    (trained / report.ENVIRONMENT).write_bytes(content)
+    assert "<h2>Environment" not in report.write(trained).read_text()
+    said = capsys.readouterr().err
+    assert said.startswith(f"left out: {trained / report.ENVIRONMENT} is damaged: it must hold a JSON object")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("config.yaml", b"", "config.yaml must hold settings"),
+        ("config.yaml", b"optim: {lr", "config.yaml, line 1"),
+        ("config.yaml", b"\xff\x00", "config.yaml cannot be read"),
+        ("metrics.jsonl", b'{"epoch": 1, "loss": "x"}\n', "metrics.jsonl, line 1"),
+        ("metrics.jsonl", b'{"epoch": 1, "stripe_precision": [0.5, null]}\n', "metrics.jsonl, line 1"),
+        ("metrics.jsonl", bytes(100) + b"\n", "metrics.jsonl, line 1"),
+    ],
+)
+def test_other_damaged_files_are_one_line(trained, capsys, name, content, where):
+    (trained / name).write_bytes(content)
+    for main in (report.main, compare.main):
+        assert where in refused(main, "cge_fast.report", [str(trained)], capsys)
+
+
+def test_figures_that_rows_lack_are_left_out(trained):
+    lists = {"stripe_precision": [0.5, 0.25], "mAP": 0.5, "rank1": None}, {"stripe_precision": [0.5]}
+    lines = ({"epoch": 0, "mAP": 0.5}, *({"epoch": epoch} | row for epoch, row in enumerate(lists, start=1)))
+    (trained / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines) + '{"epoch": 3, "mA')
+    page = report.write(trained).read_text()
+    assert "2/2" in page
+    assert "50.0%" in page
+    assert "untrained: mAP" not in page
+    compare.html({"one": read_run(trained)})
 
 
 def test_the_environment_is_of_the_training_not_of_the_report(trained):

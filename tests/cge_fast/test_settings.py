@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,6 +169,20 @@ def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch):
     assert config.output == tmp_path / "run"
     assert config.data.root == tmp_path / "people"
     assert str(config.model.weights) == "~nobody.here/w"
+
+
+@pytest.mark.parametrize(
+    ("name", "root", "expected"),
+    [
+        ("folder", "A+B", "HERE/A+B"),
+        ("folder+market", "A+~/B", "HERE/A+HOME/B"),
+        ("pedestrians+market", "+B", "+HERE/B"),
+    ],
+)
+def test_every_folder_of_several_sets_is_found_from_elsewhere_too(tmp_path, monkeypatch, name, root, expected):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config, _, _ = train.parse(["--data.name", name, "--data.root", root])
+    assert str(config.data.root) == expected.replace("HERE", str(Path.cwd())).replace("HOME", str(tmp_path))
 
 
 def test_every_setting_but_three_must_have_a_value(tmp_path):
