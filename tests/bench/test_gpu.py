@@ -83,7 +83,6 @@ def test_without_a_gpu_it_says_what_can_be_done(tmp_path):
         next(gpu.measure(tmp_path, dry=False))
 
 
-@on_the_interpreter
 def test_a_difference_of_bits_is_seen(monkeypatch):
     at, seeds = checks.place(dry=True)._replace(device=torch.device(KERNEL_DEVICE)), iter(range(99))
     monkeypatch.setattr(checks.torch, "manual_seed", lambda _: torch.random.default_generator.manual_seed(next(seeds)))

@@ -4,7 +4,6 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-from support import GPU
 
 from bench import count
 from bench.cases import EAGER, OURS, Case

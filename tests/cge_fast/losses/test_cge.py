@@ -273,7 +273,6 @@ def test_all_backends_train_to_the_same_loss_curve(backend, gem, dtype):
     assert torch.equal(stripe_correct, true_stripe_correct)
 
 
-@on_the_interpreter
 @pytest.mark.slow
 def test_the_kernels_train_to_the_same_loss_curve():
     losses, memory, _, _ = train_head("triton", gem=True, steps=3)
