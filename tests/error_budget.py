@@ -164,8 +164,7 @@ def rounding_of(arguments: Arguments) -> Rounding:
 
 EPS = 1e-6  # stripe_pool's lower bound of the activations
 FEW = 8  # roundings of elementary functions and products one after the other
-# Roundings of an exp2. A GPU's is approximate: two units in the last place (CUDA C++ Programming Guide, exp2f).
-EXP2 = 4 if GPU else 1
+EXP2 = 4 if GPU else 1  # of an exp2; a GPU's is off by two units in the last place (CUDA C++ Programming Guide)
 
 
 class PoolRoundings(NamedTuple):
@@ -181,16 +180,14 @@ def pool_roundings(feature_map: Tensor, stripes: int, p: Tensor | None) -> PoolR
 
     A mean of x^p is off by its additions and its powers: exp2(p log2 x) turns the roundings of log2 x and of the
     product, 2 |p log2 x| of them, into as many times ln 2 relative ones, beside its own. The root divides this by p,
-    and has two such roundings of its own exponent, log2 f, and those of its exp2. In dx = g / count (x / f)^(p-1) the
-    logarithms of x and of f are rounded, and so are their difference and its product, all times p - 1; f is off as
-    above.
+    and has two such roundings of its exponent, log2 f, and its exp2's. In dx = g / count (x / f)^(p-1) the logarithms
+    of x and f, their difference and its product are rounded, all times p - 1; f is off as above.
     """
     names = RESULTS["stripe_pool"]
     additions = feature_map.shape[2] * feature_map.shape[3] + FEW
     if p is None:
         return PoolRoundings(dict.fromkeys(names, additions), additions, 0.0)
-    positive = feature_map.clamp(min=EPS)
-    log_x, powers = positive.log2().abs(), positive.pow(p)
+    log_x, powers = (positive := feature_map.clamp(min=EPS)).log2().abs(), positive.pow(p)
     sums = cge_reference.stripe_pool(powers * log_x, stripes), cge_reference.stripe_pool(powers, stripes)
     log_f = [feature.log2().abs() for feature in cge_reference.stripe_pool(feature_map, stripes, p)]
     features = {
