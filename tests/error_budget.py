@@ -164,6 +164,7 @@ def rounding_of(arguments: Arguments) -> Rounding:
 
 EPS = 1e-6  # stripe_pool's lower bound of the activations
 FEW = 8  # roundings of elementary functions and products one after the other
+EXP2 = 4 if GPU else 1  # of an exp2; a GPU's is off by two units in the last place (CUDA C++ Programming Guide)
 
 
 class PoolRoundings(NamedTuple):
@@ -178,26 +179,25 @@ def pool_roundings(feature_map: Tensor, stripes: int, p: Tensor | None) -> PoolR
     """Of stripe_pool on a float64 map.
 
     A mean of x^p is off by its additions and its powers: exp2(p log2 x) turns the roundings of log2 x and of the
-    product, 2 |p log2 x| of them, into as many times ln 2 relative ones. The root divides this by p, and has two such
-    roundings of its own exponent, log2 f. In dx = g / count (x / f)^(p-1) the logarithms of x and of f are rounded, and
-    so are their difference and its product, all times p - 1; f is off as above.
+    product, 2 |p log2 x| of them, into as many times ln 2 relative ones, beside its own. The root divides this by p,
+    and has two such roundings of its exponent, log2 f, and its exp2's. In dx = g / count (x / f)^(p-1) the logarithms
+    of x and f, their difference and its product are rounded, all times p - 1; f is off as above.
     """
     names = RESULTS["stripe_pool"]
     additions = feature_map.shape[2] * feature_map.shape[3] + FEW
     if p is None:
         return PoolRoundings(dict.fromkeys(names, additions), additions, 0.0)
-    positive = feature_map.clamp(min=EPS)
-    log_x, powers = positive.log2().abs(), positive.pow(p)
+    log_x, powers = (positive := feature_map.clamp(min=EPS)).log2().abs(), positive.pow(p)
     sums = cge_reference.stripe_pool(powers * log_x, stripes), cge_reference.stripe_pool(powers, stripes)
     log_f = [feature.log2().abs() for feature in cge_reference.stripe_pool(feature_map, stripes, p)]
     features = {
-        name: additions / p.abs() + 2 * (logs / weights + log)
+        name: (additions + EXP2) / p.abs() + 2 * (logs / weights + log) + EXP2
         for name, logs, weights, log in zip(names, *sums, log_f, strict=True)
     }
     worst, farthest = (
         torch.maximum(whole, parts.amax(dim=1))[:, :, None, None] for whole, parts in (features.values(), log_f)
     )
-    gradient = additions + (p - 1).abs() * (worst + 2 * (log_x + farthest))
+    gradient = additions + EXP2 + (p - 1).abs() * (worst + 2 * (log_x + farthest))
     return PoolRoundings(features, gradient, (log_x + farthest) * math.log(2))
 
 

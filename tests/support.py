@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
@@ -16,6 +17,8 @@ from torch.nn.functional import normalize
 
 GPU = torch.cuda.is_available()
 KERNEL_DEVICE = "cuda" if GPU else "cpu"
+on_the_interpreter = pytest.mark.skipif(GPU, reason="kernels on CPU tensors need Triton's interpreter")
+of_the_cpu = pytest.mark.skipif(GPU, reason="a training would run on the GPU, and this is about the CPU's")
 
 
 class Sample(NamedTuple):

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CODE = ["bench", "cge_fast", "kernels", "reference"]
 FILES = sorted(file for folder in [*CODE, "docs", "examples", "tests"] for file in (ROOT / folder).rglob("*.py"))
-MOST_LINES, MOST_LINES_OF_CODE, MOST_PARAMETERS = 350, 18_300, 12
+MOST_LINES, MOST_LINES_OF_CODE, MOST_PARAMETERS = 350, 18_400, 12
 FLAT = "jit", "custom_op", "register_fake", "register_kernel"  # decorators of what must have a flat signature
 PLACES = re.findall(r"^\| ([^|]+?) \| (.*) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)[1:]
 

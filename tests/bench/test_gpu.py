@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from gpu_parts import FIGURE, broken, fine, hangs_with_another
+from support import GPU, KERNEL_DEVICE
 
 import bench.predict
 from bench import gpu
@@ -76,26 +77,14 @@ def test_a_part_that_takes_too_long_is_ended_with_all_that_it_has_started(tmp_pa
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def start_another(at):
-    code = "import pathlib, time; time.sleep(2); pathlib.Path('finished').touch()"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    yield FIGURE
-
-
-def test_nothing_that_it_has_started_goes_on(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gpu.INTERPRETED, "value", False)
-    ...
-
-
+@pytest.mark.skipif(GPU, reason="has a GPU")
 def test_without_a_gpu_it_says_what_can_be_done(tmp_path):
     with pytest.raises(UserError, match="gpu: PyTorch finds none here; --dry"):
         next(gpu.measure(tmp_path, dry=False))
 
 
 def test_a_difference_of_bits_is_seen(monkeypatch):
-    at, seeds = checks.place(dry=True), iter(range(99))
+    at, seeds = checks.place(dry=True)._replace(device=torch.device(KERNEL_DEVICE)), iter(range(99))
     monkeypatch.setattr(checks.torch, "manual_seed", lambda _: torch.random.default_generator.manual_seed(next(seeds)))
     differing = next(checks.steps(at))
     assert (differing.what, differing.holds) == ("the same bits from run to run, average", False)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from runs import run
-from support import GPU
+from support import GPU, of_the_cpu
 
 from cge_fast import train
 from cge_fast.build import check_cuda_graph
@@ -38,7 +38,7 @@ from cge_fast.wanted import TYPES, wanted
         (["--seed", str(2**63)], "seed: must be "),
         (["--output", "/dev/null/run"], "output: /dev/null/run cannot be made (Not a directory)"),
         (["--optim.accumulate", "3"], "optim.accumulate: 4 identities cannot be cut evenly into 3"),
-        (["--optim.precision", "float16"], "optim.precision: float16 needs a GPU"),
+        pytest.param(["--optim.precision", "float16"], "optim.precision: float16 needs a GPU", marks=of_the_cpu),
         (["--model.pretrained", "true"], "model.pretrained: the backbone compact has no ImageNet weights"),
         (["--resume"], "has no file model.safetensors"),
         (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from support import GPU
+from support import GPU, KERNEL_DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -56,7 +56,7 @@ def make_run(device="cpu", classification=None, metric="triplet", optimizer=torc
 
 @pytest.fixture
 def run() -> Run:
-    return make_run(optimizer=torch.optim.Adam, fused=True)
+    return make_run(KERNEL_DEVICE, optimizer=torch.optim.Adam, fused=True)
 
 
 def batch(device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,8 +80,8 @@ def calls_from_step() -> list[str]:
     return names
 
 
-def test_it_is_few_calls_to_the_first_line_of_triton(run):
-    chains = {}
+def test_it_is_few_calls_to_the_first_line_of_triton():
+    run, chains = make_run(KERNEL_DEVICE, optimizer=torch.optim.Adam, fused=True), {}
 
     def launched(launch):
         chains.setdefault(launch.kernel.__name__, calls_from_step())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import KERNEL_DEVICE
 
 import cge_kernels
 
@@ -28,10 +29,14 @@ def scratch(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def poison():
-    """torch.empty and its relatives give NaN: an output that is not wholly overwritten fails its parity test."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1).isnan()
-    assert torch.zeros(1).new_empty(1).isnan()
+    """torch.empty and its relatives give NaN: an output that is not wholly overwritten fails its parity test.
+
+    A warning is enough where an operation is not deterministic: on a GPU the reference's pooling has no such gradient.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    for device in {"cpu", KERNEL_DEVICE}:
+        assert torch.empty(1, device=device).isnan()
+        assert torch.zeros(1, device=device).new_empty(1).isnan()
     yield
-    torch.use_deterministic_algorithms(before)
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])

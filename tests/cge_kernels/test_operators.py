@@ -193,7 +193,8 @@ def test_no_gradient_reaches_the_memory(any_backend):
 def test_exponent_and_momentum_may_be_numbers_or_tensors(any_backend):
     sample, _ = draw()
     as_number = cge_kernels.stripe_pool(sample.feature_map, 2, 3)[1]
-    as_tensor = cge_kernels.stripe_pool(sample.feature_map, 2, torch.tensor(3.0, dtype=torch.float64))[1]
+    p = torch.tensor(3.0, dtype=torch.float64, device=KERNEL_DEVICE)
+    as_tensor = cge_kernels.stripe_pool(sample.feature_map, 2, p)[1]
     assert torch.equal(as_tensor, as_number)
     memory, labels = sample.memory, sample.labels
     first = cge_kernels.write_memory_(memory.clone(), as_number, labels, 0.25)

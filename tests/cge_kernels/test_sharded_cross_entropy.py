@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from error_budget import budget
-from support import RANKS_TIMEOUT, on_ranks
+from support import RANKS_TIMEOUT, on_ranks, on_the_interpreter
 from torch.nn.functional import normalize
 
 import cge_kernels
@@ -107,7 +107,7 @@ def compare_everything(rank, backend):
         ("cpu", 2),
         ("cpu", 3),
         pytest.param("cpu", 4, marks=pytest.mark.slow),
-        pytest.param("triton", 3, marks=pytest.mark.slow),
+        pytest.param("triton", 3, marks=[pytest.mark.slow, on_the_interpreter]),
     ],
 )
 def test_ranks_have_the_loss_the_gradients_and_the_memory_of_one_process(backend, ranks, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import KERNEL_DEVICE
 from torch import nn
 from torch.nn.functional import conv2d, cross_entropy, linear
 
@@ -28,12 +29,18 @@ def batch():
     return feature_map, torch.tensor([0, 0, 1, 1, 3, 3])
 
 
+def placed(batch, backend):
+    """The batch where the backend runs."""
+    return [tensor.to(KERNEL_DEVICE if backend == "triton" else "cpu") for tensor in batch]
+
+
 def written(batch, loss_class, **arguments) -> tuple[ReidModel, nn.Module]:
     """A model without a backbone, and a loss whose memory, if it has one, has been written once."""
     model = getattr(loss_class, "model_class", ReidModel)(nn.Identity(), CHANNELS, 3, False, torch.float32)
     torch.manual_seed(0)
     loss = loss_class(CHANNELS, CLASSES, **arguments)
     nn.init.normal_(loss.weight)
+    model, loss = (module.to(batch[0].device) for module in (model, loss))
     if isinstance(loss, CGELoss):
         loss.write_memory(stripe_pool(batch[0], 3)[1], batch[1], 0.25)
     return model.eval(), loss
@@ -103,6 +110,7 @@ def test_detached_weights_change_the_gradient_but_not_the_loss(batch):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["focal", "cge_focal"])
 def test_the_focal_loss_takes_the_revised_logits(batch, name, backend):
+    batch = placed(batch, backend)
     with cge_kernels.backend(backend):
         model, loss = written(batch, VARIANTS[name])
         embeddings = model(batch[0])
@@ -163,7 +171,7 @@ def test_a_memory_that_is_not_used_leaves_the_logits_and_is_still_written_and_me
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_shuffled_memory_revises_each_class_by_another_and_is_written_to_the_true_one(batch, backend):
-    feature_map, labels = batch
+    feature_map, labels = batch = placed(batch, backend)
     with cge_kernels.backend(backend):
         model, shuffled = written(batch, VARIANTS["shuffled_memory"])
         _, plain = written(batch, CGELoss)
@@ -174,7 +182,7 @@ def test_a_shuffled_memory_revises_each_class_by_another_and_is_written_to_the_t
         measured = shuffled.label_and_mean_weight(embeddings.stripes, labels)
     torch.testing.assert_close(shuffled.memory, plain.memory)
     assert sorted(shuffled.shuffled.tolist()) == list(range(CLASSES))
-    assert (shuffled.shuffled != torch.arange(CLASSES)).all()
+    assert (shuffled.shuffled.cpu() != torch.arange(CLASSES)).all()
     torch.testing.assert_close(revising, weights)
     own = weights.gather(1, labels[:, None])
     torch.testing.assert_close(measured, torch.stack([own.sum(), weights.mean(dim=1).sum()]))

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support import KERNEL_DEVICE
 from torch.nn.functional import cross_entropy, linear
 
 import cge_kernels
@@ -239,22 +240,23 @@ ROUNDING = 2**14
 def train_head(backend, gem, dtype=torch.float32, steps=20):
     """Losses, final memory and weights of a small backbone with a head, trained on six noisy patterns."""
     torch.manual_seed(0)
-    patterns = torch.rand(6, 3, 7, 4)
+    patterns, labels = torch.rand(6, 3, 7, 4), torch.arange(8) % 6
     backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU()).to(dtype)
     head = CGEHead(8, 6, stripes=3, gem=gem).to(dtype)
+    if backend == "triton":  # then the head alone, so that convolutions are the same
+        head, labels = head.to(KERNEL_DEVICE), labels.to(KERNEL_DEVICE)
     optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.2)
     losses = []
     with cge_kernels.backend(backend):
         for step in range(1, steps + 1):
-            labels = torch.arange(8) % 6
-            images = patterns[labels] + 0.3 * torch.rand(8, 3, 7, 4)
-            out = head(backbone(images.to(dtype)), labels)
+            images = patterns[labels.cpu()] + 0.3 * torch.rand(8, 3, 7, 4)
+            out = head(backbone(images.to(dtype)).to(labels.device), labels)
             optimizer.zero_grad()
             out.loss.backward()
             optimizer.step()
             head.write_memory(out.stripes, labels, step / steps)
             losses.append(out.loss.detach())
-    return torch.stack(losses), head.loss.memory, head.loss.weight.detach(), out.stripe_correct
+    return [x.cpu() for x in (torch.stack(losses), head.loss.memory, head.loss.weight.detach(), out.stripe_correct)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
