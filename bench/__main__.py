@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
 from bench.results import append, document, read
 from cge_fast import errors
+from cge_fast.cli import parse_settings, program_parser
 from cge_fast.errors import UserError
 
 COMMANDS = {
@@ -43,16 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if command not in COMMANDS:
         raise UserError(f"command: must be one of {', '.join(COMMANDS)}, got {command!r}")
-    parser = ArgumentParser(prog=f"python -m bench {command}", description=COMMANDS[command], exit_on_error=False)
+    parser = program_parser(f"python -m bench {command}", COMMANDS[command])
     parser.add_argument("--csv", type=Path, help="results file; figures are appended")
     if command == "tables":
-        file = parser.parse_args(rest).csv or Path(__file__).with_name("results.csv")
+        file = parse_settings(parser, rest).csv or Path(__file__).with_name("results.csv")
         print(document(read(file)))
         return
     module = import_module(f"bench.{command}")
     parser.description = module.__doc__
     module.add_options(parser)
-    options = vars(parser.parse_args(rest))
+    options = vars(parse_settings(parser, rest))
     file, found = options.pop("csv"), []
     try:
         for figure in append(module.measure(**options), file):

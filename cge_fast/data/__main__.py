@@ -7,6 +7,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from cge_fast import errors
+from cge_fast.cli import parse_settings, program_parser
 from cge_fast.data.contact_sheet import contact_sheet
 from cge_fast.data.counts import count, require_published, table
 from cge_fast.data.images import SPLITS
@@ -28,15 +29,12 @@ EXPORTED = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program; `arguments` default to the command line's."""
-    parser = ArgumentParser(
-        prog=PROGRAM,
-        description="Counts a data set's identities, images and cameras, or writes a set in Market-1501's format.",
-        exit_on_error=False,
-    )
+    purpose = "Counts a data set's identities, images and cameras, or writes a set in Market-1501's format."
+    parser = program_parser(PROGRAM, purpose)
     commands = parser.add_subcommands()
 
     def subcommand(name: str, verb: str, help_: str) -> ArgumentParser:
-        command = ArgumentParser(prog=f"{PROGRAM} {name}", exit_on_error=False, description=f"{verb} {help_}.")
+        command = program_parser(f"{PROGRAM} {name}", f"{verb} {help_}.")
         commands.add_subcommand(name, command, help=help_)
         return command
 
@@ -51,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("--root", type=Path, required=True, help="folder of the data set")
         sheet = Path(f"{name}_{CONTACT_SHEET}")
         command.add_argument("--sheet", type=Path, default=sheet, help="file of the contact sheet, a PNG")
-    parsed = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+    parsed = parse_settings(parser, sys.argv[1:] if arguments is None else arguments)
     paths = {name: at_home(path) for name, path in parsed[parsed.subcommand].as_dict().items()}
     if parsed.subcommand in SETS:
         show(parsed.subcommand, paths["root"], paths["sheet"])

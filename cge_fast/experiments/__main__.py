@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
 from cge_fast import errors
+from cge_fast.cli import one_line_of_jsonargparse, program_parser
 from cge_fast.errors import UserError
 from cge_fast.experiments import figures, report
 from cge_fast.experiments.presets import DATA, DRAWN, PRESETS, place_of
@@ -22,7 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The program; `arguments` default to the command line's."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     split = arguments.index("--") if "--" in arguments else len(arguments)
-    options = option_parser().parse_args(arguments[:split])
+    parser = option_parser()
+    with one_line_of_jsonargparse(parser, arguments):
+        options = parser.parse_args(arguments[:split])
     more, root_of = arguments[split + 1 :], dict(zip(needing_root(options), options.root, strict=True))
     data = options.data if options.names != [OF_RECIPES] else []
     places = [place_of(options.preset, name, root_of.get(name), options.output, more) for name in data]
@@ -60,13 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def option_parser() -> ArgumentParser:
     """The program's options."""
     titles = " ".join(f"{key}: {table.title}." for key, table in TABLES.items() if "-" not in key)
-    parser = ArgumentParser(
-        prog=PROGRAM,
-        description="Trains what tables and figures of the paper compare, with the same seeds, and writes them as "
-        "Markdown and CSV (figures: PNG too). Trainings that are there already are not repeated, interrupted ones are "
-        f"continued. {titles} {OF_RECIPES}: What differs between two AGWs, from the recipes.",
-        epilog="What stands after -- goes to every training.",
-        exit_on_error=False,
+    parser = program_parser(
+        PROGRAM,
+        "Trains what tables and figures of the paper compare, with the same seeds, and writes them as Markdown and CSV "
+        "(figures: PNG too). Trainings that are there already are not repeated, interrupted ones are continued. What "
+        f"stands after -- goes to every training. {titles} {OF_RECIPES}: What differs between two AGWs, from the "
+        "recipes.",
     )
     parser.add_argument("names", choices=NAMES, nargs="+", help="tables and figures; table3 is table3a, b and c")
     parser.add_argument("--data", choices=DATA, nargs="+", default=[DRAWN], help="data sets")

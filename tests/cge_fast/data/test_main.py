@@ -62,6 +62,7 @@ def test_a_broken_drawing_leaves_nothing_behind(omniglot, tmp_path):
         (["veri776"], "veri776.root"),
         (["msmt17", "--root", "/nix"], "data.root: there is no file /nix/list_train.txt; / holds "),
         (["elephants", "--export", "x"], "elephants"),
+        (["market1501", "--rot", "x"], "error: there is no --rot\n"),
     ],
 )
 def test_wrong_calls_are_one_line(arguments, message, capsys):

@@ -227,6 +227,7 @@ def test_processes_that_show_progress_leave_nothing_behind(tmp_path):
         (["--data", "pedestrians", "msmt17", "veri776", "--root", "x"], "a folder for each of msmt17, veri776, got 1"),
         (["--root", "x"], "root: give a folder for each of no set, got 1"),
         (["--seeds", "0"], "seeds"),
+        (["--sed", "1"], "error: there is no --sed, did you mean --seeds?\n"),
         (["--jobs", "0"], "jobs"),
         (["table10"], "table10"),
     ],
