@@ -8,12 +8,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from support import GPU, write_crops
+from support import repeatable, write_crops
 
 if not GPU:  # read when cge_kernels is imported: kernels can be tested in the interpreter only
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # read with the first matmul on a GPU: only so is cuBLAS before torch 2.11 deterministic, where a test wants that
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+torch.backends.cudnn.allow_tf32 = False  # so that a GPU's features are the CPU's, but for roundings of float32
 
 IDENTITIES, IMAGES = 4, 6
 
@@ -54,6 +55,20 @@ def small_options(market: Path, output: Path) -> list[str]:
 
 
 @pytest.fixture
+def same_bits():
+    """A test whose trainings must have the same bits."""
+    with repeatable():
+        yield
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    """A test whose programs run on the CPU, as where there is no GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+@pytest.fixture
 def market(tmp_path) -> Path:
     return write_market1501(tmp_path / "market")
 
@@ -80,7 +95,8 @@ def shared_run(shared_market) -> Path:
     """The folder of a run of the options; not to be changed."""
     from cge_fast import train
 
-    train.main(small_options(shared_market, shared_market.with_name("run")))
+    with repeatable():
+        train.main(small_options(shared_market, shared_market.with_name("run")))
     return shared_market.with_name("run")
 
 

@@ -4,10 +4,14 @@ With a GPU the kernels run on it, compiled; without one, in Triton's interpreter
 """
 
 import multiprocessing
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,8 +21,9 @@ from torch.nn.functional import normalize
 
 GPU = torch.cuda.is_available()
 KERNEL_DEVICE = "cuda" if GPU else "cpu"
-on_the_interpreter = pytest.mark.skipif(GPU, reason="kernels on CPU tensors need Triton's interpreter")
-of_the_cpu = pytest.mark.skipif(GPU, reason="a training would run on the GPU, and this is about the CPU's")
+# Environment of processes that are to run as without a GPU: ranks, which have one GPU at most, or what is compared with
+# figures of the CPU.
+WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
 
 
 class Sample(NamedTuple):
@@ -67,19 +72,41 @@ def write_crops(market: Path, root: Path) -> Path:
     return root
 
 
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Inside, trainings in this process have the same bits from run to run also on a GPU.
+
+    There cuDNN and index_add_ may add up in any order otherwise; what cuDNN has once found to be fast it keeps.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(GPU or before[0], warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 RANKS_TIMEOUT = 60  # seconds that a rank waits for the others
 
 
 def on_ranks(ranks: int, function, *arguments, folder: Path, join: bool = True):
-    """Runs function(rank, *arguments) in so many gloo processes, which meet in a file of the folder.
+    """Runs function(rank, *arguments) in so many gloo processes without a GPU, which meet in a file of the folder."""
+    arguments = ranks, function, arguments, str(folder)
+    with forked():
+        return processes.start_processes(start_rank, arguments, nprocs=ranks, join=join, start_method="forkserver")
 
-    They are forked from a process that has imported what this one has of our packages and nothing else, since to import
-    them takes each longer than most tests.
+
+@contextmanager
+def forked() -> Iterator[None]:
+    """Inside, processes that are started by forkserver have our packages and see no GPU.
+
+    They are forked from a process that has imported what this one has of them when the first is started, since to
+    import them takes each longer than most tests, and that has the environment of that moment.
     """
     ours = [name for name in sys.modules if name.partition(".")[0] in ("cge_fast", "cge_kernels", "cge_reference")]
     multiprocessing.set_forkserver_preload(ours)
-    arguments = ranks, function, arguments, str(folder)
-    return processes.start_processes(start_rank, arguments, nprocs=ranks, join=join, start_method="forkserver")
+    with patch.dict(os.environ, WITHOUT_GPU):
+        yield
 
 
 def start_rank(rank, ranks, function, arguments, folder):

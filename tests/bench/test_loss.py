@@ -2,6 +2,8 @@
 
 from unittest.mock import patch
 
+import pytest
+
 from bench import loss, operators
 from bench.cases import EAGER, OURS
 from bench.results import Figure
@@ -16,6 +18,7 @@ def measure(**sizes: int) -> dict[tuple[str, str], Figure]:
     return {(figure.contender, figure.quantity): figure for figure in figures}
 
 
+@pytest.mark.usefixtures("without_gpu")  # whose allocator rounds, and whose libraries take memory
 def test_ours_needs_less_memory(monkeypatch):
     monkeypatch.setenv("CGE_SCRATCH_MB", "1")
     found = measure(classes=[4000], batch=64, channels=8)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import on_ranks
+from support import WITHOUT_GPU, on_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -156,7 +156,7 @@ def test_two_ranks_train_what_one_process_trains(options, tmp_path, monkeypatch,
 @pytest.mark.slow
 def test_torchrun_trains_and_resumes_and_its_checkpoint_holds_every_identity(options, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | WITHOUT_GPU | {"OMP_NUM_THREADS": "1"}
     last = tmp_path / "run" / "checkpoints" / "last"
     for epochs, settings in (
         (2, [*options, "--optim.accumulate", "2"]),

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from runs import refused
-from support import write_crops
+from support import WITHOUT_GPU, write_crops
 
 import cge_fast
 from cge_fast import checkpoint, data, embed, errors, evaluate
@@ -136,13 +136,15 @@ def test_wrong_calls_are_one_line(last, capsys, arguments, message):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_gpu")
 def test_under_torchrun_the_ranks_share_the_work_and_one_prints(last, capsys):
     alone = evaluated(capsys, "--checkpoint", last)
     command = [sys.executable, "-m", "cge_fast.torchrun", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "cge_fast.evaluate", "--checkpoint", str(last)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    environment = os.environ | WITHOUT_GPU | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == alone
-    done = subprocess.run([*command, "--data.root", "/nix"], capture_output=True, text=True)
+    done = subprocess.run([*command, "--data.root", "/nix"], env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("data.root: there is no folder /nix") == 1
     assert "Traceback" not in done.stderr

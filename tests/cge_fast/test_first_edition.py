@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import of_the_cpu
+from support import WITHOUT_GPU
 
 from cge_fast import checkpoint, data, train
 from cge_fast.build import load_model
@@ -57,9 +57,7 @@ def test_trainings_come_out_as_they_did(name, tmp_path):
         *("--evaluation.untrained", "false", "--data.height", "48", "--data.width", "24"),
         *(["--model.shard_classes", "true"] if "sharded" in name else []),
     ]
-    subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, check=True
-    )
+    subprocess.run(command, env=os.environ | WITHOUT_GPU | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     for found, wanted in zip(rows, expected["metrics"], strict=True):
         assert_row(found, wanted)
@@ -95,7 +93,7 @@ def test_its_checkpoints_give_the_same_embeddings(first_edition, monkeypatch, na
     assert evaluate(model, images, trained.data, trained.evaluation).mAP == pytest.approx(CHECKPOINTS[name]["mAP"])
 
 
-@of_the_cpu
+@pytest.mark.usefixtures("without_gpu")
 @pytest.mark.parametrize("name", RUNS)
 def test_its_runs_are_resumed(first_edition, tmp_path, monkeypatch, name):
     monkeypatch.chdir(first_edition)

@@ -167,6 +167,7 @@ def test_recomputed_stages_have_the_same_gradients_and_statistics(name):
     assert backbone.state_dict().keys() == recomputed.state_dict().keys()
 
 
+@pytest.mark.usefixtures("same_bits")
 def test_a_run_that_recomputes_is_the_same_run(options, tmp_path, capsys):
     for name, more in (("run", ()), ("other", ("--optim.checkpoint_backbone", "true", "--optim.accumulate", "2"))):
         accumulate = ("--optim.accumulate", "2") if not more else ()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from runs import rows
-from support import on_ranks
+from support import WITHOUT_GPU, on_ranks
 
 from cge_fast import files, train
 from cge_fast.options import TrainConfig
@@ -21,7 +21,7 @@ START = [sys.executable, "-m", "cge_fast.torchrun", "--standalone", "--nproc-per
 
 def started(arguments) -> subprocess.Popen:
     """A training on two ranks, in a session of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | WITHOUT_GPU | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*START, *arguments], env=environment, start_new_session=True, **pipes)
 

@@ -17,6 +17,7 @@ import torch
 from conftest import small_options
 from runs import assert_same_weights, rows, run
 from safetensors.torch import save_file
+from support import WITHOUT_GPU, forked
 
 from cge_fast import backbones, checkpoint, errors, files, train
 from cge_fast.backbones.weights import file_tensors
@@ -44,9 +45,9 @@ def listed(selection: str, number: int) -> list[int]:
 
 
 def start(arguments: list[str], printed: Path) -> multiprocessing.Process:
-    FORKED.set_forkserver_preload([name for name in sys.modules if name.startswith(("cge_fast", "cge_kernels"))])
     process = FORKED.Process(target=program, args=(arguments, printed))
-    process.start()
+    with forked():
+        process.start()
     return process
 
 
@@ -71,8 +72,8 @@ def options_of(market: Path, output: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def whole(shared_market) -> Path:
     """The run that nobody disturbs."""
-    output = shared_market.with_name("whole")
-    train.main(options_of(shared_market, output))
+    output, printed = shared_market.with_name("whole"), shared_market.with_name("whole.txt")
+    assert ended(start(options_of(shared_market, output), printed), printed)[0] == 0
     return output
 
 
@@ -155,7 +156,7 @@ def on_two_ranks(arguments: list[str]) -> subprocess.Popen:
         "-m",
         "cge_fast.train",
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | WITHOUT_GPU | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, env=environment)
 
 

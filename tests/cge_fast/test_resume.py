@@ -109,6 +109,7 @@ def test_a_run_goes_on_with_another_backend(trained, capsys):
     assert read_settings(last / "config.yaml").backend == "reference"
 
 
+@pytest.mark.usefixtures("same_bits")
 def test_resuming_a_finished_run_says_its_result_again(trained, options, tmp_path, capsys):
     _, out, _ = run([*options, "--output", str(tmp_path / "again")], capsys)
     assert run(["--output", str(trained), "--resume"], capsys)[1] == out.replace("again", "run")

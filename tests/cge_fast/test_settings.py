@@ -38,7 +38,10 @@ from cge_fast.wanted import TYPES, wanted
         (["--seed", str(2**63)], "seed: must be "),
         (["--output", "/dev/null/run"], "output: /dev/null/run cannot be made (Not a directory)"),
         (["--optim.accumulate", "3"], "optim.accumulate: 4 identities cannot be cut evenly into 3"),
-        pytest.param(["--optim.precision", "float16"], "optim.precision: float16 needs a GPU", marks=of_the_cpu),
+        pytest.param(
+            *(["--optim.precision", "float16"], "optim.precision: float16 needs a GPU"),
+            marks=pytest.mark.skipif(GPU, reason="has a GPU"),
+        ),
         (["--model.pretrained", "true"], "model.pretrained: the backbone compact has no ImageNet weights"),
         (["--resume"], "has no file model.safetensors"),
         (

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from support import RANKS_TIMEOUT, on_ranks
+from support import RANKS_TIMEOUT, WITHOUT_GPU, on_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -150,7 +150,7 @@ SHARDED = ("--model.shard_classes", "true")
 
 def torchrun(ranks, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | WITHOUT_GPU | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, "-m", "cge_fast.train", *map(str, arguments)], env=environment, capture_output=True, text=True,
         timeout=120,

@@ -8,6 +8,8 @@ from cge_fast import backbones, loop
 from cge_fast.optimizer import parameter_groups
 from cge_fast.options import OptimConfig
 
+pytestmark = pytest.mark.usefixtures("same_bits")
+
 
 @pytest.mark.parametrize("kind", ["cge", "baseline"])
 def test_a_frozen_backbone_stays_as_it_was_and_then_learns_bit_for_bit_also_after_a_kill(

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from error_budget import budget
-from support import RANKS_TIMEOUT, on_ranks, on_the_interpreter
+from support import KERNEL_DEVICE, RANKS_TIMEOUT, on_ranks
 from torch.nn.functional import normalize
 
 import cge_kernels
@@ -27,7 +27,7 @@ def problem():
 
     memory = normalize(draw(STRIPES, CLASSES, CHANNELS), dim=2)
     memory[:, 4] = 0
-    return {
+    tensors = {
         "features": 3 * draw(BATCH, CHANNELS),
         "weight": draw(CLASSES, CHANNELS),
         "local_features": draw(BATCH, STRIPES, CHANNELS),
@@ -35,6 +35,7 @@ def problem():
         "labels": torch.tensor([0, 2, 3, 5, 6, 8, 9, 10, 10, 4, 7, 1]),
         "bias": draw(CLASSES),
     }
+    return {name: tensor.to(KERNEL_DEVICE) for name, tensor in tensors.items()}  # of a rank the CPU
 
 
 def share(rank):

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from support import on_ranks
+from support import WITHOUT_GPU, on_ranks
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -137,6 +137,7 @@ def test_compiled_loop(batches, plain, backend, monkeypatch):
     assert_trained(backbone, head)
 
 
+@pytest.mark.usefixtures("without_gpu")  # where its trainer would put the images
 def test_metric_learning_trainer(batches, monkeypatch):
     module = example("metric_learning_trainer")
     monkeypatch.setattr(module, "BATCH", 8)
@@ -208,6 +209,7 @@ def test_own_loop(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_gpu")
 @pytest.mark.parametrize("name", ["accelerate_loop", "compiled_loop", "lightning_module", "metric_learning_trainer"])
 def test_an_example_runs_as_it_is(name, monkeypatch):
     if needed := {"accelerate_loop": "accelerate", "lightning_module": "lightning"}.get(name):
@@ -220,7 +222,8 @@ def test_an_example_runs_as_it_is(name, monkeypatch):
 @pytest.mark.slow
 def test_the_sharded_example_runs_as_it_is():
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*program, EXAMPLES / "fsdp_backbone.py"], capture_output=True, text=True)
+    command, environment = [*program, EXAMPLES / "fsdp_backbone.py"], os.environ | WITHOUT_GPU
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.stdout == "120 tensors of the backbone to save\n", done.stderr
 
 

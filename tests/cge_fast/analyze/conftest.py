@@ -20,6 +20,11 @@ def unchanged(run: Run) -> None:
     """As it was initialised."""
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(without_gpu):
+    """Where what analyses find is computed anew."""
+
+
 @pytest.fixture
 def market(shared_market):
     return shared_market

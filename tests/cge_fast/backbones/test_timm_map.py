@@ -113,6 +113,7 @@ def test_an_image_that_a_trained_network_does_not_take_is_named():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("same_bits")
 @pytest.mark.parametrize("name", ["timm:test_vit", "timm:test_efficientnet"])
 def test_a_run_resumes_bit_for_bit_and_is_evaluated_at_another_size_and_exported(
     name, options, tmp_path, capsys, monkeypatch
