@@ -193,7 +193,8 @@ def pool_roundings(feature_map: Tensor, stripes: int, p: Tensor | None) -> PoolR
     additions = feature_map.shape[2] * feature_map.shape[3] + FEW
     if p is None:
         return PoolRoundings(dict.fromkeys(names, additions), additions, 0.0)
-    log_x, powers = (positive := feature_map.clamp(min=EPS)).log2().abs(), positive.pow(p)
+    positive = feature_map.clamp(min=EPS)
+    log_x, powers = positive.log2().abs(), positive.pow(p)
     sums = cge_reference.stripe_pool(powers * log_x, stripes), cge_reference.stripe_pool(powers, stripes)
     log_f = [feature.log2().abs() for feature in cge_reference.stripe_pool(feature_map, stripes, p)]
     features = {

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from runs import run
-from support import GPU, of_the_cpu
+from support import GPU
 
 from cge_fast import train
 from cge_fast.build import check_cuda_graph

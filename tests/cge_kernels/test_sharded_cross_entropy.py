@@ -108,7 +108,7 @@ def compare_everything(rank, backend):
         ("cpu", 2),
         ("cpu", 3),
         pytest.param("cpu", 4, marks=pytest.mark.slow),
-        pytest.param("triton", 3, marks=[pytest.mark.slow, on_the_interpreter]),
+        pytest.param("triton", 3, marks=pytest.mark.slow),
     ],
 )
 def test_ranks_have_the_loss_the_gradients_and_the_memory_of_one_process(backend, ranks, tmp_path):
