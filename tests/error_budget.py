@@ -164,12 +164,9 @@ def rounding_of(arguments: Arguments) -> Rounding:
 
 EPS = 1e-6  # stripe_pool's lower bound of the activations
 FEW = 8  # roundings of elementary functions and products one after the other
-# Roundings of one exp2 to float32. On a GPU it is ex2.approx.ftz.f32, whose relative error is at most 2^-22 (PTX ISA,
-# "ex2"; CUDA's exp2f, which is the same instruction, has 2 units in the last place), on the CPU nearly the nearest.
-EXP2 = 4 if GPU else 1
-# Relative roundings that exp2 makes of those of its exponent's size, in x^p, in the root and in (x / f)^(p-1): ln 2 of
-# each. On a GPU log2 has 2 and a quotient, div.full.f32, has 4 (1 and 2 units in the last place, as documented there).
-POWER, ROOT, RATIO = (2.1, 4.2, 2.8) if GPU else (2, 2, 2)
+# Roundings of exp2, and what it makes of its exponent's, ln 2 of each: in x^p, in the root and in (x / f)^(p-1). On a
+# GPU it has 2 units in the last place, log2 1 and an approximate quotient 2 (CUDA C++ Programming Guide).
+EXP2, POWER, ROOT, RATIO = (4, 2.1, 4.2, 2.8) if GPU else (1, 2, 2, 2)
 
 
 class PoolRoundings(NamedTuple):
@@ -183,23 +180,19 @@ class PoolRoundings(NamedTuple):
 def pool_roundings(feature_map: Tensor, stripes: int, p: Tensor | None) -> PoolRoundings:
     """Of stripe_pool on a float64 map.
 
-    A mean of x^p is off by its additions and its powers: exp2(p log2 x) turns the roundings of log2 x and of the
-    product into POWER |p log2 x| relative ones, and has EXP2 of its own. The root divides all this by p, has ROOT times
-    its own exponent, log2 f, for a logarithm and a quotient, and then EXP2, which nothing divides: of exp2 that is
-    EXP2 (1 + 1 / |p|). In dx = g / count (x / f)^(p-1) the logarithms of x and of f are rounded, and so are their
-    difference and its product, RATIO in all, times p - 1; f is off as above; and the power has EXP2 once more.
+    A mean of x^p is off by its additions and its powers: exp2(p log2 x) makes POWER |p log2 x| of the roundings in its
+    exponent, and has EXP2 of its own. The root divides this by p, has ROOT |log2 f|, and EXP2, which nothing divides.
+    In dx = g / count (x / f)^(p-1) logarithms, difference and product have RATIO times p - 1; the power has EXP2.
     """
-    names = RESULTS["stripe_pool"]
     additions = feature_map.shape[2] * feature_map.shape[3] + FEW
     if p is None:
-        return PoolRoundings(dict.fromkeys(names, additions), additions, 0.0)
-    positive = feature_map.clamp(min=EPS)
-    log_x, powers = positive.log2().abs(), positive.pow(p)
+        return PoolRoundings(dict.fromkeys(RESULTS["stripe_pool"], additions), additions, 0.0)
+    log_x, powers = (positive := feature_map.clamp(min=EPS)).log2().abs(), positive.pow(p)
     sums = cge_reference.stripe_pool(powers * log_x, stripes), cge_reference.stripe_pool(powers, stripes)
     log_f = [feature.log2().abs() for feature in cge_reference.stripe_pool(feature_map, stripes, p)]
     features = {
         name: additions / p.abs() + EXP2 * (1 + 1 / p.abs()) + POWER * logs / weights + ROOT * log
-        for name, logs, weights, log in zip(names, *sums, log_f, strict=True)
+        for name, logs, weights, log in zip(RESULTS["stripe_pool"], *sums, log_f, strict=True)
     }
     worst, farthest = (
         torch.maximum(whole, parts.amax(dim=1))[:, :, None, None] for whole, parts in (features.values(), log_f)
