@@ -43,6 +43,7 @@ def train(model: ReidModel, cge: CGELoss, people: Dataset, epochs: int, sampler:
         dataset=people,
         sampler=sampler,
         dataloader_num_workers=0,
+        data_device=cge.weight.device,
         end_of_iteration_hook=lambda trainer: cge.write_memory(*loss.batch, momentum=trainer.epoch / epochs),
     )
     trainer.train(num_epochs=epochs)
@@ -50,10 +51,11 @@ def train(model: ReidModel, cge: CGELoss, people: Dataset, epochs: int, sampler:
 
 def main() -> None:
     """Trains ResNet-18 for two epochs."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     people = datasets.FakeData(32, (3, 96, 48), IDENTITIES, transforms.ToTensor())  # your images
     backbone = nn.Sequential(*list(models.resnet18().children())[:-2])
     model, cge = ReidModel(backbone, channels=512), CGELoss(in_channels=512, num_classes=IDENTITIES)
-    train(model, cge, people, epochs=2)
+    train(model.to(device), cge.to(device), people, epochs=2)
 
 
 if __name__ == "__main__":
