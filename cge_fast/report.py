@@ -189,15 +189,14 @@ def pictures_of(opened: Callable[[], Trained]) -> dict[str, str]:
     return {}
 
 
-def at_end(run: Run, ranks: int) -> None:
+def at_end(run: Run) -> None:
     """Writes the page about a training that is over, and says where; what fails is said, and is no error."""
     from cge_fast.analyze.trained import Trained
 
     folder = run.checkpoints.parent
     try:
         trained = Trained(run.checkpoints / "last", run.deployed.eval(), run.config, folder.name)
-        has_pictures = run.result is not None and ranks == 1  # several ranks would have to embed together
-        path = write(folder, pictures_of(lambda: trained) if has_pictures else {})
+        path = write(folder, {} if run.result is None else pictures_of(lambda: trained))
         errors.notice(f"report: {path}")
     except (UserError, OSError) as error:
         errors.notice(f"{REPORT} is not written: {errors.one_line(error)}")

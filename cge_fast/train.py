@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None, variants: Mapping[str, type] = 
     from cge_fast import report
     from cge_fast.build import build_run, chosen_backend
     from cge_fast.data.sets import nothing_to_find
-    from cge_fast.distributed import rank, world_size
+    from cge_fast.distributed import rank
     from cge_fast.loop import resume, train, way_on
     from cge_fast.profile import StepProfile
     from cge_fast.ranks import start_ranks, stop_ranks
@@ -67,12 +67,13 @@ def main(arguments: Sequence[str] | None = None, variants: Mapping[str, type] = 
                 with suppress(UserError, OSError):  # there may be no epoch yet
                     report.write(config.output)
             raise
-        if rank() == 0:
+        is_first = rank() == 0
+        stop_ranks()  # the others may go: what follows is for one process
+        if is_first:
             if profile:
                 print(profile.report(config.output))
-            report.at_end(run, world_size())
+            report.at_end(run)
             print(final_line(run))
-    stop_ranks()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Processes under torchrun: how they start, and that none outlives the others."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from support import WITHOUT_GPU, on_ranks
 
 from cge_fast import files, train
 from cge_fast.options import TrainConfig
+from cge_fast.report import REPORT
 
 START = [sys.executable, "-m", "cge_fast.torchrun", "--standalone", "--nproc-per-node", "2", "-m", "cge_fast.train"]
 
@@ -68,6 +70,16 @@ def test_a_signal_to_all_is_one_line_and_its_status(number, options, tmp_path):
     assert printed.count(f"interrupted by {number.name}; the last checkpoint is") == 1
     assert "Traceback" not in printed
     assert rows(tmp_path / "run")[-1]["epoch"] >= 1
+
+
+@pytest.mark.slow
+def test_the_page_has_what_that_of_one_process_has(options, tmp_path, shared_run):
+    process = started(options)
+    printed, said = process.communicate(timeout=120)
+    assert (process.returncode, len(printed.splitlines())) == (0, 1), said
+    headings = [re.findall("<h2>(.*?)</h2>", (run / REPORT).read_text()) for run in (tmp_path / "run", shared_run)]
+    assert headings[0] == headings[1]
+    assert said.count(REPORT) == 1
 
 
 @pytest.mark.slow
