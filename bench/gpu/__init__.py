@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -91,7 +92,9 @@ def run(part: str, function: Part, dry: bool, seconds: float) -> list[Item]:
                 end = f"status {process.exitcode}" if process.exitcode else ""
             finally:
                 if process.is_alive():
-                    os.killpg(process.pid, signal.SIGKILL)
+                    with suppress(ProcessLookupError):  # it has no session of its own before the part begins
+                        os.killpg(process.pid, signal.SIGKILL)
+                    process.kill()
                     process.join()
                     end = f"it took longer than {seconds} s"
         lines = map(json.loads, file.read_text().splitlines())

@@ -67,6 +67,12 @@ def test_what_fails_is_named_and_hides_nothing(tmp_path, monkeypatch, capsys):
     assert "| head    | 2 ms |" in page
 
 
+def test_a_part_that_takes_too_long_is_ended_even_before_it_begins(monkeypatch):
+    monkeypatch.setattr(gpu.INTERPRETED, "value", False)  # so that it has a process of its own
+    too_long = Expectation("parity runs to its end", False, "it took longer than 0.1 s")
+    assert gpu.run("parity", checks.parity, dry=True, seconds=0.1) == [too_long]
+
+
 @pytest.mark.slow
 def test_a_part_that_takes_too_long_is_ended_with_all_that_it_has_started(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
