@@ -63,9 +63,14 @@ def look_at_labels(labels: Tensor, classes: int) -> None:
         raise ValueError(f"labels must lie in [0, {classes}), got {wrong[0]}")
 
 
-def were_checked(labels: Tensor) -> bool:
-    """Whether `check_labels` has looked, so that none is wrong."""
-    return not is_traced(labels) and host_may_look(labels)
+def where_valid(values: Tensor, labels: Tensor, classes: int, otherwise: float) -> Tensor:
+    """(B,): the values of samples whose label lies in [0, classes), and `otherwise` for others.
+
+    Where `check_labels` has looked there are no others, and nothing is computed.
+    """
+    if host_may_look(labels) and not is_traced(labels):
+        return values
+    return torch.where((labels >= 0) & (labels < classes), values, otherwise)
 
 
 @torch.library.custom_op("cge_kernels::valid_labels", mutates_args=())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cge_kernels.common.budget import chunk_of_logits, empty_saved
-from cge_kernels.common.checks import accumulation_dtype, were_checked
+from cge_kernels.common.checks import accumulation_dtype, where_valid
 from cge_kernels.cross_entropy.inputs import Inputs, Loss, Saved, Statistics
 from cge_kernels.revise_logits.cpu import NORM_EPS, inverse_norms, weights_of
 
@@ -80,8 +80,7 @@ def merged(lower: Statistics, higher: Statistics) -> Statistics:
     """The statistics over the classes of both; of classes that tie the lower one wins."""
     row_max = torch.maximum(lower.row_max, higher.row_max)
     argmax = torch.where(higher.row_max > lower.row_max, higher.argmax, lower.argmax)
-    sums = lower.sums + higher.sums
-    sums[0] = sum(part.sums[0] * (part.row_max[0] - row_max[0]).exp_() for part in (lower, higher))
+    sums = lower.sums_below(row_max) + higher.sums_below(row_max)
     return Statistics(row_max, argmax, sums, lower.label_logit + higher.label_logit)
 
 
@@ -102,8 +101,7 @@ def loss_of_statistics(statistics: Statistics, labels: Tensor, classes: int, lab
     row_max, argmax, (sum_exp, total), label_logit = statistics
     lse = sum_exp.log().add_(row_max[0])
     loss = torch.sub(lse, label_logit, alpha=1 - label_smoothing).sub_(total, alpha=label_smoothing / classes)
-    if not were_checked(labels):
-        loss = torch.where((labels >= 0) & (labels < classes), loss, torch.nan)
+    loss = where_valid(loss, labels, classes, torch.nan)
     correct = argmax == labels
     return Loss(loss, lse, correct[0].clone(), correct[1:].T.contiguous())
 
@@ -129,9 +127,7 @@ def revised_cross_entropy_backward(
     lse, saved_logits, inv_norm = saved
     features, weight, local_features, labels = inputs.features, inputs.weight, inputs.local_features, inputs.labels
     (_, stripes, _), memory_dtype, dtype = inputs.sizes, inputs.memory.dtype, inv_norm.dtype
-    grad = grad.to(dtype)
-    if not were_checked(labels):
-        grad = torch.where((labels >= 0) & (labels < inputs.all_classes), grad, 0)
+    grad = where_valid(grad, labels, inputs.all_classes, 0).to(dtype)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad_bias = weight.new_empty(0) if inputs.bias is None else torch.empty_like(inputs.bias)
     grad_features = features.new_zeros(features.shape, dtype=dtype)

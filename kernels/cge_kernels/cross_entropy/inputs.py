@@ -45,6 +45,10 @@ class Statistics(NamedTuple):
     sums: Tensor  # (2, B): sum of exp(revised - row_max), sum of the revised logits
     label_logit: Tensor  # (B,): the label's revised logit, 0 where the label is none of these classes
 
+    def sums_below(self, row_max: Tensor) -> Tensor:
+        """The sums, those of exponentials as of another row_max, which is no lower."""
+        return torch.stack([self.sums[0] * (self.row_max[0] - row_max[0]).exp(), self.sums[1]])
+
 
 class Loss(NamedTuple):
     """The results, and lse, the logarithm of the sum of the revised logits' exponentials."""

@@ -93,7 +93,6 @@ def reduce_statistics(own: Statistics, shard: ClassShard) -> Statistics:
     dist.all_reduce(row_max, dist.ReduceOp.MAX, group=shard.group)
     argmax = torch.where(own.row_max == row_max, own.argmax, shard.classes)  # of ranks that tie the lowest class wins
     dist.all_reduce(argmax, dist.ReduceOp.MIN, group=shard.group)
-    sum_exp = own.sums[0] * (own.row_max[0] - row_max[0]).exp()
-    summed = torch.stack([sum_exp, own.sums[1], own.label_logit])
+    summed = torch.cat([own.sums_below(row_max), own.label_logit.unsqueeze(0)])
     dist.all_reduce(summed, group=shard.group)
     return Statistics(row_max, argmax, summed[:2], summed[2])
