@@ -158,7 +158,7 @@ def rounding_of(arguments: Arguments) -> Rounding:
     if memory is None or memory.dtype == torch.float64:
         return Rounding(ROUNDING[sums], 0.0)
     if memory.dtype == torch.float32:
-        return Rounding(ROUNDING[sums], TF32 if GPU and torch.get_float32_matmul_precision() != "highest" else 0.0)
+        return Rounding(ROUNDING[sums], TF32 if GPU and cge_kernels.common.launch.takes_tf32() else 0.0)
     return Rounding(ROUNDING[sums], ROUNDING[memory.dtype])
 
 

@@ -56,7 +56,7 @@ def make_run(device="cpu", classification=None, metric="triplet", optimizer=torc
 
 @pytest.fixture
 def run() -> Run:
-    return make_run(KERNEL_DEVICE, optimizer=torch.optim.Adam, fused=True)
+    return make_run(optimizer=torch.optim.Adam, fused=True)
 
 
 def batch(device) -> tuple[torch.Tensor, torch.Tensor]:
