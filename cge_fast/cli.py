@@ -117,16 +117,17 @@ def parse_settings(parser: ArgumentParser, arguments: Sequence[str]) -> Namespac
     Raises:
         UserError: a key is unknown or an old name, a value of the wrong type or out of range, a file not readable.
     """
-    arguments, loaded = completed(arguments), []
+    arguments, loaded, known = completed(arguments), [], parser.get_defaults(skip_validation=True).keys()
     for index, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
         value = value if equals else "".join(arguments[index + 1 : index + 2])
-        if option.startswith("--"):
-            refuse_old_name(option[2:], value)
-        if option[2:] in SECTIONS or CLASS_PATH in option:
-            raise UserError(f"{option[2:]}: give settings one by one, like --optim.lr 1e-3")
-        if option[2:] in NULLABLE and not value:
-            raise UserError(f"{option[2:]}: must be a path, got nothing")
+        name = option[2:] if option.startswith("--") else ""
+        refuse_old_name(name, value)
+        # an option of a section's name, as experiments has --data, is no section
+        if (name in SECTIONS and name not in known) or CLASS_PATH in option:
+            raise UserError(f"{option.removeprefix('--')}: give settings one by one, like --optim.lr 1e-3")
+        if name in NULLABLE and not value:
+            raise UserError(f"{name}: must be a path, got nothing")
         if option == "--config" and value and option in parser._option_string_actions:
             loaded.append(load_yaml(Path(value)))
             for name, setting in flat(loaded[-1]):

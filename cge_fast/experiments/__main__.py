@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
 from cge_fast import errors
-from cge_fast.cli import one_line_of_jsonargparse, program_parser
+from cge_fast.cli import parse_settings, program_parser
 from cge_fast.errors import UserError
 from cge_fast.experiments import figures, report
 from cge_fast.experiments.presets import DATA, DRAWN, PRESETS, place_of
@@ -23,9 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The program; `arguments` default to the command line's."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     split = arguments.index("--") if "--" in arguments else len(arguments)
-    parser = option_parser()
-    with one_line_of_jsonargparse(parser, arguments):
-        options = parser.parse_args(arguments[:split])
+    options = parse_settings(option_parser(), arguments[:split])
     more, root_of = arguments[split + 1 :], dict(zip(needing_root(options), options.root, strict=True))
     data = options.data if options.names != [OF_RECIPES] else []
     places = [place_of(options.preset, name, root_of.get(name), options.output, more) for name in data]

@@ -139,6 +139,13 @@ def test_a_folder_without_a_run_or_figures_is_one_line(tmp_path, capsys, content
     assert error.count("\n") == 1
 
 
+def test_a_folder_may_end_like_a_setting(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mydata", "myoutput"):
+        with pytest.raises(errors.UserError, match=f"run: {name} is not the folder of a run"):
+            report.main([name])
+
+
 def test_names_cannot_be_markup(trained, tmp_path):
     odd = trained.rename(tmp_path / "<b>&run")
     page = report.write(odd).read_text()
