@@ -51,7 +51,16 @@ class Recorded(NamedTuple):
     folder: Path
     config: TrainConfig
     rows: list[dict[str, Any]]  # of metrics.jsonl, at least one
-    environment: dict[str, str]  # empty if it was not noted
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Where it was trained, read anew; empty if that was not noted, or, with a line on stderr, is damaged."""
+        noted = self.folder / ENVIRONMENT
+        try:
+            return files.read_json(noted) if noted.exists() else {}
+        except UserError as error:  # the page can do without
+            errors.notice(f"left out: {error}")
+            return {}
 
     @property
     def trained(self) -> list[dict[str, Any]]:
@@ -77,12 +86,7 @@ def read_run(folder: Path) -> Recorded:
     rows = read_rows(folder / "metrics.jsonl")
     if not rows:
         raise UserError(f"run: {folder} has no figures in metrics.jsonl yet")
-    noted, where = folder / ENVIRONMENT, {}
-    try:
-        where = files.read_json(noted) if noted.exists() else {}
-    except UserError as error:  # the page can do without
-        errors.notice(f"left out: {error}")
-    return Recorded(folder, read_settings(folder / CONFIG), rows, where)
+    return Recorded(folder, read_settings(folder / CONFIG), rows)
 
 
 def environment(device: torch.device, ranks: int) -> dict[str, str]:
@@ -159,7 +163,7 @@ def html(run: Recorded, pictures: Mapping[str, str]) -> bytes:
     changed = [(name, value, defaults[name]) for name, value in settings(config).items() if value != defaults[name]]
     recipe = table(changed, ("setting", "here", "default")) if changed else "<p>All settings are the defaults.</p>"
     whole = f"<details><summary>All settings</summary><pre>{escape(to_yaml(config))}</pre></details>"
-    where = table([(name, str(value)) for name, value in run.environment.items()]) if run.environment else ""
+    where = table([(name, str(value)) for name, value in noted.items()]) if (noted := run.environment) else ""
     sections = {"": cards(figures(run)), "Training": curves(run), **pictures, "Settings": recipe + whole}
     subtitle = f"{config.data.name}, {config.model.backbone}, {kind}{floor}"
     return page(run.folder.resolve().name, subtitle, sections | {"Environment": where})
