@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,9 @@ class Log:
             raise OSError(error.errno, error.strerror, str(self.file.parent)) from error
 
     def close(self) -> None:
-        """Closes."""
-        self.events.close()
+        """Closes; what a full disk has not taken is lost, and `write` has said so."""
+        with suppress(OSError):
+            self.events.close()
 
 
 def scalars(row: dict[str, Any]) -> dict[str, float]:
@@ -95,7 +97,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
                 rows.append(row)
                 if not math.isfinite(sum(scalars(row).values(), row["epoch"])):  # fails too where one is no number
                     raise ValueError("not finite")
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 wanted = "must be an object with the number of an epoch and its figures"
                 raise UserError(f"{file}, line {number}: {wanted}") from error
     return rows

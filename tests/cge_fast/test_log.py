@@ -1,6 +1,8 @@
 """A run's figures on disk."""
 
 import json
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -53,10 +55,20 @@ def test_beginning_anew_drops_all_rows(tmp_path):
     assert read_rows(tmp_path / "metrics.jsonl") == []
 
 
+def test_closing_on_a_full_disk_does_not_hide_where_the_disk_is_full(tmp_path):
+    log = Log(tmp_path, None)
+    log.events.close()
+    log.file = Path("/dev/full")
+    log.events = log.file.open("wb")
+    log.event(file_version="brain.Event:2")
+    with pytest.raises(OSError, match=r"No space left on device: '/dev'"), closing(log):
+        log.write({"epoch": 1})
+
+
 NO_FIGURES = ['{"epoch": 1, "loss": "x"}', '{"epoch": 1, "loss": NaN}', '{"epoch": 1, "levels": [0.5, null]}']
 
 
-@pytest.mark.parametrize("line", ["garbage", "[1]", "{}", '{"epoch": "one"}', *NO_FIGURES])
+@pytest.mark.parametrize("line", ["[" * 100_000, "garbage", "[1]", "{}", '{"epoch": "one"}', *NO_FIGURES])
 def test_a_line_that_is_no_row_is_named(tmp_path, line):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"epoch": 0}\n' + line + "\n")
