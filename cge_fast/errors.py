@@ -56,8 +56,8 @@ def _receive(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
 
-def noticed() -> None:
-    """Says that a signal that has come is not lost: it need not be repeated into what the program still has to do."""
+def take_time_to_end() -> None:
+    """A signal that has come is not repeated from now on: what the program still has to do is not interrupted."""
     if _received:
         _is_ending.set()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cge_fast import files
-from cge_fast.errors import UserError, notice, noticed, one_line
+from cge_fast.errors import UserError, notice, one_line, take_time_to_end
 
 IDENTITIES = "loggers.json"  # in a run's folder, what each logger calls it, so that a resumed run goes on there
 
@@ -90,6 +90,6 @@ class Loggers:
 
     def close(self, error: type[BaseException] | None, *_: object) -> None:
         """Ends the runs, as what they are after an error or none."""
-        noticed()  # what is sent last takes its time
+        take_time_to_end()  # to send what is left
         for name, logger in list(self.open.items()):
             self.attempt(name, logger.close, error is not None)
